@@ -1,0 +1,236 @@
+"""The loops: one epoch of training, one evaluation. What is learned from is the model's affair."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.utils import distribute_bn
+from torch import nn
+
+import utils
+from distillation import unwrap
+from utils import UserError, log
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What stays the same over a run's epochs."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None  # None: no autocast
+    update_freq: int  # batches accumulated into one optimizer step
+    clip_grad: float | None  # largest gradient norm
+    seed: int
+    print_freq: int = 10  # optimizer steps between two printed lines; each costs one device sync
+
+    def autocast(self) -> Any:
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay of every optimizer step of the run, (steps,) each."""
+
+    lr: np.ndarray
+    weight_decay: np.ndarray
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr[step] * group.get("lr_scale", 1.0)  # lr_scale: layer decay
+            if group["weight_decay"] > 0:
+                group["weight_decay"] = self.weight_decay[step]
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    loader: Any,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    schedule: Schedule,
+    epoch: int,
+    settings: LoopSettings,
+    mixup_fn: Any = None,
+    ema: Any = None,
+    writer: Any = None,
+) -> dict[str, float]:
+    """Train for one epoch.
+
+    Args:
+        model: a StudentWithDistillation; gives (student_logits, teacher_logits) for images.
+        criterion: (student_logits, teacher_logits, targets) -> (loss, parts).
+        loader: batches of images (B, 3, H, W) float32 and targets (B,) int64.
+        ema: a timm ModelEmaV3 of the student, or None.
+        writer: a TensorBoard SummaryWriter, or None.
+    Returns: means over the epoch's images on all processes: loss, its parts, and the last lr.
+    Raises: UserError that names the step where the loss is not finite, before the epoch ends.
+    """
+    model.train()
+    loader.set_epoch(epoch)
+    batches, freq = len(loader), settings.update_freq
+    updates = -(-batches // freq)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    history = History(epoch, updates, schedule, settings, writer)
+    optimizer.zero_grad(set_to_none=True)
+    for batch, (images, targets) in enumerate(loader):
+        update, part = divmod(batch, freq)
+        window = min(freq, batches - update * freq)  # an epoch's last window may be shorter
+        step = epoch * updates + update
+        if part == 0:
+            schedule.apply(optimizer, step)
+        images = images.to(settings.device, non_blocking=True)
+        targets = targets.to(settings.device, non_blocking=True)
+        # Dropout, drop path and mixup depend on nothing that happened before this batch.
+        utils.seed_rng(settings.device, settings.seed, epoch, batch, utils.rank())
+        if mixup_fn is not None:
+            images, targets = mixup_fn(images, targets)
+
+        is_last = part == window - 1
+        with nullcontext() if is_last else model.no_sync():
+            with settings.autocast():
+                student_logits, teacher_logits = model(images)
+                loss, parts = criterion(student_logits, teacher_logits, targets)
+            scaler.scale(loss / window).backward()
+        history.add_batch(len(images), loss, parts, student_logits)
+        if not is_last:
+            continue
+
+        scaler.unscale_(optimizer)
+        if settings.clip_grad:
+            grad_norm = nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
+        else:
+            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update(unwrap(model.student), step=step + 1)
+        history.end_update(update, grad_norm)
+    return history.means()
+
+
+class History:
+    """Keeps an epoch's scalars on the device and fetches them only when they are printed."""
+
+    def __init__(
+        self, epoch: int, updates: int, schedule: Schedule, settings: LoopSettings, writer: Any
+    ) -> None:
+        self.epoch, self.updates, self.schedule = epoch, updates, schedule
+        self.settings, self.writer = settings, writer
+        self.names: list[str] = []
+        self.batches: list[torch.Tensor] = []  # (metrics + 1,) each, since the last fetch
+        self.norms: list[torch.Tensor] = []  # () each, one an optimizer step
+        self.batches_of_update: list[int] = []
+        self.pending = 0
+        self.images = 0
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.stopwatch = utils.Stopwatch()
+
+    def add_batch(
+        self,
+        images: int,
+        loss: torch.Tensor,
+        parts: dict[str, torch.Tensor],
+        student_logits: torch.Tensor,
+    ) -> None:
+        self.names = ["loss", *parts]
+        largest = student_logits.detach().abs().max()
+        self.batches.append(torch.stack([loss.detach(), *parts.values(), largest.float()]))
+        self.pending += 1
+        self.images += images
+
+    def end_update(self, update: int, grad_norm: torch.Tensor) -> None:
+        self.norms.append(grad_norm.detach())
+        self.batches_of_update.append(self.pending)
+        self.pending = 0
+        if (update + 1) % self.settings.print_freq == 0 or update + 1 == self.updates:
+            self._fetch(update)
+
+    def _fetch(self, update: int) -> None:
+        first = self.epoch * self.updates + update + 1 - len(self.norms)
+        table = torch.stack(self.batches)  # (batches, metrics + 1)
+        norms = torch.stack(self.norms).float()  # (optimizer steps,)
+        largest = table[:, -1].clone()
+        utils.all_reduce_(table)
+        utils.all_reduce_(largest, dist.ReduceOp.MAX)
+        table = (table[:, :-1] / utils.world_size()).cpu().numpy()
+        norms, largest = norms.cpu().numpy(), largest.cpu().numpy()
+        images = self.images * utils.world_size()
+
+        owner = np.repeat(np.arange(len(norms)), self.batches_of_update)
+        for row, (values, top) in enumerate(zip(table, largest, strict=True)):
+            if not np.isfinite(values[0]):
+                step = first + owner[row]
+                raise UserError(
+                    f"the loss became {values[0]} at step {step} (epoch {self.epoch}): learning "
+                    f"rate {self.schedule.lr[step]:.3g}, largest logit {top:.3g}, gradient norm "
+                    f"{norms[owner[row]]:.3g}; nothing was saved since. Lower --lr, set "
+                    "--clip_grad 1.0, or use --amp_dtype bfloat16"
+                )
+        for name, column in zip(self.names, table.T, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + float(column.sum(dtype=np.float64))
+        self.count += len(table)
+        if self.writer is not None:
+            for index, norm in enumerate(norms):
+                step = first + index
+                means = table[owner == index].mean(axis=0, dtype=np.float64)
+                for name, mean in zip(self.names, means, strict=True):
+                    self.writer.add_scalar(f"train/{name}", mean, step)
+                self.writer.add_scalar("opt/lr", self.schedule.lr[step], step)
+                self.writer.add_scalar("opt/weight_decay", self.schedule.weight_decay[step], step)
+                self.writer.add_scalar("opt/grad_norm", norm, step)
+        shown = "  ".join(
+            f"{name} {column.mean():.4f}" for name, column in zip(self.names, table.T, strict=True)
+        )
+        log(
+            f"Epoch {self.epoch} [{update + 1:>{len(str(self.updates))}}/{self.updates}]  {shown}  "
+            f"lr {self.schedule.lr[first + len(norms) - 1]:.2e}  "
+            f"{self.stopwatch.rate(images):.0f} images/s"
+        )
+        self.batches, self.norms, self.batches_of_update, self.images = [], [], [], 0
+
+    def means(self) -> dict[str, float]:
+        last = self.schedule.lr[(self.epoch + 1) * self.updates - 1]
+        return {name: total / self.count for name, total in self.sums.items()} | {"lr": float(last)}
+
+
+@torch.inference_mode()
+def evaluate(
+    loader: Any, model: nn.Module, settings: LoopSettings, shared: bool = True
+) -> dict[str, float]:
+    """Score a classifier: sums over images divided by their number, at any world and batch size.
+
+    Args:
+        loader: this process's batches; together the processes hold every image once.
+        model: images (B, 3, H, W) -> logits (B, C), on the settings' device.
+        shared: False where every process holds all images.
+    Returns: loss (mean cross-entropy, no smoothing), acc1 and acc5 in percent.
+    """
+    model.eval()
+    if utils.world_size() > 1:
+        distribute_bn(model, utils.world_size())  # every rank scores what rank 0 will save
+    device = settings.device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(3, dtype=wide, device=device)  # loss, top-1, top-5
+    count = 0
+    for images, targets in loader:
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        with settings.autocast():
+            logits = model(images).float()  # (B, C)
+        top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        sums += torch.stack([loss, top[:, 0].sum(), top.sum()]).to(wide)
+        count += len(targets)
+    sums = torch.cat([sums, torch.tensor([count], dtype=wide, device=device)])
+    if shared:
+        utils.all_reduce_(sums)
+    loss, acc1, acc5, count = sums.tolist()
+    return {"loss": loss / count, "acc1": 100 * acc1 / count, "acc5": 100 * acc5 / count}

@@ -1,0 +1,563 @@
+"""Train a small image classifier, alone or taught by a big one: arguments, wiring, epochs."""
+
+import argparse
+import copy
+import os
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+
+def str2bool(value: str) -> bool:
+    """'true' and 'false', and their usual other spellings."""
+    if value.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if value.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{value}' is neither true nor false")
+
+
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds '(default: …)' to every flag's help that does not tell its default in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = "(default" in action.help or action.default is None
+        return action.help if told else super()._get_help_string(action)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "main.py",
+        usage="%(prog)s [--flag value ...]",
+        description="Train and evaluate image classifiers, with knowledge distillation.",
+        formatter_class=ShowDefaults,
+        allow_abbrev=False,
+    )
+
+    kd = parser.add_argument_group("knowledge distillation")
+    add = kd.add_argument
+    add("--kd", type=str2bool, default=False, help="learn from a teacher")
+    add("--teacher_path", help="checkpoint of the teacher (required with --kd true)")
+    add("--teacher_arch", help="timm architecture of the teacher (required with --kd true)")
+    add(
+        "--kd_alpha",
+        type=float,
+        default=0.7,
+        help="weight of the teacher: 0 labels only, 1 no labels",
+    )
+    add("--kd_temperature", type=float, default=4.0, help="softens both distributions; above 0")
+
+    run = parser.add_argument_group("run")
+    add = run.add_argument
+    add("--batch_size", type=int, default=64, help="images per process and forward pass")
+    add("--epochs", type=int, default=300, help="passes over the training images")
+    add("--update_freq", type=int, default=1, help="batches accumulated into one optimizer step")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
+    add("--use_amp", type=str2bool, default=False, help="automatic mixed precision")
+    add(
+        "--amp_dtype",
+        choices=("float16", "bfloat16"),
+        help="with --use_amp (default: bfloat16 on the CPU, else float16, which scales the loss)",
+    )
+    add(
+        "--start_epoch",
+        type=int,
+        default=0,
+        help="number of the first epoch; a resumed run knows it",
+    )
+
+    model = parser.add_argument_group("student")
+    add = model.add_argument
+    add(
+        "--model",
+        help="timm architecture (default: convnext_tiny, or cifar_resnet20 below 64 pixels)",
+    )
+    add("--drop_path", type=float, default=0.0, help="stochastic depth rate")
+    add("--input_size", type=int, help="pixels (default: DIGITS 8, MNIST 28, CIFAR 32, else 224)")
+    add("--finetune", default="", help="start from the weights of this checkpoint")
+    add("--head_init_scale", type=float, default=1.0, help="scales the classifier's first weights")
+    add("--model_key", default="model|module", help="where --finetune finds the weights")
+    add("--model_prefix", default="", help="prefix of the weights that --finetune takes")
+
+    ema = parser.add_argument_group("moving average of the student's weights (EMA)")
+    add = ema.add_argument
+    add("--model_ema", type=str2bool, default=False, help="keep one")
+    add("--model_ema_decay", type=float, default=0.9999, help="decay per optimizer step")
+    add(
+        "--model_ema_warmup",
+        type=str2bool,
+        default=True,
+        help="start with a short average that grows, so that short runs profit too",
+    )
+    add("--model_ema_force_cpu", type=str2bool, default=False, help="keep it in host memory")
+    add("--model_ema_eval", type=str2bool, default=False, help="evaluate it beside the student")
+
+    opt = parser.add_argument_group("optimizer")
+    add = opt.add_argument
+    add("--opt", default="adamw", help="any optimizer of timm's create_optimizer_v2")
+    add("--opt_eps", type=float, default=1e-8, help="epsilon")
+    add("--opt_betas", type=float, nargs="+", help="betas (default: the optimizer's)")
+    add("--clip_grad", type=float, help="largest gradient norm (default: no clipping)")
+    add("--momentum", type=float, default=0.9, help="of SGD")
+    add("--weight_decay", type=float, default=0.05, help="not applied to biases and norms")
+    add("--weight_decay_end", type=float, help="final value of a cosine (default: constant)")
+    add(
+        "--lr",
+        type=float,
+        help="peak learning rate (default: 4e-3 at a total batch of 4096, scaled by its root)",
+    )
+    add(
+        "--layer_decay",
+        type=float,
+        default=1.0,
+        help="factor of lr from each layer to the one below",
+    )
+    add("--min_lr", type=float, default=1e-6, help="where the cosine ends")
+    add(
+        "--warmup_epochs",
+        type=int,
+        help="epochs of linear warm-up (default: 20, at most a fifth of the run)",
+    )
+    add(
+        "--warmup_steps",
+        type=int,
+        default=-1,
+        help="optimizer steps of warm-up, in place of epochs",
+    )
+
+    aug = parser.add_argument_group("augmentation")
+    add = aug.add_argument
+    add("--color_jitter", type=float, default=0.4, help="strength; used where --aa is ''")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, '' for none")
+    add("--hflip", type=float, help="chance of a mirror image (default: 0.5; for digits 0)")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add(
+        "--train_interpolation",
+        default="bicubic",
+        choices=("random", "bilinear", "bicubic"),
+        help="of the random resized crop",
+    )
+    add(
+        "--crop_pct",
+        type=float,
+        help="part of the image evaluated (default: 0.875; small images 1)",
+    )
+    add("--reprob", type=float, default=0.25, help="chance of random erasing")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erasing leaves")
+    add("--recount", type=int, default=1, help="most rectangles erased")
+
+    mix = parser.add_argument_group("mixup and cutmix (teacher and student see the same mix)")
+    add = mix.add_argument
+    add("--mixup", type=float, default=0.8, help="alpha of mixup; 0 for none")
+    add("--cutmix", type=float, default=1.0, help="alpha of cutmix; 0 for none")
+    add(
+        "--cutmix_minmax",
+        type=float,
+        nargs=2,
+        help="least and greatest part cut, in place of alpha",
+    )
+    add("--mixup_prob", type=float, default=1.0, help="chance that a batch is mixed at all")
+    add("--mixup_switch_prob", type=float, default=0.5, help="chance of cutmix where both are on")
+    add(
+        "--mixup_mode",
+        default="batch",
+        choices=("batch", "pair", "elem"),
+        help="one mix for a batch, a pair or each image",
+    )
+
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add(
+        "--data_set",
+        help="DIGITS (comes along), IMNET (a folder with train/ and val/), image_folder, "
+        "CIFAR (of 100 classes), CIFAR10, MNIST, FashionMNIST, or a name for timm's create_dataset "
+        "such as hfds/… (default: IMNET where --data_path is given, else DIGITS)",
+    )
+    add("--data_path", help="folder of the data")
+    add("--eval_data_path", help="folder of the validation images of image_folder")
+    add("--nb_classes", type=int, help="number of classes (default: counted)")
+    add("--train_samples", type=int, help="train on this many images, of every class its share")
+    add("--holdout", type=int, help="evaluate on this many training images held out (for tuning)")
+    add(
+        "--imagenet_default_mean_and_std",
+        type=str2bool,
+        default=True,
+        help="normalise with ImageNet's statistics; false: with 0.5",
+    )
+    add(
+        "--num_workers",
+        type=int,
+        help="loader processes (default: the cores there are, at most 10)",
+    )
+    add("--pin_mem", type=str2bool, default=True, help="page-locked batches, on CUDA")
+
+    out = parser.add_argument_group("output")
+    add = out.add_argument
+    add("--output_dir", default="", help="folder for checkpoints and log.txt; '' saves nothing")
+    add("--log_dir", help="folder for TensorBoard (default: none)")
+    add("--resume", default="", help="checkpoint to continue from, or to score with --eval true")
+    add(
+        "--auto_resume", type=str2bool, default=True, help="continue from --output_dir's newest one"
+    )
+    add("--save_ckpt", type=str2bool, default=True, help="save checkpoints")
+    add("--save_ckpt_freq", type=int, default=1, help="epochs between two checkpoints")
+    add("--save_ckpt_num", type=int, default=3, help="how many of them are kept")
+
+    ev = parser.add_argument_group("evaluation")
+    add = ev.add_argument
+    add("--eval", type=str2bool, default=False, help="only score --resume's checkpoint")
+    add("--dist_eval", type=str2bool, default=True, help="share the images out over the processes")
+    add("--disable_eval", type=str2bool, default=False, help="train without evaluating")
+
+    dist = parser.add_argument_group("processes (torchrun sets them)")
+    add = dist.add_argument
+    add("--dist_url", default="env://", help="where the processes meet")
+    add(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="ignored: LOCAL_RANK of the environment counts",
+    )
+    return parser
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with code 2 for values that can't work; fill in the defaults that follow from others."""
+
+    def require(holds: bool, flag: str, remedy: str) -> None:
+        if not holds:
+            parser.error(f"--{flag} {getattr(args, flag)}: {remedy}")
+
+    if args.kd:
+        missing = [f"--{f}" for f in ("teacher_path", "teacher_arch") if not getattr(args, f)]
+        if missing:
+            parser.error(f"--kd true needs {' and '.join(missing)}")
+    elif args.teacher_path or args.teacher_arch:
+        parser.error(
+            "--teacher_path and --teacher_arch are for --kd true; add it or leave them out"
+        )
+    require(
+        0 <= args.kd_alpha <= 1, "kd_alpha", "must lie in 0…1 (0: labels only, 1: teacher only)"
+    )
+    require(
+        0 < args.kd_temperature < float("inf"), "kd_temperature", "must be above 0, usually 2 to 6"
+    )
+    for flag in (
+        "batch_size",
+        "epochs",
+        "update_freq",
+        "save_ckpt_freq",
+        "save_ckpt_num",
+        "recount",
+    ):
+        require(getattr(args, flag) >= 1, flag, "must be 1 or more")
+    for flag in ("seed", "start_epoch", "lr", "min_lr", "weight_decay", "opt_eps", "num_workers"):
+        value = getattr(args, flag)
+        require(value is None or value >= 0, flag, "must not be negative")
+    for flag in (
+        "input_size",
+        "train_samples",
+        "holdout",
+        "nb_classes",
+        "clip_grad",
+        "layer_decay",
+    ):
+        value = getattr(args, flag)
+        require(value is None or value > 0, flag, "must be above 0")
+    for flag in (
+        *("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob"),
+        *("model_ema_decay", "hflip", "crop_pct"),
+    ):
+        value = getattr(args, flag)
+        require(value is None or 0 <= value <= 1, flag, "must lie in 0…1")
+
+    args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
+    needs_path = args.data_set in ("IMNET", "image_folder")
+    require(
+        bool(args.data_path) or not needs_path, "data_path", f"{args.data_set} needs its folder"
+    )
+    if args.data_set == "image_folder" and not (args.disable_eval or args.holdout):
+        remedy = "image_folder needs a folder of validation images, or --holdout N"
+        require(bool(args.eval_data_path), "eval_data_path", remedy)
+    require(
+        args.warmup_epochs is None or args.warmup_epochs <= args.epochs,
+        "warmup_epochs",
+        f"longer than the run of {args.epochs} epochs; shorten it or leave it out",
+    )
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(20, args.epochs / 5)
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
+        remedy = "mixup and cutmix work on pairs; give an even one, or --mixup 0 --cutmix 0"
+        require(args.batch_size % 2 == 0, "batch_size", remedy)
+    require(
+        bool(args.resume) or not args.eval, "resume", "--eval true needs the checkpoint to score"
+    )
+    if args.num_workers is None:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.num_workers = min(10, max(1, _cores() // here))
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+if __name__ == "__main__":
+    # --help and wrong flags answer at once; torch and timm, below, take seconds to import.
+    command_line = parse_args()
+
+import torch
+import torch.distributed
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import datasets
+import models
+import utils
+from distillation import DistillationLoss, InputConversion, StudentWithDistillation, load_teacher
+from engine import LoopSettings, Schedule, evaluate, train_one_epoch
+from utils import UserError, log
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run; returns the exit code."""
+    try:
+        run(args)
+    except UserError as error:
+        where = f" [rank {utils.rank()}]" if utils.rank() else ""
+        print(f"main.py: error{where}: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Wire data, student, teacher and optimizer together, then train or evaluate.
+
+    Raises: UserError for whatever the user can put right.
+    """
+    device = utils.init_process(args.device, args.dist_url)
+    if args.output_dir:
+        utils.make_folder(args.output_dir, "--output_dir")
+    scored = utils.read_checkpoint(args.resume, "--resume") if args.eval else None
+    follow_defaults(args, scored)
+    log(f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}, on {device}")
+    data = datasets.build_data(args, device)
+    log(
+        f"{data.train_count} images, {len(data.classes)} classes, {args.input_size} pixels; "
+        f"{utils.world_size()} process(es) with {args.num_workers} loader worker(s) each"
+    )
+    settings = LoopSettings(
+        device, amp_dtype(args, device), args.update_freq, args.clip_grad, args.seed
+    )
+    student = make_student(args, device, len(data.classes))
+    ema = make_ema(args, student)
+    if args.eval:
+        utils.load_weights(scored, args.resume, student, ema)
+        for name, value in evaluate_all(args, data, student, ema, settings).items():
+            log(f"{name} {value:.4f}")
+        return
+    teacher, convert = make_teacher(args, device, data)
+    train(args, settings, data, student, ema, teacher, convert)
+
+
+def train(
+    args: argparse.Namespace,
+    settings: LoopSettings,
+    data: datasets.Data,
+    student: nn.Module,
+    ema: ModelEmaV3 | None,
+    teacher: nn.Module | None,
+    convert: nn.Module | None,
+) -> None:
+    """The epochs, from wherever an earlier run stopped."""
+    mixup_fn, criterion = make_criterion(args, len(data.classes))
+    loss = DistillationLoss(criterion, args.kd_alpha if args.kd else 0.0, args.kd_temperature)
+    optimizer = make_optimizer(args, student)
+    scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
+    steps = -(-len(data.train_loader) // args.update_freq)
+    schedule = make_schedule(args, steps)
+    state = utils.RunState(student, ema, optimizer, scaler, vars(args), data.config)
+    start = state.resume(args.output_dir, args.resume, args.auto_resume, args.start_epoch)
+
+    ddp = student
+    if utils.world_size() > 1:
+        device_ids = [settings.device] if settings.device.type == "cuda" else None
+        ddp = DistributedDataParallel(student, device_ids, gradient_as_bucket_view=True)
+    model = StudentWithDistillation(ddp, teacher, convert)  # the teacher stays outside DDP
+    recorder = utils.Recorder(args.output_dir, args.log_dir, start, steps)
+    n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    started = time.time()
+    for epoch in range(start, args.epochs):
+        stats = train_one_epoch(
+            *(model, loss, data.train_loader, optimizer, scaler, schedule, epoch, settings),
+            mixup_fn=mixup_fn,
+            ema=ema,
+            writer=recorder.writer,
+        )
+        record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
+        if data.val_loader is not None:
+            record |= evaluate_all(args, data, student, ema, settings)
+        recorder.write(record | {"n_parameters": n_parameters})
+        improved = state.finish_epoch(epoch, record)
+        if args.output_dir and args.save_ckpt:
+            is_due = (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs
+            state.save(improved, is_due, args.save_ckpt_num)
+    recorder.close()
+    log(f"Trained {args.epochs - start} epochs in {timedelta(seconds=int(time.time() - started))}")
+    log(state.summary())
+
+
+def evaluate_all(
+    args: argparse.Namespace,
+    data: datasets.Data,
+    student: nn.Module,
+    ema: ModelEmaV3 | None,
+    settings: LoopSettings,
+) -> dict[str, float]:
+    """Score the student, and its EMA where asked: test_loss, test_acc1, test_acc5, …_ema."""
+    scores = evaluate(data.val_loader, student, settings, shared=args.dist_eval)
+    record = {f"test_{name}": value for name, value in scores.items()}
+    if ema is not None and (args.model_ema_eval or args.eval):
+        averaged = ema.module
+        if args.model_ema_force_cpu:
+            averaged = copy.deepcopy(averaged).to(settings.device)
+        scores = evaluate(data.val_loader, averaged, settings, shared=args.dist_eval)
+        record |= {f"test_{name}_ema": value for name, value in scores.items()}
+    return record
+
+
+def follow_defaults(args: argparse.Namespace, scored: dict[str, Any] | None) -> None:
+    """Choose what was not given: from the checkpoint to score, else from the data set."""
+    if scored is not None and isinstance(scored.get("args"), dict):
+        args.model = args.model or scored["args"].get("model")
+        args.input_size = args.input_size or scored["args"].get("input_size")
+        if not args.model_ema:
+            args.model_ema = scored.get("model_ema") is not None
+    args.input_size = args.input_size or datasets.NATIVE_SIZE.get(args.data_set, 224)
+    if args.model is None:
+        args.model = "cifar_resnet20" if args.input_size < datasets.SMALL else "convnext_tiny"
+    if args.hflip is None:
+        args.hflip = 0.0 if args.data_set in datasets.MIRRORED_CHANGES_MEANING else 0.5
+    if args.lr is None:
+        # Adam's noise scale grows with sqrt(batch) (Malladi et al. 2022), not with the batch.
+        total_batch = args.batch_size * args.update_freq * utils.world_size()
+        args.lr = 4e-3 * (total_batch / 4096) ** 0.5
+
+
+def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype, or None without --use_amp."""
+    if not args.use_amp:
+        return None
+    name = args.amp_dtype or ("bfloat16" if device.type == "cpu" else "float16")
+    if device.type == "cpu" and name == "float16":
+        raise UserError("--amp_dtype float16: the CPU trains in bfloat16; leave the flag out")
+    return getattr(torch, name)
+
+
+def make_student(args: argparse.Namespace, device: torch.device, num_classes: int) -> nn.Module:
+    utils.seed_rng(device, args.seed)
+    student = models.create_model(args.model, num_classes, args.input_size, args.drop_path)
+    if args.head_init_scale != 1:
+        with torch.no_grad():
+            for parameter in student.get_classifier().parameters():
+                parameter.mul_(args.head_init_scale)
+    if args.finetune:
+        log(utils.load_finetune(student, args.finetune, args.model_key, args.model_prefix))
+    log(f"Student {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters")
+    return student.to(device)
+
+
+def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:
+    if not args.model_ema:
+        return None
+    return ModelEmaV3(
+        student,
+        decay=args.model_ema_decay,
+        use_warmup=args.model_ema_warmup,
+        device=torch.device("cpu") if args.model_ema_force_cpu else None,
+    )
+
+
+def make_teacher(
+    args: argparse.Namespace, device: torch.device, data: datasets.Data
+) -> tuple[nn.Module | None, nn.Module | None]:
+    """The frozen teacher and what turns the student's input into its own; none for alpha 0."""
+    if not args.kd or args.kd_alpha == 0:
+        return None, None
+    teacher = load_teacher(args.teacher_arch, args.teacher_path, len(data.classes), device)
+    log(teacher.origin)
+    return teacher, InputConversion(data.config, teacher.data_config).to(device)
+
+
+def make_criterion(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
+    """The mixup and the loss on labels that go together: mixing smooths the labels itself."""
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
+        mixup_fn = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+        return mixup_fn, SoftTargetCrossEntropy()
+    if args.smoothing > 0:
+        return None, LabelSmoothingCrossEntropy(args.smoothing)
+    return None, nn.CrossEntropyLoss()
+
+
+def make_optimizer(args: argparse.Namespace, student: nn.Module) -> torch.optim.Optimizer:
+    keywords = {"eps": args.opt_eps}
+    if args.opt_betas:
+        keywords["betas"] = args.opt_betas
+    try:
+        return create_optimizer_v2(
+            student,
+            opt=args.opt,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            layer_decay=args.layer_decay if args.layer_decay != 1 else None,
+            **keywords,
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"--opt {args.opt}: {error}; see timm.optim.list_optimizers()") from error
+
+
+def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
+    steps = args.epochs * steps_per_epoch
+    warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
+    if warmup > steps:
+        raise UserError(
+            f"--warmup_steps {warmup}: longer than the run of {steps} steps; shorten it"
+        )
+    decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    log(f"{steps} optimizer steps, {int(warmup)} of them warm-up; learning rate {args.lr:.3g}")
+    return Schedule(
+        lr=utils.cosine_schedule(args.lr, args.min_lr, steps, int(warmup)),
+        weight_decay=utils.cosine_schedule(args.weight_decay, decay_end, steps),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(command_line))
