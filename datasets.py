@@ -198,15 +198,14 @@ def stratified(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(by_class[picks.astype(np.int64)])
 
 
-class Subset(ImageSource):
-    """Some images of a source."""
+def subset(source: ImageSource, positions: np.ndarray) -> ImageSource:
+    """Some images of a source; of a subset too."""
+    load = partial(_image_of_subset, source, positions)
+    return ImageSource(load, source.targets[positions], source.classes)
 
-    def __init__(self, source: ImageSource, positions: np.ndarray) -> None:
-        super().__init__(source.load, source.targets[positions], source.classes)
-        self.positions = positions
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.load(self.positions[index]), int(self.targets[index])
+def _image_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> Image.Image:
+    return source.load(positions[index])
 
 
 # --------------------------------------------------------------------------------- transforms
@@ -386,11 +385,11 @@ def build_data(args: argparse.Namespace, device: torch.device) -> Data:
             _check_at_most("--holdout", args.holdout, len(train) - 1)
             # Of no seed: a teacher and its students must hold out the same images.
             held_out = stratified(train.targets, args.holdout, seed=0)
-            val = Subset(train, held_out)
-            train = Subset(train, np.setdiff1d(np.arange(len(train)), held_out))
+            val = subset(train, held_out)
+            train = subset(train, np.setdiff1d(np.arange(len(train)), held_out))
         if args.train_samples:
             _check_at_most("--train_samples", args.train_samples, len(train))
-            train = Subset(train, stratified(train.targets, args.train_samples, args.seed))
+            train = subset(train, stratified(train.targets, args.train_samples, args.seed))
     elif args.holdout or args.train_samples:
         raise UserError(f"--holdout and --train_samples can't divide the stream {args.data_set}")
     if val is None and (args.eval or not args.disable_eval):
@@ -473,5 +472,5 @@ def _check_shared_memory(args: argparse.Namespace, workers: int) -> None:
     if needed > free:
         raise UserError(
             f"--num_workers {workers}: their batches may take {needed / 2**20:.0f} MiB of "
-            f"/dev/shm, which has {free / 2**20:.0f}; give --num_workers 0, or docker run --shm-size=8g"
+            f"/dev/shm, which has {free / 2**20:.0f}; give --num_workers 0, or docker --shm-size=8g"
         )

@@ -42,9 +42,10 @@ class Schedule:
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = self.lr[step] * group.get("lr_scale", 1.0)  # lr_scale: layer decay
+            # Python floats: a NumPy one in the optimizer's state would be refused by weights_only.
+            group["lr"] = float(self.lr[step]) * group.get("lr_scale", 1.0)  # of layer decay
             if group["weight_decay"] > 0:
-                group["weight_decay"] = self.weight_decay[step]
+                group["weight_decay"] = float(self.weight_decay[step])
 
 
 def train_one_epoch(

@@ -34,7 +34,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         if (depth - 2) % 6:
             raise ValueError(f"depth must be 6n + 2, got {depth}")
-        self.num_classes = num_classes
+        self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = widths[-1]
 
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
