@@ -32,7 +32,7 @@ TORCHVISION = {
     "MNIST": "MNIST",
     "FashionMNIST": "FashionMNIST",
 }
-# Native sizes; every other data set is taken for photographs and gets 224 pixels.
+# Native sizes; every other data set is taken for photographs.
 NATIVE_SIZE = {"DIGITS": 8, "MNIST": 28, "FashionMNIST": 28, "CIFAR": 32, "CIFAR10": 32}
 MIRRORED_CHANGES_MEANING = {"DIGITS", "MNIST"}
 SMALL = 64  # below this many pixels: pad and crop as for CIFAR, not the random resized crop

@@ -1,5 +1,6 @@
 """The loops: one epoch of training, one evaluation. What is learned from is the model's affair."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -70,14 +71,15 @@ def train_one_epoch(
         ema: a timm ModelEmaV3 of the student, or None.
         writer: a TensorBoard SummaryWriter, or None.
     Returns: means over the epoch's images on all processes: loss, its parts, and the last lr.
-    Raises: UserError that names the step where the loss is not finite, before the epoch ends.
+    Raises: UserError that names the step where loss or gradient is not finite, before the epoch
+        ends; with a gradient scaler such steps are left out and counted.
     """
     model.train()
     loader.set_epoch(epoch)
     batches, freq = len(loader), settings.update_freq
     updates = -(-batches // freq)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    history = History(epoch, updates, schedule, settings, writer)
+    history = History(epoch, updates, schedule, settings, scaler.is_enabled(), writer)
     optimizer.zero_grad(set_to_none=True)
     for batch, (images, targets) in enumerate(loader):
         update, part = divmod(batch, freq)
@@ -120,8 +122,15 @@ class History:
     """Keeps an epoch's scalars on the device and fetches them only when they are printed."""
 
     def __init__(
-        self, epoch: int, updates: int, schedule: Schedule, settings: LoopSettings, writer: Any
+        self,
+        epoch: int,
+        updates: int,
+        schedule: Schedule,
+        settings: LoopSettings,
+        is_scaled: bool,
+        writer: Any,
     ) -> None:
+        self.is_scaled = is_scaled
         self.epoch, self.updates, self.schedule = epoch, updates, schedule
         self.settings, self.writer = settings, writer
         self.names: list[str] = []
@@ -130,8 +139,9 @@ class History:
         self.batches_of_update: list[int] = []
         self.pending = 0
         self.images = 0
-        self.sums: dict[str, float] = {}
+        self.sums = np.zeros(0)
         self.count = 0
+        self.skipped = 0
         self.stopwatch = utils.Stopwatch()
 
     def add_batch(
@@ -141,7 +151,9 @@ class History:
         parts: dict[str, torch.Tensor],
         student_logits: torch.Tensor,
     ) -> None:
-        self.names = ["loss", *parts]
+        if not self.names:
+            self.names = ["loss", *parts]
+            self.sums = np.zeros(len(self.names))
         largest = student_logits.detach().abs().max()
         self.batches.append(torch.stack([loss.detach(), *parts.values(), largest.float()]))
         self.pending += 1
@@ -165,41 +177,54 @@ class History:
         norms, largest = norms.cpu().numpy(), largest.cpu().numpy()
         images = self.images * utils.world_size()
 
-        owner = np.repeat(np.arange(len(norms)), self.batches_of_update)
-        for row, (values, top) in enumerate(zip(table, largest, strict=True)):
-            if not np.isfinite(values[0]):
-                step = first + owner[row]
-                raise UserError(
-                    f"the loss became {values[0]} at step {step} (epoch {self.epoch}): learning "
-                    f"rate {self.schedule.lr[step]:.3g}, largest logit {top:.3g}, gradient norm "
-                    f"{norms[owner[row]]:.3g}; nothing was saved since. Lower --lr, set "
-                    "--clip_grad 1.0, or use --amp_dtype bfloat16"
-                )
-        for name, column in zip(self.names, table.T, strict=True):
-            self.sums[name] = self.sums.get(name, 0.0) + float(column.sum(dtype=np.float64))
-        self.count += len(table)
+        owner = np.repeat(np.arange(len(norms)), self.batches_of_update)  # batch -> step
+
+        is_finite = np.isfinite(table[:, 0]) & np.isfinite(norms[owner])
+        if self.is_scaled:
+            # The scaler leaves such steps out and lowers its scale; a whole window is too much.
+            self.skipped += len(set(owner[~is_finite]))
+            stops = len(norms) >= self.settings.print_freq and not is_finite.any()
+        else:
+            stops = not is_finite.all()
+        if stops:
+            row = int(np.argmin(is_finite))
+            index = owner[row]
+            raise self._not_finite(first + index, table[row], largest[row], norms[index])
+        self.sums = self.sums + table[is_finite].sum(axis=0, dtype=np.float64)
+        self.count += int(is_finite.sum())
         if self.writer is not None:
-            for index, norm in enumerate(norms):
-                step = first + index
-                means = table[owner == index].mean(axis=0, dtype=np.float64)
-                for name, mean in zip(self.names, means, strict=True):
-                    self.writer.add_scalar(f"train/{name}", mean, step)
-                self.writer.add_scalar("opt/lr", self.schedule.lr[step], step)
-                self.writer.add_scalar("opt/weight_decay", self.schedule.weight_decay[step], step)
-                self.writer.add_scalar("opt/grad_norm", norm, step)
-        shown = "  ".join(
-            f"{name} {column.mean():.4f}" for name, column in zip(self.names, table.T, strict=True)
-        )
+            self._write(first, table, owner, norms)
+        means = zip(self.names, table.mean(axis=0), strict=True)
         log(
-            f"Epoch {self.epoch} [{update + 1:>{len(str(self.updates))}}/{self.updates}]  {shown}  "
-            f"lr {self.schedule.lr[first + len(norms) - 1]:.2e}  "
-            f"{self.stopwatch.rate(images):.0f} images/s"
+            f"Epoch {self.epoch} [{update + 1:>{len(str(self.updates))}}/{self.updates}]  "
+            + "  ".join(f"{name} {mean:.4f}" for name, mean in means)
+            + f"  lr {self.schedule.lr[first + len(norms) - 1]:.2e}"
+            + f"  {self.stopwatch.rate(images):.0f} images/s"
         )
         self.batches, self.norms, self.batches_of_update, self.images = [], [], [], 0
 
+    def _write(self, first: int, table: np.ndarray, owner: np.ndarray, norms: np.ndarray) -> None:
+        for index, norm in enumerate(norms):
+            step = first + index
+            means = table[owner == index].mean(axis=0, dtype=np.float64)
+            for name, mean in zip(self.names, means, strict=True):
+                self.writer.add_scalar(f"train/{name}", mean, step)
+            self.writer.add_scalar("opt/lr", self.schedule.lr[step], step)
+            self.writer.add_scalar("opt/weight_decay", self.schedule.weight_decay[step], step)
+            self.writer.add_scalar("opt/grad_norm", norm, step)
+
+    def _not_finite(self, step: int, row: np.ndarray, largest: float, norm: float) -> UserError:
+        return UserError(
+            f"loss {row[0]} with gradient norm {norm:.3g} at step {step} (epoch {self.epoch}), "
+            f"learning rate {self.schedule.lr[step]:.3g}, largest logit {largest:.3g}. Nothing was "
+            "saved since; lower --lr, set --clip_grad 1.0, or use --amp_dtype bfloat16"
+        )
+
     def means(self) -> dict[str, float]:
-        last = self.schedule.lr[(self.epoch + 1) * self.updates - 1]
-        return {name: total / self.count for name, total in self.sums.items()} | {"lr": float(last)}
+        """Over the epoch's batches that were learned from; and its last learning rate."""
+        means = dict(zip(self.names, (self.sums / max(1, self.count)).tolist(), strict=True))
+        means["lr"] = float(self.schedule.lr[(self.epoch + 1) * self.updates - 1])
+        return means | ({"skipped_steps": self.skipped} if self.is_scaled else {})
 
 
 @torch.inference_mode()
@@ -234,4 +259,9 @@ def evaluate(
     if shared:
         utils.all_reduce_(sums)
     loss, acc1, acc5, count = sums.tolist()
+    if not math.isfinite(loss):
+        raise UserError(
+            "the network's weights are not finite any more; nothing was saved since: "
+            "lower --lr, or set --clip_grad 1.0"
+        )
     return {"loss": loss / count, "acc1": 100 * acc1 / count, "acc5": 100 * acc5 / count}

@@ -72,10 +72,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = model.add_argument
     add(
         "--model",
-        help="timm architecture (default: convnext_tiny, or cifar_resnet20 below 64 pixels)",
+        help="timm architecture (default: convnext_tiny; cifar_resnet20 below 64 pixels)",
     )
     add("--drop_path", type=float, default=0.0, help="stochastic depth rate")
-    add("--input_size", type=int, help="pixels (default: DIGITS 8, MNIST 28, CIFAR 32, else 224)")
+    add(
+        "--input_size",
+        type=int,
+        help="pixels (default: 224; the data's own for a model made for small images)",
+    )
     add("--finetune", default="", help="start from the weights of this checkpoint")
     add("--head_init_scale", type=float, default=1.0, help="scales the classifier's first weights")
     add("--model_key", default="model|module", help="where --finetune finds the weights")
@@ -451,9 +455,13 @@ def follow_defaults(args: argparse.Namespace, scored: dict[str, Any] | None) -> 
         args.input_size = args.input_size or scored["args"].get("input_size")
         if not args.model_ema:
             args.model_ema = scored.get("model_ema") is not None
-    args.input_size = args.input_size or datasets.NATIVE_SIZE.get(args.data_set, 224)
+    native_size = datasets.NATIVE_SIZE.get(args.data_set, 224)
     if args.model is None:
-        args.model = "cifar_resnet20" if args.input_size < datasets.SMALL else "convnext_tiny"
+        is_small = (args.input_size or native_size) < datasets.SMALL
+        args.model = "cifar_resnet20" if is_small else "convnext_tiny"
+    if args.input_size is None:
+        is_small = models.own_input_size(args.model, "--model") < datasets.SMALL
+        args.input_size = native_size if is_small else 224
     if args.hflip is None:
         args.hflip = 0.0 if args.data_set in datasets.MIRRORED_CHANGES_MEANING else 0.5
     if args.lr is None:

@@ -165,25 +165,18 @@ def read_checkpoint(path: str, flag: str) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not _is_code(path):
+        names = re.findall(r"GLOBAL (\S+)", str(error))  # what the file wanted to call
+        if not names:
             raise UserError(f"{flag} {path}: {_DAMAGED}") from error
-        names = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)[:3])
         raise UserError(
-            f"{flag} {path}: refused, since reading it would run code ({names}); nothing was run. "
-            "Save its state_dict alone with torch.save(model.state_dict(), FILE) and give that file"
+            f"{flag} {path}: refused, since reading it would run code ({names[0]}); nothing was "
+            "run. Save its weights with torch.save(model.state_dict(), FILE) and give that file"
         ) from error
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         raise UserError(f"{flag} {path}: {_DAMAGED} ({type(error).__name__})") from error
 
 
 _DAMAGED = "not a readable checkpoint, perhaps cut short; fetch or save it again"
-
-
-def _is_code(path: str) -> bool:
-    try:
-        return bool(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # not a pickle at all
-        return False
 
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "student.")

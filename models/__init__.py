@@ -21,6 +21,12 @@ def check_architecture(arch: str, flag: str) -> None:
         )
 
 
+def own_input_size(arch: str, flag: str) -> int:
+    """Pixels that an architecture was made for; raises UserError for one that is not known."""
+    check_architecture(arch, flag)
+    return timm.models.get_pretrained_cfg(arch).input_size[-1]
+
+
 def create_model(
     arch: str, num_classes: int, input_size: int, drop_path: float = 0.0, flag: str = "--model"
 ) -> torch.nn.Module:

@@ -1,0 +1,230 @@
+"""The command line: the guide's defaults, and a clear end for everything a user can get wrong."""
+
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import write_images
+
+import main
+
+ROOT = Path(main.__file__).parent
+
+
+def flags_of(parser) -> dict:
+    return {s: a for a in parser._actions for s in a.option_strings if s.startswith("--")}
+
+
+def test_the_five_flags_have_the_guides_defaults():
+    args = main.parse_args([])
+    assert (args.kd, args.kd_alpha, args.kd_temperature) == (False, 0.7, 4.0)
+    assert args.teacher_path is None and args.teacher_arch is None
+
+
+def test_every_flag_of_the_family_is_accepted():
+    family = """
+    kd teacher_path teacher_arch kd_alpha kd_temperature model batch_size epochs update_freq
+    drop_path input_size model_ema model_ema_decay model_ema_force_cpu model_ema_eval opt
+    opt_eps opt_betas clip_grad momentum weight_decay weight_decay_end lr layer_decay min_lr
+    warmup_epochs warmup_steps color_jitter aa smoothing train_interpolation crop_pct reprob
+    remode recount mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode finetune
+    head_init_scale model_key model_prefix data_path eval_data_path nb_classes
+    imagenet_default_mean_and_std data_set output_dir log_dir device seed resume auto_resume
+    save_ckpt save_ckpt_freq save_ckpt_num start_epoch eval dist_eval disable_eval num_workers
+    pin_mem use_amp dist_url
+    """
+    assert {f"--{name}" for name in family.split()} <= flags_of(main.get_args_parser()).keys()
+
+
+def test_every_flag_tells_its_default_and_stands_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for flag, action in flags_of(main.get_args_parser()).items():
+        if flag in ("--help", "--local-rank"):
+            continue
+        assert f"`{flag}`" in readme, f"{flag} is not in README.md"
+        told = action.default is not None or "default:" in action.help
+        assert told or re.search("required|folder|least|many|ignored", action.help), flag
+
+
+def test_readme_keeps_the_guides_numbers_and_commands():
+    readme = (ROOT / "README.md").read_text()
+    for text in (
+        "--model vit_tiny_patch16_224 \\\n",
+        "--teacher_arch vit_small_patch16_224 \\\n",
+        "--teacher_path /path/to/convnext_base_teacher.pth \\\n",
+        "--teacher_path /path/to/convnext_large_teacher.pth \\\n",
+        "Combined loss = (1-α) × CE_loss + α × KD_loss",
+        "Common values are 0.6-0.8",
+    ):
+        assert text in readme
+
+
+def test_kd_alone_names_the_missing_flags_at_once_and_exits_2():
+    # A process of its own: the answer must come without importing torch.
+    code = "import sys; sys.argv = ['main.py', '--kd', 'true']; import runpy\n"
+    code += "try: runpy.run_path('main.py', run_name='__main__')\n"
+    code += "finally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--kd true needs --teacher_path and --teacher_arch" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+BAD_VALUES = {
+    "--kd_alpha 1.5": "--kd_alpha 1.5: must lie in 0…1",
+    "--kd_alpha nan": "--kd_alpha nan: must lie in 0…1",
+    "--kd_temperature 0": "--kd_temperature 0.0: must be above 0",
+    "--kd_temperature -1": "--kd_temperature -1.0: must be above 0",
+    "--kd maybe": "'maybe' is neither true nor false",
+    "--teacher_arch resnet18": "are for --kd true",
+    "--batch_size 15": "--batch_size 15: mixup and cutmix work on pairs",
+    "--batch_size 0": "--batch_size 0: must be 1 or more",
+    "--epochs 5 --warmup_epochs 6": "--warmup_epochs 6: longer than the run of 5 epochs",
+    "--drop_path 2": "--drop_path 2.0: must lie in 0…1",
+    "--data_set IMNET": "--data_path None: IMNET needs its folder",
+    "--eval true": "--eval true needs the checkpoint",
+    "--modle x": "unrecognized arguments: --modle",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_VALUES)
+def test_a_value_that_can_not_work_is_named(run_main, flags):
+    run = run_main(*flags.split())
+    assert run.code == 2 and BAD_VALUES[flags] in run.err
+    assert len(run.err.strip().splitlines()) <= 3 and "Traceback" not in run.err
+
+
+def refused(run, *texts: str) -> None:
+    assert run.code == 2, run.out + run.err
+    for text in texts:
+        assert text in run.err
+    assert "Traceback" not in run.err and "Epoch" not in run.out
+    assert len(run.err.strip().splitlines()) <= 2
+
+
+def kd_with(path: object, arch: str = "cifar_resnet8") -> list[str]:
+    return ["--kd", "true", "--teacher_path", str(path), "--teacher_arch", arch]
+
+
+def test_a_missing_teacher_file(run_main):
+    refused(run_main(*kd_with("nowhere.pth")), "--teacher_path nowhere.pth: no such file")
+
+
+def test_a_teacher_path_that_is_a_folder(run_main, tmp_path):
+    refused(run_main(*kd_with(tmp_path)), "is a folder")
+
+
+@pytest.mark.parametrize("length", [0, 100, 5000])
+def test_a_teacher_file_cut_short(run_main, teacher_file, length):
+    teacher_file.write_bytes(teacher_file.read_bytes()[:length])
+    refused(run_main(*kd_with(teacher_file)), "not a readable checkpoint")
+
+
+def test_a_teacher_file_that_would_run_code_is_refused_and_does_not(run_main, tmp_path):
+    class Malice:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it_ran",)
+
+    torch.save({"model": Malice()}, tmp_path / "zip.pth")
+    torch.save({"model": Malice()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("zip.pth", "old.pth"):
+        refused(run_main(*kd_with(tmp_path / name)), "refused, since reading it would run code")
+    with open(tmp_path / "plain.pth", "wb") as file:
+        pickle.dump({"model": Malice()}, file)
+    refused(run_main(*kd_with(tmp_path / "plain.pth")), "not a readable checkpoint")
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_an_unknown_architecture_gets_near_names(run_main, teacher_file):
+    refused(
+        run_main(*kd_with(teacher_file, "cifar_resnt8")),
+        "--teacher_arch cifar_resnt8",
+        "cifar_resnet8",
+    )
+    refused(run_main("--model", "resnet19"), "--model resnet19", "did you mean")
+
+
+def test_a_checkpoint_of_another_architecture_says_what_differs(run_main, teacher_file):
+    run = run_main(*kd_with(teacher_file, "cifar_resnet20"))
+    refused(run, "--teacher_arch cifar_resnet20 does not fit", "layer1.1.bn1.bias")
+
+
+def test_a_teacher_of_another_number_of_classes(run_main, tmp_path):
+    torch.save(timm.create_model("cifar_resnet8", num_classes=7).state_dict(), tmp_path / "7.pth")
+    refused(run_main(*kd_with(tmp_path / "7.pth")), "tells 7 classes apart, the data has 10")
+
+
+def test_a_missing_data_folder(run_main, tmp_path):
+    refused(run_main("--data_path", tmp_path / "none"), "none/train is not a folder")
+
+
+def test_an_empty_data_folder(run_main, tmp_path):
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    (tmp_path / "val").mkdir()
+    refused(run_main("--data_path", tmp_path, "--input_size", 32), "holds no images")
+
+
+def test_train_and_val_with_different_classes(run_main, tmp_path):
+    write_images(tmp_path / "train", ["ant", "bee"])
+    write_images(tmp_path / "val", ["ant", "wasp"])
+    refused(run_main("--data_path", tmp_path, "--input_size", 32), "only in training: bee")
+
+
+def test_a_corrupt_image_ends_the_run_with_its_name(run_main, imnet):
+    broken = imnet / "train" / "bee" / "3.jpg"
+    broken.write_bytes(b"not a picture")
+    run = run_main("--data_path", imnet, "--input_size", 32, "--batch_size", 4, "--epochs", 9)
+    assert run.code == 2 and str(broken) in run.err and "Traceback" not in run.err
+
+
+def test_an_output_directory_that_can_not_be_written(run_main, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused(run_main(output_dir=tmp_path / "file" / "out"), "--output_dir", "can't write there")
+
+
+def test_a_batch_larger_than_the_data_set(run_main):
+    run = run_main("--train_samples", 10, "--batch_size", 16)
+    refused(run, "--batch_size 16", "more than the 10 training images; give at most 10")
+
+
+def test_more_training_samples_than_there_are(run_main):
+    refused(run_main("--train_samples", 2000), "--train_samples 2000: only 1437")
+
+
+def test_a_wrong_number_of_classes(run_main):
+    refused(run_main("--nb_classes", 11), "--nb_classes 11: the data has 10 classes")
+
+
+def test_a_data_set_nobody_knows(run_main):
+    refused(
+        run_main("--data_set", "hfds/nowhere"), "--data_set hfds/nowhere: timm could not open it"
+    )
+
+
+def test_an_optimizer_nobody_knows(run_main):
+    refused(run_main("--opt", "adamm"), "--opt adamm")
+
+
+def test_a_device_that_is_not_there(run_main):
+    refused(run_main("--device", "nonsense"), "--device nonsense", "try --device cpu")
+
+
+def test_float16_on_the_cpu(run_main):
+    refused(run_main("--use_amp", "true", "--amp_dtype", "float16"), "--amp_dtype float16")
+
+
+def test_a_checkpoint_of_another_model_given_to_resume(run_main, short, tmp_path):
+    assert run_main(*short, output_dir=tmp_path / "a").code == 0
+    path = tmp_path / "a" / "checkpoint-1.pth"
+    run = run_main("--model", "cifar_resnet20", "--resume", path)
+    refused(run, "--resume", "is of another model", "layer1.1.bn1.bias")
+
+
+def test_a_checkpoint_of_another_model_given_to_finetune(run_main, teacher_file):
+    run = run_main("--model", "cifar_resnet20", "--finetune", teacher_file)
+    refused(run, "--finetune", "does not fit the model")

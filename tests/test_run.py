@@ -1,0 +1,285 @@
+"""Whole runs in one process: what they write, resume, keep and stop at."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import engine
+import utils
+
+
+def weights_equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def states_equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return a == b
+
+
+def test_plain_training_makes_a_teacher_that_teaches(run_main, short, tmp_path):
+    teacher = run_main(
+        "--train_samples", 320, "--epochs", 6, "--lr", "5e-3", output_dir=tmp_path / "t"
+    )
+    assert teacher.code == 0, teacher.err
+    flags = ["--kd", "true", "--teacher_arch", "cifar_resnet8"]
+    flags += ["--teacher_path", tmp_path / "t" / "checkpoint-best.pth"]
+    student = run_main(*short, *flags, output_dir=tmp_path / "s")
+    assert student.code == 0, student.err
+    assert "Teacher cifar_resnet8" in student.out and "78,042 parameters" in student.out
+    last = student.log[-1]
+    assert last["train_kd"] > 0
+    total = 0.3 * last["train_ce"] + 0.7 * last["train_kd"]
+    assert last["train_loss"] == pytest.approx(total, rel=1e-6)
+
+
+def test_the_log_has_one_line_an_epoch_with_the_promised_keys(run_main, short, kd, tmp_path):
+    run = run_main(
+        *short, *kd, "--model_ema", "true", "--model_ema_eval", "true", output_dir=tmp_path
+    )
+    assert [line["epoch"] for line in run.log] == [0, 1]
+    assert {
+        *("epoch", "train_loss", "train_ce", "train_kd", "train_lr", "n_parameters"),
+        *("test_acc1", "test_acc5", "test_loss", "test_acc1_ema"),
+    } <= run.log[0].keys()
+    assert run.log[0]["n_parameters"] == 78042
+
+
+def test_checkpoints_hold_plain_values_and_no_teacher(run_main, short, kd, tmp_path):
+    run = run_main(
+        *short, *kd, "--model_ema", "true", "--model_ema_eval", "true", output_dir=tmp_path
+    )
+    for name in (1, "best", "best-ema"):
+        saved = run.checkpoint(name)
+        assert {"model", "model_ema", "optimizer", "scaler", "epoch", "args"} <= saved.keys()
+        assert saved["model"].keys() == saved["model_ema"].keys()
+        assert sum(v.numel() for k, v in saved["model"].items() if "num_batches" not in k) < 80_000
+        assert saved["args"]["kd_alpha"] == 0.7 and saved["data"]["classes"][3] == "3"
+    assert run.checkpoint(1)["best"]["best"] == max(line["test_acc1"] for line in run.log)
+
+
+def test_only_the_newest_checkpoints_are_kept(run_main, tmp_path):
+    flags = ["--train_samples", 32, "--epochs", 6, "--save_ckpt_num", 2, "--save_ckpt_freq", 2]
+    run_main(*flags, "--disable_eval", "true", output_dir=tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "checkpoint-3.pth",
+        "checkpoint-5.pth",
+    ]
+
+
+HARD = ["--model_ema", "true", "--model_ema_eval", "true", "--update_freq", "3", "--drop_path", "0"]
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bits(run_main, kd, tmp_path, monkeypatch):
+    """With EMA, accumulation with a remainder, mixup, augmentation and a teacher."""
+    flags = ["--train_samples", "64", "--epochs", "4", *HARD, *kd]
+    whole = run_main(*flags, output_dir=tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    real = engine.evaluate
+
+    def stop_in_third_epoch(*args, **kwargs):
+        stop_in_third_epoch.calls += 1
+        if stop_in_third_epoch.calls == 5:
+            raise Stop
+        return real(*args, **kwargs)
+
+    stop_in_third_epoch.calls = 0
+    monkeypatch.setattr("main.evaluate", stop_in_third_epoch)
+    with pytest.raises(Stop):
+        run_main(*flags, output_dir=tmp_path / "parts")
+    monkeypatch.setattr("main.evaluate", real)
+    parts = run_main(*flags, output_dir=tmp_path / "parts")
+    assert "epoch 1 is done" in parts.out
+    assert parts.log == whole.log
+    for name in ("3", "best", "best-ema"):
+        a, b = whole.checkpoint(name), parts.checkpoint(name)
+        for part in ("model", "model_ema", "optimizer", "epoch", "best", "scores"):
+            assert states_equal(a[part], b[part]), f"{part} of {name}"
+
+
+def test_a_truncated_newest_checkpoint_is_passed_over(run_main, short, tmp_path):
+    whole = run_main(*short, output_dir=tmp_path)
+    final = whole.checkpoint(1)
+    newest = tmp_path / "checkpoint-1.pth"
+    newest.write_bytes(newest.read_bytes()[:20_000])
+    again = run_main(*short, output_dir=tmp_path)
+    assert again.code == 0 and "trying the one before it" in again.out
+    assert weights_equal(again.checkpoint(1)["model"], final["model"])
+    assert [line["epoch"] for line in again.log] == [0, 1]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_weights_do_not_depend_on_the_number_of_workers(run_main, short, tmp_path, workers):
+    alone = run_main(*short, output_dir=tmp_path / "alone")
+    other = run_main(*short, "--num_workers", workers, output_dir=tmp_path / "other")
+    assert weights_equal(alone.checkpoint(1)["model"], other.checkpoint(1)["model"])
+
+
+def test_accumulated_batches_are_one_large_batch(run_main, tmp_path):
+    """Without BatchNorm, which sees the small batches; 5 batches by 2: the last step is shorter."""
+    flags = ["--train_samples", 80, "--epochs", 1, "--model", "convnext_atto", "--input_size", 32]
+    flags += ["--mixup", 0, "--cutmix", 0, "--opt", "sgd", "--lr", 0.05, "--batch_size", 16]
+    run = run_main(*flags, "--update_freq", 2, output_dir=tmp_path / "a")
+    assert "3 optimizer steps" in run.out
+    flags = [*flags, "--train_samples", 64, "--warmup_epochs", 0]
+    accumulated = run_main(*flags, "--update_freq", 2, output_dir=tmp_path / "b")
+    large = run_main(*flags, "--batch_size", 32, output_dir=tmp_path / "c")
+    assert accumulated.log[0]["train_loss"] == pytest.approx(large.log[0]["train_loss"], rel=1e-5)
+    a, c = accumulated.checkpoint(0)["model"], large.checkpoint(0)["model"]
+    for name in a:
+        torch.testing.assert_close(a[name], c[name], rtol=1e-4, atol=1e-5)
+
+
+def test_alpha_zero_is_plain_training_and_never_loads_the_teacher(run_main, short, tmp_path):
+    plain = run_main(*short, output_dir=tmp_path / "plain")
+    kd = ["--kd", "true", "--teacher_arch", "resnet18", "--teacher_path", "nowhere.pth"]
+    zero = run_main(*short, *kd, "--kd_alpha", 0, output_dir=tmp_path / "zero")
+    assert zero.code == 0, zero.err
+    assert weights_equal(plain.checkpoint(1)["model"], zero.checkpoint(1)["model"])
+
+
+def test_eval_gives_the_score_that_training_logged(run_main, short, tmp_path):
+    run = run_main(*short, "--model_ema", "true", "--model_ema_eval", "true", output_dir=tmp_path)
+    scored = run_main(
+        "--eval", "true", "--resume", tmp_path / "checkpoint-1.pth", "--batch_size", 7
+    )
+    assert scored.code == 2 and "pairs" in scored.err  # 7 is odd, and mixup is the default
+    scored = run_main(
+        "--eval", "true", "--resume", tmp_path / "checkpoint-1.pth", "--batch_size", 22
+    )
+    assert f"test_acc1 {run.log[-1]['test_acc1']:.4f}" in scored.out
+    assert f"test_acc1_ema {run.log[-1]['test_acc1_ema']:.4f}" in scored.out
+
+
+def test_the_student_is_finetuned_from_a_file_of_other_classes(run_main, short, tmp_path):
+    import timm
+
+    model = timm.create_model("cifar_resnet8", num_classes=100)
+    torch.save(
+        {"model": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "f.pth"
+    )
+    run = run_main(
+        *short, "--finetune", tmp_path / "f.pth", "--lr", 0, "--min_lr", 0, output_dir=tmp_path
+    )
+    assert "fc.bias, fc.weight start anew" in run.out
+    assert torch.equal(run.checkpoint(1)["model"]["conv1.weight"], model.conv1.weight)
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run_main, tmp_path):
+    flags = [
+        "--train_samples",
+        64,
+        "--epochs",
+        3,
+        "--opt",
+        "sgd",
+        "--lr",
+        "1e30",
+        "--warmup_epochs",
+        0,
+    ]
+    run = run_main(*flags, output_dir=tmp_path)
+    assert run.code == 2
+    assert "at step 1 (epoch 0)" in run.err and "learning rate 9.83e+29" in run.err
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_bfloat16_autocast_trains_on_the_cpu(run_main, kd):
+    run = run_main("--train_samples", 16, "--epochs", 1, "--use_amp", "true", *kd)
+    assert run.code == 0, run.err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--opt sgd --momentum 0.8 --clip_grad 0.5",
+        "--opt adamw --opt_betas 0.8 0.95 --opt_eps 1e-6 --weight_decay_end 0.2",
+        "--layer_decay 0.8 --warmup_steps 3 --head_init_scale 0.1",
+        "--mixup_mode pair --mixup_prob 0.9 --mixup_switch_prob 0.3",
+        "--mixup_mode elem --cutmix_minmax 0.2 0.8",
+        "--mixup 0 --cutmix 0 --smoothing 0 --aa v0 --color_jitter 0.2 --reprob 0.5 --remode const",
+        "--aa= --recount 2 --remode rand --hflip 0.5 --train_interpolation random --crop_pct 0.9",
+        "--imagenet_default_mean_and_std false --input_size 16 --dist_eval false --pin_mem false",
+        "--model_ema true --model_ema_force_cpu true --model_ema_eval true --model_ema_warmup 0",
+        "--save_ckpt false --start_epoch 1 --nb_classes 10 --holdout 50",
+        "--kd_alpha 1 --kd_temperature 2",
+        "--model vit_tiny_patch16_224 --input_size 32 --drop_path 0.1",
+    ],
+)
+def test_the_flags_of_the_family_run(run_main, short, kd, tmp_path, flags):
+    run = run_main(*short, *kd, *flags.split(), output_dir=tmp_path)
+    assert run.code == 0, run.err
+    assert run.log[-1]["epoch"] == 1
+
+
+def test_clip_grad_bounds_the_step(run_main, tmp_path):
+    flags = ["--train_samples", 16, "--epochs", 1, "--opt", "momentum", "--momentum", 0]
+    flags += ["--warmup_epochs", 0, "--weight_decay", 0, "--lr", 1]
+    start = run_main(*flags, "--lr", 0, "--min_lr", 0, output_dir=tmp_path / "start").checkpoint(0)
+    end = run_main(*flags, "--clip_grad", 1e-3, output_dir=tmp_path / "end").checkpoint(0)
+    moved = [
+        (end["model"][k] - start["model"][k]).double().square().sum()
+        for k in start["model"]
+        if "running" not in k and "num_batches" not in k
+    ]
+    assert sum(moved).sqrt().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_an_average_of_decay_zero_is_the_student_and_nothing_of_the_teacher(
+    run_main, short, kd, tmp_path
+):
+    run = run_main(*short, *kd, "--model_ema", "true", "--model_ema_decay", 0, output_dir=tmp_path)
+    saved = run.checkpoint(1)
+    assert weights_equal(saved["model_ema"], saved["model"])
+
+
+def test_tensorboard_has_the_scalars_of_every_step(run_main, short, kd, tmp_path):
+    run_main(*short, *kd, "--log_dir", tmp_path / "tb")
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    names = {"train/loss", "train/ce", "train/kd", "opt/lr", "opt/weight_decay", "opt/grad_norm"}
+    assert names | {"test/acc1", "test/acc5", "test/loss"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/kd")] == list(range(8))
+    assert [event.step for event in events.Scalars("test/acc1")] == [0, 1]
+
+
+def test_a_full_disk_keeps_the_older_checkpoint_whole(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint-0.pth"
+    utils.save_checkpoint({"model": torch.ones(3)}, path)
+
+    def no_space(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils.torch, "save", no_space)
+    with pytest.raises(utils.UserError, match="No space left.*older checkpoints are whole"):
+        utils.save_checkpoint({"model": torch.zeros(3)}, path)
+    assert torch.equal(torch.load(path, weights_only=True)["model"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-0.pth"]
+
+
+def test_the_schedule_warms_up_and_ends_at_the_minimum():
+    lr = utils.cosine_schedule(1.0, 0.1, 100, warmup_steps=20)
+    assert len(lr) == 100 and lr[0] == 0 and lr[10] == pytest.approx(0.5) and lr[20] == 1.0
+    assert lr[60] == pytest.approx(0.55) and 0.1 < lr[99] < 0.102
+    assert utils.cosine_schedule(1.0, 0.1, 3, warmup_steps=3).tolist() == pytest.approx(
+        [0, 1 / 3, 2 / 3]
+    )
+
+
+def test_log_lines_are_json_and_a_cut_line_is_dropped(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
+    utils.Recorder(str(tmp_path), None, start_epoch=1, steps_per_epoch=1)
+    assert [json.loads(x) for x in (tmp_path / "log.txt").read_text().splitlines()] == [
+        {"epoch": 0}
+    ]
