@@ -325,7 +325,7 @@ import torch
 import torch.distributed
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -394,7 +394,7 @@ def train(
     """The epochs, from wherever an earlier run stopped."""
     mixup_fn, criterion = make_criterion(args, len(data.classes))
     loss = DistillationLoss(criterion, args.kd_alpha if args.kd else 0.0, args.kd_temperature)
-    optimizer = make_optimizer(args, student)
+    optimizer = make_optimizer(args, student, settings.device)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = -(-len(data.train_loader) // args.update_freq)
     schedule = make_schedule(args, steps)
@@ -534,11 +534,16 @@ def make_criterion(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | 
     return None, nn.CrossEntropyLoss()
 
 
-def make_optimizer(args: argparse.Namespace, student: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    args: argparse.Namespace, student: nn.Module, device: torch.device
+) -> torch.optim.Optimizer:
     keywords = {"eps": args.opt_eps}
     if args.opt_betas:
         keywords["betas"] = args.opt_betas
     try:
+        fused = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
+        if get_optimizer_class(args.opt, bind_defaults=False) in fused and device.type != "mps":
+            keywords["fused"] = True  # one kernel a step, and no wait for fp16's overflow check
         return create_optimizer_v2(
             student,
             opt=args.opt,
