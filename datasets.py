@@ -1,7 +1,9 @@
 """Images in, batches out: data sets, transforms, samplers and loaders."""
 
 import argparse
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -133,6 +135,8 @@ def _folder(folder: str, flag: str) -> ImageSource:
 
 def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Dataset:
     """Any data set of timm's `create_dataset`: a folder or tar, hfds/…, hfids/…, tfds/…, wds/…"""
+    if name.lower().startswith(("hfds/", "hfids/")):
+        _let_timm_import_hugging_face_datasets()
     try:
         data = create_dataset(
             name,
@@ -165,6 +169,25 @@ def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Dataset:
     else:
         classes = [str(label) for label in range(max(targets) + 1)]
     return ImageSource(partial(_image_of_reader, reader), targets, classes)
+
+
+def _let_timm_import_hugging_face_datasets() -> None:
+    """timm's hfds reader says `import datasets` and means Hugging Face's package of that name.
+
+    So that package takes the name in sys.modules over; who imported this file keeps it.
+    """
+    ours = sys.modules["datasets"]
+    if not hasattr(ours, "open_split"):
+        return  # it already has
+    here, path = Path(__file__).resolve().parent, sys.path[:]
+    sys.path[:] = [folder for folder in path if Path(folder).resolve() != here]
+    del sys.modules["datasets"]
+    try:
+        importlib.import_module("datasets")
+    except ImportError:
+        sys.modules["datasets"] = ours  # not installed; timm's reader will say so
+    finally:
+        sys.path[:] = path
 
 
 def open_split(args: argparse.Namespace, is_train: bool) -> Dataset:
