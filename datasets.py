@@ -184,8 +184,11 @@ def _let_timm_import_hugging_face_datasets() -> None:
     del sys.modules["datasets"]
     try:
         importlib.import_module("datasets")
-    except ImportError:
-        sys.modules["datasets"] = ours  # not installed; timm's reader will say so
+    except ImportError as error:
+        sys.modules["datasets"] = ours
+        raise UserError(
+            "--data_set hfds/… needs Hugging Face's package: pip install datasets"
+        ) from error
     finally:
         sys.path[:] = path
 

@@ -3,12 +3,20 @@
 Hinton, Vinyals and Dean, 'Distilling the Knowledge in a Neural Network', 2015.
 """
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,6 +108,68 @@ class InputConversion(nn.Module):
         return images
 
 
+class Teacher(nn.Module):
+    """A frozen network that takes the student's input and answers in the student's classes.
+
+    Args:
+        network: from `load_teacher`; its `data_config` and `class_index` say what to convert.
+        source: the data configuration of the images it will be given.
+        dtype: of weights and computation; smaller ones save memory.
+    """
+
+    def __init__(
+        self, network: nn.Module, source: dict[str, Any], dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.network = network.to(dtype=dtype, memory_format=torch.channels_last)
+        self.device, self.dtype = next(network.parameters()).device, dtype
+        self.convert = InputConversion(source, network.data_config).to(self.device)
+        self.class_index = network.class_index
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W), on any device -> (B, C) on the same"""
+        inputs = self.convert(images.to(self.device, non_blocking=True)).to(self.dtype)
+        logits = self.network(inputs)  # (B, the teacher's classes)
+        if self.class_index is not None:
+            logits = logits[:, self.class_index]  # (B, C)
+        return logits.to(images.device, non_blocking=images.is_cuda)
+
+
+class TeacherEnsemble(nn.Module):
+    """Several teachers whose tempered probabilities are averaged (Hinton et al. 2015, section 3).
+
+    The answer is T * log of that average, so that a loss of the same temperature T sees exactly the
+    averaged probabilities. Averaging logits would be another, sharper thing.
+
+    Args:
+        weights: one a teacher, above 0; scaled to a sum of 1.
+    """
+
+    def __init__(
+        self, teachers: Sequence[nn.Module], weights: Sequence[float], temperature: float
+    ) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleList(teachers)
+        self.weights = [weight / sum(weights) for weight in weights]
+        self.temperature = temperature
+
+    def train(self, mode: bool = True) -> "TeacherEnsemble":
+        """Stays in evaluation mode, whatever is asked."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C)"""
+        log_probabilities = [
+            F.log_softmax(teacher(images).float() / self.temperature, dim=-1) + math.log(weight)
+            for teacher, weight in zip(self.teachers, self.weights, strict=True)
+        ]
+        return self.temperature * torch.logsumexp(torch.stack(log_probabilities), dim=0)
+
+
 class StudentWithDistillation(nn.Module):
     """A student that, while training, also asks its teacher.
 
@@ -109,27 +179,18 @@ class StudentWithDistillation(nn.Module):
 
     Args:
         student: the network to train, or its DistributedDataParallel.
-        teacher: a frozen network from `load_teacher`, or None to train without one
-            (teacher_logits is then None).
-        convert: applied to the images before the teacher sees them.
+        teacher: a frozen network in eval mode that takes the same images, or None to train without
+            one (teacher_logits is then None).
     """
 
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, convert: nn.Module | None = None
-    ) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module | None) -> None:
         super().__init__()
         self.student = student
-        self._outside_the_tree = (teacher, convert)  # a tuple is not registered as a child
+        self._outside_the_tree = (teacher,)  # a tuple is not registered as a child
 
     @property
     def teacher(self) -> nn.Module | None:
         return self._outside_the_tree[0]
-
-    @torch.no_grad()
-    def teacher_logits(self, images: torch.Tensor) -> torch.Tensor:
-        """The teacher's (B, C) answer to images (B, 3, H, W) prepared for the student."""
-        teacher, convert = self._outside_the_tree
-        return teacher(images if convert is None else convert(images))
 
     def forward(
         self, images: torch.Tensor
@@ -137,7 +198,10 @@ class StudentWithDistillation(nn.Module):
         if not self.training:
             # Not through DDP: its buffer broadcast would wait for ranks that have fewer batches.
             return unwrap(self.student)(images)
-        teacher_logits = None if self.teacher is None else self.teacher_logits(images)
+        teacher_logits = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_logits = self.teacher(images)
         return self.student(images), teacher_logits
 
     def no_sync(self) -> AbstractContextManager:
@@ -151,7 +215,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def load_teacher(arch: str, path: str, num_classes: int, device: torch.device | str) -> nn.Module:
+def load_teacher(
+    arch: str,
+    path: str,
+    num_classes: int,
+    device: torch.device | str,
+    *,
+    classes: Sequence[str] | None = None,
+    teacher_classes: Sequence[str] | None = None,
+    input_config: dict[str, Any] | None = None,
+) -> nn.Module:
     """Create a timm architecture, load a checkpoint into it strictly, and freeze it.
 
     The file may be this project's, timm's, a ConvNeXt, DeiT or RepDistiller release, a bare
@@ -162,10 +235,14 @@ def load_teacher(arch: str, path: str, num_classes: int, device: torch.device | 
         path: the checkpoint file, or its http(s) address.
         num_classes: classes of the data.
         device: where the teacher computes.
-    Returns: the network in eval mode, its parameters without gradient, with two more attributes:
-        `data_config` (mean, std, input_size it was trained with) and `origin` (one line that says
-        what was loaded).
-    Raises: UserError for an unknown architecture or a file that does not fit it.
+        classes: names of the data's classes in order, to match with the teacher's by name.
+        teacher_classes: names of the teacher's, where the file does not tell them.
+        input_config: any of mean, std and input_size, to overrule what the file or timm says.
+    Returns: the network in eval mode, its parameters without gradient, with three more attributes:
+        `data_config` (mean, std, input_size it was trained with), `class_index` (which of its
+        outputs answer for the data's classes, None for all in order) and `origin` (a line that
+        says what was loaded).
+    Raises: UserError for an unknown architecture or a file that does not fit it or the data.
     """
     checkpoint = utils.read_checkpoint(path, "--teacher_path")
     try:
@@ -175,17 +252,25 @@ def load_teacher(arch: str, path: str, num_classes: int, device: torch.device | 
 
     models.check_architecture(arch, "--teacher_arch")
     config, config_from = _data_config(arch, checkpoint)
-    teacher = models.create_model(arch, num_classes, config["input_size"], flag="--teacher_arch")
+    if input_config:
+        config, config_from = config | input_config, f"{config_from}, but for the flags given,"
+    names = teacher_classes or _class_names(checkpoint)
+    outputs = len(names) if names and classes else num_classes
+    teacher = models.create_model(arch, outputs, config["input_size"], flag="--teacher_arch")
     state = utils.convert_state_dict(teacher, state)
-    wanted = teacher.state_dict()
-
-    classes = _rows_of_classifier(teacher, state)
-    if classes not in (None, num_classes):
-        raise UserError(
-            f"--teacher_path {path}: this teacher tells {classes} classes apart, the data has "
-            f"{num_classes}; give a teacher of the same classes, or fine-tune it on this data first"
+    rows = _rows_of_classifier(teacher, state)
+    if rows not in (None, outputs):
+        remedy = (
+            "--teacher_classes must name each of them"
+            if teacher_classes
+            else "give a teacher of the same classes, name the classes of this one with "
+            "--teacher_classes, or fine-tune it on this data first"
         )
-    if difference := utils.describe_mismatch(wanted, state):
+        raise UserError(
+            f"--teacher_path {path}: this teacher tells {rows} classes apart, not {outputs}; "
+            + remedy
+        )
+    if difference := utils.describe_mismatch(teacher.state_dict(), state):
         raise UserError(
             f"--teacher_arch {arch} does not fit --teacher_path {path}: {difference}; "
             "give the architecture that the file was trained as"
@@ -193,17 +278,18 @@ def load_teacher(arch: str, path: str, num_classes: int, device: torch.device | 
     teacher.load_state_dict(state, strict=True)
     teacher.requires_grad_(False).eval().to(device)
     teacher.data_config = config
+    teacher.class_index, order = _match_classes(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     teacher.origin = (
         f"Teacher {arch} from {path}: weights '{key or 'bare state_dict'}'"
-        f"{' (EMA)' if 'ema' in key else ''}, {parameters:,} parameters, {num_classes} classes, "
-        f"{config['input_size']} px, mean {_short(config['mean'])}, std {_short(config['std'])} "
-        f"(input as {config_from} says)"
+        f"{' (EMA)' if 'ema' in key else ''}, {parameters:,} parameters, {outputs} classes "
+        f"({order}), {config['input_size']} px, mean {_short(config['mean'])}, "
+        f"std {_short(config['std'])} (input as {config_from} says)"
     )
     return teacher
 
 
-def _short(values: list[float]) -> str:
+def _short(values: Sequence[float]) -> str:
     return "/".join(f"{value:.3g}" for value in values)
 
 
@@ -213,7 +299,43 @@ def _data_config(arch: str, checkpoint: dict[str, Any]) -> tuple[dict[str, Any],
     config = {"mean": list(cfg.mean), "std": list(cfg.std), "input_size": cfg.input_size[-1]}
     if isinstance(saved := checkpoint.get("data"), dict):  # this project's
         return config | {name: saved[name] for name in config}, "the file"
-    return config, "the architecture's pretrained_cfg"
+    args = checkpoint.get("args")
+    args = args if isinstance(args, dict) else vars(args) if args is not None else {}
+    if isinstance(args.get("imagenet_default_mean_and_std"), bool):  # the ConvNeXt script's
+        is_imagenet = args["imagenet_default_mean_and_std"]
+        config["mean"] = list(IMAGENET_DEFAULT_MEAN if is_imagenet else IMAGENET_INCEPTION_MEAN)
+        config["std"] = list(IMAGENET_DEFAULT_STD if is_imagenet else IMAGENET_INCEPTION_STD)
+    size = args.get("input_size") or args.get("img_size")  # timm's is (3, size, size), or img_size
+    if size:
+        config["input_size"] = size if isinstance(size, int) else size[-1]
+    for name in ("mean", "std"):  # timm's, where they were given by hand
+        if args.get(name):
+            config[name] = list(args[name])
+    return config, "the file's arguments" if args else "the architecture's pretrained_cfg"
+
+
+def _class_names(checkpoint: dict[str, Any]) -> list[str] | None:
+    saved = checkpoint.get("data")
+    return saved.get("classes") if isinstance(saved, dict) else None
+
+
+def _match_classes(
+    names: Sequence[str] | None, classes: Sequence[str] | None, path: str
+) -> tuple[list[int] | None, str]:
+    """Which of the teacher's outputs answer for the data's classes, and a word on it."""
+    if not names or not classes:
+        return None, "taken to be in the data's order"
+    if missing := [name for name in classes if name not in names]:
+        raise UserError(
+            f"--teacher_path {path}: this teacher does not know {len(missing)} of the data's "
+            f"classes ({', '.join(missing[:3])}); it knows {', '.join(names[:3])} …: give one that "
+            "does, or its names in the data's spelling with --teacher_classes"
+        )
+    position = {name: index for index, name in enumerate(names)}
+    index = [position[name] for name in classes]
+    if index == list(range(len(names))):
+        return None, "in the data's order"
+    return index, f"{len(index)} of them matched by name"
 
 
 def _rows_of_classifier(model: nn.Module, state: dict[str, torch.Tensor]) -> int | None:

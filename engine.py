@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.utils import distribute_bn
 from torch import nn
 
 import utils
@@ -87,7 +86,7 @@ def train_one_epoch(
         step = epoch * updates + update
         if part == 0:
             schedule.apply(optimizer, step)
-        images = images.to(settings.device, non_blocking=True)
+        images = images.to(settings.device, non_blocking=True, memory_format=torch.channels_last)
         targets = targets.to(settings.device, non_blocking=True)
         # Dropout, drop path and mixup depend on nothing that happened before this batch.
         utils.seed_rng(settings.device, settings.seed, epoch, batch, utils.rank())
@@ -100,6 +99,8 @@ def train_one_epoch(
                 student_logits, teacher_logits = model(images)
                 loss, parts = criterion(student_logits, teacher_logits, targets)
             scaler.scale(loss / window).backward()
+        if teacher_logits is not None:
+            parts["teacher_acc1"] = accuracy(teacher_logits, targets)
         history.add_batch(len(images), loss, parts, student_logits)
         if not is_last:
             continue
@@ -116,6 +117,12 @@ def train_one_epoch(
             ema.update(unwrap(model.student), step=step + 1)
         history.end_update(update, grad_norm)
     return history.means()
+
+
+def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Percent of rows (B, C) whose largest logit is their class; of soft targets, the main one."""
+    classes = targets.argmax(dim=1) if targets.ndim == 2 else targets
+    return 100 * (logits.argmax(dim=1) == classes).float().mean()
 
 
 class History:
@@ -229,7 +236,12 @@ class History:
 
 @torch.inference_mode()
 def evaluate(
-    loader: Any, model: nn.Module, settings: LoopSettings, shared: bool = True
+    loader: Any,
+    model: nn.Module,
+    settings: LoopSettings,
+    shared: bool = True,
+    reference: list[torch.Tensor] | None = None,
+    keep: list[torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """Score a classifier: sums over images divided by their number, at any world and batch size.
 
@@ -237,31 +249,44 @@ def evaluate(
         loader: this process's batches; together the processes hold every image once.
         model: images (B, 3, H, W) -> logits (B, C), on the settings' device.
         shared: False where every process holds all images.
-    Returns: loss (mean cross-entropy, no smoothing), acc1 and acc5 in percent.
+        reference: a teacher's logits (B, C) for each batch of the loader.
+        keep: the model's logits for each batch are appended to it, on the CPU.
+    Returns: loss (mean cross-entropy, no smoothing), acc1 and acc5 in percent; with a reference
+        also agreement (percent of images that both give one class) and kl (mean
+        KL(teacher || model) at temperature 1).
+    Raises: UserError where the loss is not finite.
     """
     model.eval()
-    if utils.world_size() > 1:
-        distribute_bn(model, utils.world_size())  # every rank scores what rank 0 will save
     device = settings.device
     wide = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(3, dtype=wide, device=device)  # loss, top-1, top-5
+    names = ["loss", "acc1", "acc5"] + (["agreement", "kl"] if reference is not None else [])
+    sums = torch.zeros(len(names), dtype=wide, device=device)
     count = 0
-    for images, targets in loader:
-        images = images.to(device, non_blocking=True)
+    for batch, (images, targets) in enumerate(loader):
+        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
         targets = targets.to(device, non_blocking=True)
         with settings.autocast():
             logits = model(images).float()  # (B, C)
         top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([loss, top[:, 0].sum(), top.sum()]).to(wide)
+        totals = [loss, top[:, 0].sum(), top.sum()]
+        if reference is not None:
+            teacher = reference[batch].to(device, non_blocking=True)
+            totals.append((logits.argmax(dim=1) == teacher.argmax(dim=1)).sum())
+            log_probabilities = (F.log_softmax(x, dim=-1) for x in (logits, teacher))
+            totals.append(F.kl_div(*log_probabilities, reduction="sum", log_target=True))
+        if keep is not None:
+            keep.append(logits.cpu())
+        sums += torch.stack(totals).to(wide)
         count += len(targets)
     sums = torch.cat([sums, torch.tensor([count], dtype=wide, device=device)])
     if shared:
         utils.all_reduce_(sums)
-    loss, acc1, acc5, count = sums.tolist()
-    if not math.isfinite(loss):
+    *totals, count = sums.tolist()
+    if not math.isfinite(totals[0]):
         raise UserError(
             "the network's weights are not finite any more; nothing was saved since: "
             "lower --lr, or set --clip_grad 1.0"
         )
-    return {"loss": loss / count, "acc1": 100 * acc1 / count, "acc5": 100 * acc5 / count}
+    means = {name: total / count for name, total in zip(names, totals, strict=True)}
+    return {k: v if k in ("loss", "kl") else 100 * v for k, v in means.items()}

@@ -40,20 +40,9 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
     Returns: the device to train on.
     Raises: UserError for a device that is not there.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    try:
-        chosen = torch.device(device) if device else _default_device()
-        if chosen.type == "cuda":
-            if not torch.cuda.is_available():
-                raise RuntimeError("this PyTorch sees no CUDA device")
-            if chosen.index is None:
-                chosen = torch.device("cuda", local_rank)
-            torch.cuda.set_device(chosen)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: {reason}; try --device cpu") from error
-
+    chosen = find_device(device, "--device", _default_device())
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         is_cuda = chosen.type == "cuda"
         dist.init_process_group(
@@ -67,9 +56,27 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
     return chosen
 
 
+def find_device(name: str | None, flag: str, default: torch.device) -> torch.device:
+    """The device of that name, tried out; plain 'cuda' is this process's own GPU.
+
+    Raises: UserError, naming `flag`, for a device that is not there.
+    """
+    if not name:
+        return default
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{flag} {name}: {reason}; try {flag} cpu") from error
+    return device
+
+
 def _default_device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -316,6 +323,17 @@ def _fsync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def read_lines(path: str | None, flag: str) -> list[str] | None:
+    """A text file's lines that hold something; None for no file."""
+    if not path:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: can't read it ({error}); give a text file") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def make_folder(folder: str, flag: str) -> None:
     """Create a folder and prove that it can be written to.
 
@@ -423,7 +441,9 @@ class RunState:
     def finish_epoch(self, epoch: int, record: dict[str, float]) -> list[str]:
         """Note an epoch's scores; returns which of 'best' and 'best-ema' it improved."""
         self.epoch = epoch
-        self.scores = {name: value for name, value in record.items() if name.startswith("test_")}
+        self.scores = {
+            name: value for name, value in record.items() if name.startswith(("test_", "teacher_"))
+        }
         improved = []
         for name, score in (("best", "test_acc1"), ("best-ema", "test_acc1_ema")):
             if score in record and record[score] > self.best.get(name, -1.0):
@@ -512,8 +532,10 @@ class Recorder:
 
     def write(self, record: dict[str, Any]) -> None:
         """Print an epoch's scores and keep the record."""
-        scores = {name: value for name, value in record.items() if name.startswith("test_")}
-        if scores:
+        scores = {
+            name: value for name, value in record.items() if name.startswith(("test_", "teacher_"))
+        }
+        if any(name.startswith("test_") for name in scores):
             log(f"Epoch {record['epoch']}  " + "  ".join(f"{n} {v:.4f}" for n, v in scores.items()))
         if self.path is not None:
             with open(self.path, "a", encoding="utf-8") as file:

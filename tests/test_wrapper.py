@@ -7,7 +7,7 @@ from torch import nn
 from torchvision import transforms
 
 import models  # noqa: F401
-from distillation import InputConversion, StudentWithDistillation, load_teacher
+from distillation import InputConversion, StudentWithDistillation, Teacher, load_teacher
 
 
 @pytest.fixture
@@ -46,6 +46,10 @@ def test_without_a_teacher_training_returns_none_for_it(pair):
 class Mean(nn.Module):
     """Stands for any network: answers with the mean of each channel and of each quarter."""
 
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
     def forward(self, images):
         return torch.cat([images.mean((2, 3)), images[:, :, ::2, 1::2].mean((2, 3))], dim=1)
 
@@ -56,12 +60,10 @@ def test_the_teacher_sees_the_normalisation_it_was_trained_with():
     pixels = torch.rand(5, 3, 24, 24)
     for_student = transforms.Normalize(student_config["mean"], student_config["std"])(pixels)
     for_teacher = transforms.Normalize(teacher_config["mean"], teacher_config["std"])(pixels)
-    model = StudentWithDistillation(
-        nn.Identity(), Mean(), InputConversion(student_config, teacher_config)
-    )
-    torch.testing.assert_close(
-        model.teacher_logits(for_student), Mean()(for_teacher), rtol=1e-5, atol=1e-5
-    )
+    network = Mean()
+    network.data_config, network.class_index = teacher_config, None
+    model = StudentWithDistillation(nn.Identity(), Teacher(network, student_config)).train()
+    torch.testing.assert_close(model(for_student)[1], network(for_teacher), rtol=1e-5, atol=1e-5)
 
 
 def test_the_teacher_sees_the_size_it_was_trained_with():

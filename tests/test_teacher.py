@@ -1,0 +1,292 @@
+"""Any teacher, seen right: every kind of file, its input, its classes, its score."""
+
+import argparse
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import write_images
+from safetensors.torch import save_file
+from timm.data import create_transform
+
+import datasets
+import main
+import models
+from distillation import Teacher, TeacherEnsemble, load_teacher
+from utils import UserError
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def network(arch: str = "cifar_resnet8", num_classes: int = 10, seed: int = 1, **keywords):
+    torch.manual_seed(seed)
+    return timm.create_model(arch, num_classes=num_classes, **keywords).eval()
+
+
+def prefixed(state: dict, prefix: str) -> dict:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def assert_is(teacher, expected, images=IMAGES) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), expected(images), rtol=0, atol=0)
+
+
+GOOD, OTHER = network(seed=1).state_dict(), network(seed=2).state_dict()
+FILES = {
+    "bare": GOOD,
+    "this project": {"model": GOOD, "model_ema": None, "epoch": 3, "args": {"lr": 1.0}},
+    "this project with EMA": {"model": OTHER, "model_ema": GOOD},
+    "timm": {"arch": "x", "state_dict": GOOD, "args": argparse.Namespace(lr=1.0)},
+    "timm with EMA": {"state_dict": OTHER, "state_dict_ema": GOOD},
+    "ConvNeXt script": {"model": GOOD, "epoch": "best", "args": argparse.Namespace(lr=1.0)},
+    "RepDistiller": {"epoch": 240, "model": GOOD, "best_acc": 75.6, "optimizer": {"state": {}}},
+    **{
+        prefix: {"model": prefixed(GOOD, prefix)}
+        for prefix in ("module.", "_orig_mod.", "model.", "student.", "module._orig_mod.")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_right_weights_are_found_in_every_kind_of_file(kind, tmp_path):
+    torch.save(FILES[kind], tmp_path / "t.pth")
+    teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
+    assert_is(teacher, network(seed=1))
+    assert ("(EMA)" in teacher.origin) == ("EMA" in kind)
+
+
+def test_safetensors(tmp_path):
+    save_file(GOOD, tmp_path / "t.safetensors")
+    assert_is(load_teacher("cifar_resnet8", str(tmp_path / "t.safetensors"), 10, "cpu"), network())
+
+
+def test_a_released_convnext_with_its_original_names(tmp_path):
+    model = network("convnext_atto", conv_mlp=False)
+    original = {}
+    for name, value in model.state_dict().items():  # the layout of facebookresearch/ConvNeXt
+        name = re.sub(r"^stem\.", "downsample_layers.0.", name)
+        name = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", name)
+        name = re.sub(r"^stages\.(\d)\.blocks\.", r"stages.\1.", name)
+        name = name.replace("conv_dw", "dwconv").replace("mlp.fc", "pwconv")
+        name = re.sub(r"^head\.norm\.", "norm.", name).replace("head.fc", "head")
+        original[name] = value
+    assert original.keys() != model.state_dict().keys()
+    torch.save({"model": original}, tmp_path / "t.pth")
+    teacher = load_teacher("convnext_atto", str(tmp_path / "t.pth"), 10, "cpu")
+    assert_is(teacher, model, torch.randn(2, 3, 64, 64))
+
+
+def test_a_released_deit(tmp_path):
+    model = network("deit_tiny_patch16_224")
+    torch.save({"model": model.state_dict()}, tmp_path / "t.pth")
+    teacher = load_teacher("deit_tiny_patch16_224", str(tmp_path / "t.pth"), 10, "cpu")
+    assert_is(teacher, model, torch.randn(1, 3, 224, 224))
+    assert teacher.data_config["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_a_missing_or_unexpected_weight_is_an_error_that_lists_it(tmp_path):
+    less = {name: value for name, value in GOOD.items() if name != "bn1.weight"}
+    torch.save(less | {"surprise": torch.zeros(1)}, tmp_path / "t.pth")
+    with pytest.raises(UserError, match=r"missing \(bn1.weight\).*unexpected \(surprise\)"):
+        load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
+
+
+def test_what_the_teacher_was_trained_on_is_taken_from_the_best_source(tmp_path):
+    def config(checkpoint: dict, **keywords) -> tuple:
+        torch.save(checkpoint, tmp_path / "t.pth")
+        teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu", **keywords)
+        return teacher.data_config["mean"][0], teacher.data_config["input_size"]
+
+    data = {"mean": [0.1] * 3, "std": [0.2] * 3, "input_size": 16}
+    assert config({"model": GOOD}) == (0.5071, 32)  # the architecture's
+    assert config({"model": GOOD, "data": data}) == (0.1, 16)  # this project's
+    convnext = argparse.Namespace(imagenet_default_mean_and_std=True, input_size=24)
+    assert config({"model": GOOD, "args": convnext}) == (0.485, 24)
+    trained = argparse.Namespace(mean=[0.3] * 3, std=[0.2] * 3, img_size=40)
+    assert config({"state_dict": GOOD, "args": trained}) == (0.3, 40)  # timm's train.py
+    by_hand = {"mean": [0.4] * 3, "input_size": 8}
+    assert config({"model": GOOD, "data": data}, input_config=by_hand) == (0.4, 8)
+
+
+def test_a_teacher_of_other_statistics_and_size_answers_as_in_its_own_pipeline(tmp_path):
+    """Both pipelines start from the same images; float32, logits to 1e-4 of their spread."""
+    teacher_config = {"mean": [0.3, 0.5, 0.4], "std": [0.2, 0.3, 0.25], "input_size": 16}
+    torch.save({"model": GOOD, "data": teacher_config}, tmp_path / "t.pth")
+    loaded = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
+
+    args = main.parse_args(["--input_size", "16"])
+    student_config = datasets.data_config(args)
+    source = datasets._digits(False)
+    statistics = {"mean": teacher_config["mean"], "std": teacher_config["std"]}
+    own = create_transform(16, interpolation="bicubic", crop_pct=1.0, **statistics)
+    for_student = datasets.eval_transform(student_config)
+    images = [source[index][0] for index in range(8)]
+    teacher = Teacher(loaded, student_config)
+    with torch.no_grad():
+        expected = loaded(torch.stack([own(image) for image in images]))
+        seen = teacher(torch.stack([for_student(image) for image in images]))
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-4 * expected.std().item())
+
+    # Another size: Pillow's antialiased bicubic of the same 32-pixel image, within a grey level.
+    args.input_size = 32
+    student_config = datasets.data_config(args)
+    big = torch.stack([datasets.eval_transform(student_config)(image) for image in images])
+    small = Teacher(loaded, student_config).convert(big)
+    mean, std = (torch.tensor(teacher_config[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    pixels = (small * std + mean) * 255
+    enlarged = [image.resize((32, 32), 3).resize((16, 16), 3) for image in images]
+    wanted = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in enlarged])
+    assert (pixels - wanted).abs().mean() < 1 and (pixels - wanted).abs().max() < 8
+
+
+def test_classes_in_another_order_are_matched_by_name(tmp_path):
+    names = ["cat", "ant", "bee"]
+    model = network(num_classes=3)
+    config = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": 32, "classes": names}
+    torch.save({"model": model.state_dict(), "data": config}, tmp_path / "t.pth")
+    loaded = load_teacher(
+        "cifar_resnet8", str(tmp_path / "t.pth"), 3, "cpu", classes=["ant", "bee", "cat"]
+    )
+    assert "3 of them matched by name" in loaded.origin
+    with torch.no_grad():
+        torch.testing.assert_close(Teacher(loaded, config)(IMAGES), model(IMAGES)[:, [1, 2, 0]])
+
+
+def test_a_teacher_of_more_classes_is_mapped_by_a_file_of_names(run_main, imnet, tmp_path):
+    names = ["dog", "cat", "wasp", "ant", "bee"]
+    torch.save(network(num_classes=5).state_dict(), tmp_path / "t.pth")
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    flags = ["--data_path", imnet, "--input_size", 32, "--epochs", 1, "--batch_size", 8]
+    flags += [
+        "--kd",
+        "true",
+        "--teacher_arch",
+        "cifar_resnet8",
+        "--teacher_path",
+        tmp_path / "t.pth",
+    ]
+    assert "tells 5 classes apart, not 3" in run_main(*flags).err
+    run = run_main(*flags, "--teacher_classes", tmp_path / "names.txt")
+    assert run.code == 0 and "3 of them matched by name" in run.out, run.err
+    (tmp_path / "names.txt").write_text("dog\ncat\nwasp\nANT\nbee\n")
+    run = run_main(*flags, "--teacher_classes", tmp_path / "names.txt")
+    assert run.code == 2 and "does not know 1 of the data's classes (ant)" in run.err
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+    assert "must name each" in run_main(*flags, "--teacher_classes", tmp_path / "names.txt").err
+    assert "can't read it" in run_main(*flags, "--teacher_classes", tmp_path / "none").err
+
+
+def test_the_teachers_score_is_printed_logged_and_kept(run_main, short, kd, tmp_path):
+    run = run_main(*short, *kd, output_dir=tmp_path)
+    printed = float(re.search(r"Teacher on the validation images: acc1 ([\d.]+)", run.out)[1])
+    assert run.log[0]["teacher_acc1"] == pytest.approx(printed, abs=0.01)
+    assert run.checkpoint(1)["scores"]["teacher_acc1"] == run.log[1]["teacher_acc1"]
+    assert "WARNING: the teacher is near chance (10.00 %)" in run.out  # its weights are random
+    quiet = run_main(*short, *kd, "--teacher_eval", "false", output_dir=tmp_path / "quiet")
+    assert "Teacher on" not in quiet.out and "test_kl" not in quiet.log[0]
+
+
+def test_a_teacher_below_the_floor_stops_the_run(run_main, short, kd):
+    run = run_main(*short, *kd, "--teacher_min_acc1", 90)
+    assert run.code == 2 and "--teacher_min_acc1 90.0: the teacher scores" in run.err
+    assert "--teacher_norm" in run.err and "Epoch" not in run.out
+
+
+def test_a_teacher_below_its_student_is_told_in_the_end(run_main, kd):
+    run = run_main("--train_samples", 320, "--epochs", 6, "--lr", "5e-3", "--kd_alpha", 0.01, *kd)
+    assert "is below its student" in run.out
+
+
+def test_fidelity_is_logged_and_right(run_main, short, kd, teacher_file, tmp_path):
+    run = run_main(*short, *kd, output_dir=tmp_path / "out")
+    student = models.create_model("cifar_resnet8", 10, 8).eval()
+    student.load_state_dict(run.checkpoint(1)["model"])
+    loaded = load_teacher("cifar_resnet8", str(teacher_file), 10, "cpu")
+    args = main.parse_args(["--input_size", "8"])
+    config = datasets.data_config(args)
+    teacher = Teacher(loaded, config)
+    source, show = datasets._digits(False), datasets.eval_transform(config)
+    images = torch.stack([show(source[index][0]) for index in range(360)])
+    with torch.no_grad():
+        s, t = student(images).double().softmax(1), teacher(images).double().softmax(1)
+    last = run.log[-1]
+    assert last["test_kl"] == pytest.approx((t * (t / s).log()).sum(1).mean().item(), rel=1e-4)
+    agreement = (s.argmax(1) == t.argmax(1)).double().mean().item()
+    assert last["test_agreement"] == pytest.approx(100 * agreement, abs=0.3)
+    assert 0 <= last["train_teacher_acc1"] <= 100
+
+
+def test_several_teachers_average_their_tempered_probabilities():
+    teachers = [network(seed=seed) for seed in (1, 2)]
+    ensemble = TeacherEnsemble(teachers, weights=[3.0, 1.0], temperature=4.0)
+    with torch.no_grad():
+        a, b = (teacher(IMAGES).double() for teacher in teachers)
+        seen = (ensemble(IMAGES).double() / 4).softmax(1)
+    expected = 0.75 * (a / 4).softmax(1) + 0.25 * (b / 4).softmax(1)
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-7)
+    assert not any(module.training for module in ensemble.train().modules())
+
+
+def test_several_teachers_on_the_command_line(run_main, short, teacher_file, tmp_path):
+    other = tmp_path / "other.pth"
+    torch.save(network("cifar_resnet20").state_dict(), other)
+    flags = ["--kd", "true", "--teacher_arch", "cifar_resnet8,cifar_resnet20"]
+    both = f"{teacher_file},{other}"
+    run = run_main(*short, *flags, "--teacher_path", both, "--teacher_weights", "2,1")
+    assert run.code == 0 and run.out.count("Teacher cifar_resnet") == 2
+    assert "names 2 and --teacher_path 1" in run_main(*flags, "--teacher_path", other).err
+    run = run_main(*flags, "--teacher_path", both, "--teacher_weights", "1,2,3")
+    assert "--teacher_weights 1,2,3: give 2 number(s)" in run.err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--teacher_dtype bfloat16 --teacher_device cpu",
+        "--teacher_norm student",
+        "--teacher_norm arch --teacher_input_size 16",
+        "--teacher_dtype bfloat16 --use_amp true",
+    ],
+)
+def test_the_teachers_flags_run(run_main, short, kd, flags):
+    run = run_main(*short, *kd, *flags.split())
+    assert run.code == 0, run.err
+    if "norm arch" in flags:
+        assert "16 px, mean 0.507/0.487/0.441" in run.out
+    if "norm student" in flags:
+        assert "mean 0.485/0.456/0.406" in run.out
+
+
+def test_a_smaller_dtype_changes_the_answer_by_its_rounding_only(teacher_file):
+    config = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": 32}
+    answers = []
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_teacher("cifar_resnet8", str(teacher_file), 10, "cpu")
+        with torch.no_grad():
+            answers.append(Teacher(loaded, config, dtype)(IMAGES).float())
+    assert not torch.equal(*answers)
+    torch.testing.assert_close(*answers, rtol=0.05, atol=0.05 * answers[0].abs().max().item())
+
+
+def test_a_distilled_student_is_the_next_teacher(run_main, short, kd, tmp_path):
+    run_main(*short, *kd, "--model_ema", "true", output_dir=tmp_path / "first")
+    flags = ["--kd", "true", "--teacher_arch", "cifar_resnet8"]
+    flags += ["--teacher_path", tmp_path / "first" / "checkpoint-best.pth"]
+    run = run_main(*short, *flags)
+    assert (
+        run.code == 0 and "'model_ema' (EMA)" in run.out and "(input as the file says)" in run.out
+    )
+
+
+def test_class_names_travel_in_the_checkpoint(run_main, imnet, tmp_path):
+    flags = ["--input_size", 32, "--epochs", 1, "--batch_size", 8]
+    run_main("--data_path", imnet, *flags, output_dir=tmp_path / "t")
+    write_images(tmp_path / "two" / "train", ["cat", "ant"])
+    write_images(tmp_path / "two" / "val", ["cat", "ant"])
+    kd = ["--kd", "true", "--teacher_arch", "cifar_resnet8"]
+    kd += ["--teacher_path", tmp_path / "t" / "checkpoint-0.pth"]
+    run = run_main("--data_path", tmp_path / "two", *flags, *kd)
+    assert run.code == 0 and "2 of them matched by name" in run.out, run.err
