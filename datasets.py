@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +85,9 @@ def _image_of_reader(reader: Any, index: int) -> Image.Image:
 def _open(file: Any, name: Any) -> Image.Image:
     try:
         image = file if isinstance(file, Image.Image) else Image.open(file)
+        if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+            grey = np.asarray(image, dtype=np.float32) * (255 / 65535)
+            image = Image.fromarray(np.round(grey.clip(0, 255)).astype(np.uint8))
         return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
         raise UserError(
@@ -375,7 +379,7 @@ class StreamLoader:
 
     def __init__(self, stream: IterableDataset, settings: dict[str, Any], is_train: bool) -> None:
         stream.set_loader_cfg(num_workers=settings["num_workers"])
-        self.stream = stream
+        self.stream, self.is_train = stream, is_train
         self.loader = DataLoader(stream, drop_last=is_train, **settings)
 
     def set_epoch(self, epoch: int) -> None:
@@ -385,7 +389,8 @@ class StreamLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        return iter(self.loader)
+        # A shard may hold more than the stream's length says; the schedule has no steps for that.
+        return itertools.islice(self.loader, len(self) if self.is_train else None)
 
 
 @dataclass

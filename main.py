@@ -480,7 +480,9 @@ def train(
             state.save(improved, is_due, args.save_ckpt_num)
     recorder.close()
     check.compare(state.scores)
-    log(f"Trained {args.epochs - start} epochs in {timedelta(seconds=int(time.time() - started))}")
+    log(
+        f"Trained {max(0, args.epochs - start)} epochs in {timedelta(seconds=int(time.time() - started))}"
+    )
     log(state.summary())
 
 

@@ -180,3 +180,39 @@ def test_classes_that_differ_between_train_and_val_are_told(tmp_path):
     write_images(tmp_path / "val", ["ant", "wasp"])
     with pytest.raises(UserError, match="only in training: bee; only in validation: wasp"):
         datasets.build_data(arguments("--data_path", tmp_path), CPU)
+
+
+def test_every_kind_of_picture_becomes_rgb_and_right(tmp_path):
+    grey = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    color = np.stack([grey, grey[::-1], 255 - grey], axis=2)
+    pictures = {
+        "grey.png": (Image.fromarray(grey), grey),
+        "16-bit.png": (Image.fromarray(grey.astype(np.uint16) * 257), grey),
+        "rgb.png": (Image.fromarray(color), color),
+        "alpha.png": (Image.fromarray(np.dstack([color, grey])), color),
+        "palette.png": (Image.fromarray(color).quantize(256), color),
+        "cmyk.tif": (Image.fromarray(color).convert("CMYK"), color),
+        "one-bit.png": (Image.fromarray(grey > 100), np.uint8(255) * (grey > 100)),
+    }
+    for name, (picture, expected) in pictures.items():
+        picture.save(tmp_path / name)
+        with Image.open(tmp_path / name) as file:
+            shown = np.asarray(datasets._open(file, name)).astype(int)
+        expected = expected if expected.ndim == 3 else np.repeat(expected[:, :, None], 3, axis=2)
+        assert np.abs(shown - expected).max() <= (12 if "palette" in name else 1), name
+    frames = [Image.fromarray(color), Image.fromarray(255 - color)]
+    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
+    shown = datasets._open(str(tmp_path / "moving.png"), "moving.png")
+    assert np.array_equal(np.asarray(shown), color)
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "bomb"])
+def test_a_picture_that_can_not_be_read_is_named(kind, tmp_path, monkeypatch):
+    path = tmp_path / f"{kind}.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
+    if kind == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello", "cut": path.read_bytes()[:60]}[kind])
+    with pytest.raises(UserError, match=f"can't read the image .*{kind}.png"):
+        datasets._open(str(path), str(path))
