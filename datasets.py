@@ -351,17 +351,19 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world = utils.rank(), utils.world_size()
-        self.epoch = 0
+        self.epoch, self.first_batch = 0, 0
+        self.batches_in_epoch = count // (batch_size * self.world)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin with where a part of it is done."""
+        self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
-        return self.count // (self.batch_size * self.world)
+        return self.batches_in_epoch - self.first_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist()
-        for batch in range(len(self)):
+        for batch in range(self.first_batch, self.batches_in_epoch):
             start = (batch * self.world + self.rank) * self.batch_size
             yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
 
@@ -381,16 +383,21 @@ class StreamLoader:
         stream.set_loader_cfg(num_workers=settings["num_workers"])
         self.stream, self.is_train = stream, is_train
         self.loader = DataLoader(stream, drop_last=is_train, **settings)
+        self.batches_in_epoch = len(self.loader)
+        self.first_batch = 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch; a stream has to be read up to the batch to begin with."""
         self.stream.set_epoch(epoch)
+        self.first_batch = first_batch
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         # A shard may hold more than the stream's length says; the schedule has no steps for that.
-        return itertools.islice(self.loader, len(self) if self.is_train else None)
+        stop = self.batches_in_epoch if self.is_train else None
+        return itertools.islice(self.loader, self.first_batch, stop)
 
 
 @dataclass
@@ -437,6 +444,7 @@ def build_data(args: argparse.Namespace, device: torch.device) -> Data:
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and device.type == "cuda",
         "persistent_workers": args.num_workers > 0,
+        "worker_init_fn": utils.leave_signals_to_the_trainer,
     }
     _check_shared_memory(args, settings["num_workers"])
     train_loader = _train_loader(train, train_transform(args, config), args, settings)
@@ -472,7 +480,7 @@ def _train_loader(
     loader = DataLoader(
         TransformedImages(train, transform, args.seed), batch_sampler=batches, **settings
     )
-    loader.set_epoch = batches.set_epoch
+    loader.set_epoch, loader.batches_in_epoch = batches.set_epoch, batches.batches_in_epoch
     return loader
 
 

@@ -1,8 +1,9 @@
 """The loops: one epoch of training, one evaluation. What is learned from is the model's affair."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,16 @@ class Schedule:
                 group["weight_decay"] = float(self.weight_decay[step])
 
 
+@dataclass
+class Progress:
+    """How far an epoch has come: what a checkpoint inside it must hold, plain values only."""
+
+    updates: int = 0  # optimizer steps done
+    batches: int = 0  # batches that count in the means
+    sums: list[float] = field(default_factory=list)  # of loss and its parts over those batches
+    skipped: int = 0  # steps that the gradient scaler left out
+
+
 def train_one_epoch(
     model: nn.Module,
     criterion: nn.Module,
@@ -60,8 +71,10 @@ def train_one_epoch(
     mixup_fn: Any = None,
     ema: Any = None,
     writer: Any = None,
+    progress: Progress | None = None,
+    after_update: Callable[["History", int], None] | None = None,
 ) -> dict[str, float]:
-    """Train for one epoch.
+    """Train for one epoch, or for what `progress` leaves of it.
 
     Args:
         model: a StudentWithDistillation; gives (student_logits, teacher_logits) for images.
@@ -69,18 +82,22 @@ def train_one_epoch(
         loader: batches of images (B, 3, H, W) float32 and targets (B,) int64.
         ema: a timm ModelEmaV3 of the student, or None.
         writer: a TensorBoard SummaryWriter, or None.
+        progress: how far an interrupted run came in this epoch.
+        after_update: called with the history and the optimizer steps done after each of them.
     Returns: means over the epoch's images on all processes: loss, its parts, and the last lr.
     Raises: UserError that names the step where loss or gradient is not finite, before the epoch
         ends; with a gradient scaler such steps are left out and counted.
     """
     model.train()
-    loader.set_epoch(epoch)
-    batches, freq = len(loader), settings.update_freq
+    progress = progress or Progress()
+    first_batch = progress.updates * settings.update_freq
+    loader.set_epoch(epoch, first_batch)
+    batches, freq = loader.batches_in_epoch, settings.update_freq
     updates = -(-batches // freq)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    history = History(epoch, updates, schedule, settings, scaler.is_enabled(), writer)
+    history = History(epoch, updates, schedule, settings, scaler.is_enabled(), writer, progress)
     optimizer.zero_grad(set_to_none=True)
-    for batch, (images, targets) in enumerate(loader):
+    for batch, (images, targets) in enumerate(loader, start=first_batch):
         update, part = divmod(batch, freq)
         window = min(freq, batches - update * freq)  # an epoch's last window may be shorter
         step = epoch * updates + update
@@ -116,6 +133,8 @@ def train_one_epoch(
         if ema is not None:
             ema.update(unwrap(model.student), step=step + 1)
         history.end_update(update, grad_norm)
+        if after_update is not None:
+            after_update(history, update + 1)
     return history.means()
 
 
@@ -136,6 +155,7 @@ class History:
         settings: LoopSettings,
         is_scaled: bool,
         writer: Any,
+        progress: Progress,
     ) -> None:
         self.is_scaled = is_scaled
         self.epoch, self.updates, self.schedule = epoch, updates, schedule
@@ -146,9 +166,10 @@ class History:
         self.batches_of_update: list[int] = []
         self.pending = 0
         self.images = 0
-        self.sums = np.zeros(0)
-        self.count = 0
-        self.skipped = 0
+        self.sums = np.array(progress.sums)
+        self.count = progress.batches
+        self.skipped = progress.skipped
+        self.stop = 0  # the signal that asks every process to stop, or 0
         self.stopwatch = utils.Stopwatch()
 
     def add_batch(
@@ -160,7 +181,8 @@ class History:
     ) -> None:
         if not self.names:
             self.names = ["loss", *parts]
-            self.sums = np.zeros(len(self.names))
+            if not len(self.sums):
+                self.sums = np.zeros(len(self.names))
         largest = student_logits.detach().abs().max()
         self.batches.append(torch.stack([loss.detach(), *parts.values(), largest.float()]))
         self.pending += 1
@@ -172,6 +194,12 @@ class History:
         self.pending = 0
         if (update + 1) % self.settings.print_freq == 0 or update + 1 == self.updates:
             self._fetch(update)
+
+    def progress(self, updates: int) -> Progress:
+        """What a checkpoint after `updates` optimizer steps must hold."""
+        if self.norms:
+            self._fetch(updates - 1)
+        return Progress(updates, self.count, self.sums.tolist(), self.skipped)
 
     def _fetch(self, update: int) -> None:
         first = self.epoch * self.updates + update + 1 - len(self.norms)
@@ -197,7 +225,8 @@ class History:
             row = int(np.argmin(is_finite))
             index = owner[row]
             raise self._not_finite(first + index, table[row], largest[row], norms[index])
-        self.sums = self.sums + table[is_finite].sum(axis=0, dtype=np.float64)
+        for row in table[is_finite]:  # one by one, so that no sum depends on where it was fetched
+            self.sums += row
         self.count += int(is_finite.sum())
         if self.writer is not None:
             self._write(first, table, owner, norms)
@@ -209,6 +238,7 @@ class History:
             + f"  {self.stopwatch.rate(images):.0f} images/s"
         )
         self.batches, self.norms, self.batches_of_update, self.images = [], [], [], 0
+        self.stop = utils.stop_requested(self.settings.device)
 
     def _write(self, first: int, table: np.ndarray, owner: np.ndarray, norms: np.ndarray) -> None:
         for index, norm in enumerate(norms):

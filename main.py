@@ -3,9 +3,12 @@
 import argparse
 import copy
 import os
+import signal
 import sys
 import time
+from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 
@@ -231,6 +234,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--save_ckpt_freq", type=int, default=1, help="epochs between two checkpoints")
     add("--save_ckpt_num", type=int, default=3, help="how many of them are kept")
 
+    add(
+        "--save_ckpt_steps", type=int, help="also save after this many steps (default: epochs only)"
+    )
+
     ev = parser.add_argument_group("evaluation")
     add = ev.add_argument
     add("--eval", type=str2bool, default=False, help="only score --resume's checkpoint")
@@ -290,6 +297,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         "nb_classes",
         "clip_grad",
         "layer_decay",
+        "save_ckpt_steps",
     ):
         value = getattr(args, flag)
         require(value is None or value > 0, flag, "must be above 0")
@@ -384,7 +392,7 @@ from distillation import (
     TeacherEnsemble,
     load_teacher,
 )
-from engine import LoopSettings, Schedule, evaluate, train_one_epoch
+from engine import History, LoopSettings, Progress, Schedule, evaluate, train_one_epoch
 from utils import UserError, log
 
 
@@ -396,6 +404,9 @@ def main(args: argparse.Namespace) -> int:
         where = f" [rank {utils.rank()}]" if utils.rank() else ""
         print(f"main.py: error{where}: {error}", file=sys.stderr, flush=True)
         return 2
+    except utils.Interrupted as stop:
+        log(f"Stopped: {stop}")
+        return stop.exit_code
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -459,16 +470,29 @@ def train(
         student.compile()
         if teacher is not None:
             teacher.compile()
-    recorder = utils.Recorder(args.output_dir, args.log_dir, start, steps)
+    first_step = start * steps + (state.progress["updates"] if state.progress else 0)
+    recorder = utils.Recorder(args.output_dir, args.log_dir, start, first_step)
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
     started = time.time()
     for epoch in range(start, args.epochs):
+
+        def after_update(history: History, updates: int) -> None:
+            is_due = args.save_ckpt_steps and updates % args.save_ckpt_steps == 0
+            if not (is_due or history.stop) or updates == history.updates:
+                return  # an epoch's last step is followed by its own checkpoint
+            saved = state.save_inside_epoch(asdict(history.progress(updates)))
+            if history.stop:
+                raise stopped(history.stop, f"step {updates} of epoch {history.epoch}", saved)
+
         stats = train_one_epoch(
             *(model, loss, data.train_loader, optimizer, scaler, schedule, epoch, settings),
             mixup_fn=mixup_fn,
             ema=ema,
             writer=recorder.writer,
+            progress=Progress(**state.progress) if state.progress else None,
+            after_update=after_update,
         )
+        state.progress = None
         record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
         if data.val_loader is not None:
             record |= evaluate_all(args, data, student, ema, settings, check.logits)
@@ -477,13 +501,26 @@ def train(
         improved = state.finish_epoch(epoch, record)
         if args.output_dir and args.save_ckpt:
             is_due = (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs
-            state.save(improved, is_due, args.save_ckpt_num)
+            signalled = utils.stop_requested(settings.device)
+            state.save(improved, is_due or bool(signalled), args.save_ckpt_num)
+            if signalled and epoch + 1 < args.epochs:
+                raise stopped(signalled, f"epoch {epoch}", Path(args.output_dir))
     recorder.close()
     check.compare(state.scores)
-    log(
-        f"Trained {max(0, args.epochs - start)} epochs in {timedelta(seconds=int(time.time() - started))}"
-    )
+    duration = timedelta(seconds=int(time.time() - started))
+    log(f"Trained {max(0, args.epochs - start)} epochs in {duration}")
     log(state.summary())
+
+
+def stopped(signal_number: int, when: str, saved: Path | None) -> utils.Interrupted:
+    """What to raise, and so to print, when a signal ends the run."""
+    name = signal.Signals(signal_number).name
+    how = (
+        f"saved in {saved}; type the same command to go on"
+        if saved
+        else "no --output_dir to save in"
+    )
+    return utils.Interrupted(f"{name} after {when}: {how}", signal_number)
 
 
 def evaluate_all(
@@ -709,4 +746,5 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
 
 
 if __name__ == "__main__":
+    utils.stop_on_signals()
     sys.exit(main(command_line))

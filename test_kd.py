@@ -52,8 +52,9 @@ class DummyLoader(list):
         for _ in range(batches):
             images = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
             self.append((images, torch.randint(CLASSES, (BATCH,), generator=generator)))
+        self.batches_in_epoch = batches
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, first_batch: int) -> None:
         """The order is fixed."""
 
 

@@ -7,6 +7,8 @@ import os
 import pickle
 import random
 import re
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -102,6 +104,50 @@ def all_reduce_(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceO
     """Reduce `tensor` over the processes in place; with one process, nothing."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=op)
+
+
+# ------------------------------------------------------------------------------------ signals
+
+_received: list[int] = []  # a handler can do no more than leave a note
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it did, at a point from which it can go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number  # as a shell reports it
+
+
+def stop_on_signals() -> None:
+    """Let SIGTERM (schedulers, torchrun) and SIGINT (Ctrl-C) end the run after a step.
+
+    A second SIGINT ends it at once.
+    """
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and _received:
+            raise KeyboardInterrupt
+        _received.append(number)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+
+
+def leave_signals_to_the_trainer(worker_id: int) -> None:
+    """In a loader worker: a scheduler or a terminal signals the whole process group at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stop_requested(device: torch.device) -> int:
+    """The signal that any process received, agreed on by all; 0 for none. A collective call."""
+    number = _received[0] if _received else 0
+    if world_size() == 1:
+        return number
+    flag = torch.tensor([number], device=device)
+    all_reduce_(flag, dist.ReduceOp.MAX)
+    return int(flag.item())
 
 
 # --------------------------------------------------------------------------------- randomness
@@ -307,10 +353,16 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         RuntimeError,
     ) as error:  # torch's zip writer reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"--output_dir: could not write {path} ({str(error).splitlines()[0]}); free some space "
-            "or give another folder, then type the same command: older checkpoints are whole"
-        ) from error
+        raise _could_not_write(path, error) from error
+
+
+def _could_not_write(path: Path, error: Exception) -> UserError:
+    free = shutil.disk_usage(path.parent).free / 2**20
+    reason = str(error).splitlines()[0]
+    return UserError(
+        f"--output_dir: could not write {path} ({reason}; {free:.1f} MiB free); free some space or "
+        "give another folder, then type the same command: older checkpoints are whole"
+    )
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -377,6 +429,9 @@ def load_weights(
         ema.module.load_state_dict(checkpoint.get("model_ema") or state)
 
 
+INSIDE_EPOCH = "checkpoint-step.pth"
+
+
 class RunState:
     """Everything that a restart needs: collected into checkpoints, and restored from them.
 
@@ -399,25 +454,22 @@ class RunState:
         self.epoch = -1  # the last that is finished
         self.best: dict[str, float] = {}  # checkpoint name -> accuracy it was saved with
         self.scores: dict[str, float] = {}  # of the last epoch
+        self.progress: dict[str, Any] | None = None  # of the epoch after it, where it has begun
+        self.global_batch = (
+            settings.get("batch_size", 0) * settings.get("update_freq", 1) * world_size()
+        )
 
     def resume(self, output_dir: str, path: str, auto_resume: bool, start_epoch: int) -> int:
         """Restore from `path`, else from the newest whole checkpoint in `output_dir`.
 
+        Sets `progress` where that checkpoint was taken inside an epoch.
         Returns: the epoch to start with.
         """
         checkpoint = None
         if path:
             checkpoint = read_checkpoint(path, "--resume")
         elif output_dir and auto_resume:
-            for candidate in epoch_checkpoints(Path(output_dir)):
-                try:
-                    checkpoint, path = (
-                        read_checkpoint(str(candidate), "--auto_resume"),
-                        str(candidate),
-                    )
-                    break
-                except UserError as error:
-                    log(f"Warning: {error}; trying the one before it")
+            checkpoint, path = self._newest(Path(output_dir))
         if checkpoint is None:
             return start_epoch
         load_weights(checkpoint, path, self.student, self.ema)
@@ -435,8 +487,45 @@ class RunState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"]
         self.best = dict(checkpoint.get("best", {}))
-        log(f"Resumed {path}: epoch {self.epoch} is done; best so far {self.best or 'unknown'}")
+        self.progress = checkpoint.get("progress")
+        self._check_global_batch(checkpoint.get("global_batch"), path)
+        if checkpoint.get("world_size", world_size()) != world_size():
+            log(
+                f"{path}: saved by {checkpoint['world_size']} process(es), now {world_size()}; "
+                "dropout, mixup and BatchNorm's batches are another draw from here on"
+            )
+        inside = f", {self.progress['updates']} steps of the next" if self.progress else ""
+        log(
+            f"Resumed {path}: epoch {self.epoch} is done{inside}; best so far {self.best or 'none'}"
+        )
         return self.epoch + 1
+
+    def _newest(self, folder: Path) -> tuple[Any, str]:
+        """The newest whole checkpoint of a folder and its path; (None, '') where there is none."""
+        best: tuple[Any, str] = (None, "")
+        candidates = [p for p in (folder / INSIDE_EPOCH,) if p.exists()] + epoch_checkpoints(folder)
+        for path in candidates:
+            try:
+                checkpoint = read_checkpoint(str(path), "--auto_resume")
+            except UserError as error:
+                log(f"Warning: {error}; trying the one before it")
+                continue
+            if best[0] is None or checkpoint["epoch"] > best[0]["epoch"]:
+                best = checkpoint, str(path)
+            if path.name != INSIDE_EPOCH:
+                break  # the others are older
+        return best
+
+    def _check_global_batch(self, saved: int | None, path: str) -> None:
+        if saved in (None, self.global_batch):
+            return
+        difference = f"{saved} images a step when it was saved, {self.global_batch} now"
+        if self.progress:
+            raise UserError(
+                f"--resume {path}: taken inside an epoch, with {difference}; choose --batch_size "
+                "and --update_freq so that their product with the processes is the same"
+            )
+        log(f"Warning: {path}: {difference}; the rest of the run is not what it would have been")
 
     def finish_epoch(self, epoch: int, record: dict[str, float]) -> list[str]:
         """Note an epoch's scores; returns which of 'best' and 'best-ema' it improved."""
@@ -458,23 +547,39 @@ class RunState:
         if not is_main_process() or not (improved or is_due):
             return
         folder = Path(self.settings["output_dir"])
-        state = {
-            "model": self.student.state_dict(),
-            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "args": self.settings,
-            "data": self.data_config,
-            "best": self.best,
-            "scores": self.scores,
-        }
+        state = self._state()
         for name in improved:
             save_checkpoint(state, folder / f"checkpoint-{name}.pth")
         if is_due:
             save_checkpoint(state, folder / f"checkpoint-{self.epoch}.pth")
             for old in epoch_checkpoints(folder)[keep:]:
                 old.unlink(missing_ok=True)
+            (folder / INSIDE_EPOCH).unlink(missing_ok=True)  # older now
+
+    def save_inside_epoch(self, progress: dict[str, Any]) -> Path | None:
+        """Write checkpoint-step.pth, from which a run goes on inside an epoch. Rank 0 writes."""
+        if not self.settings["output_dir"]:
+            return None
+        path = Path(self.settings["output_dir"]) / INSIDE_EPOCH
+        if is_main_process():
+            save_checkpoint(self._state() | {"progress": progress}, path)
+        return path
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.student.state_dict(),
+            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "progress": None,
+            "global_batch": self.global_batch,
+            "world_size": world_size(),
+            "args": self.settings,
+            "data": self.data_config,
+            "best": self.best,
+            "scores": self.scores,
+        }
 
     def summary(self) -> str:
         """Best and last accuracy, in a line."""
@@ -497,11 +602,11 @@ class Recorder:
         output_dir: folder of log.txt, '' for none.
         log_dir: folder of TensorBoard's files, None for none.
         start_epoch: first epoch that will be recorded.
-        steps_per_epoch: optimizer steps.
+        first_step: first optimizer step that will be.
     """
 
     def __init__(
-        self, output_dir: str, log_dir: str | None, start_epoch: int, steps_per_epoch: int
+        self, output_dir: str, log_dir: str | None, start_epoch: int, first_step: int
     ) -> None:
         self.writer = self.path = None
         if not is_main_process():
@@ -513,7 +618,7 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             make_folder(log_dir, "--log_dir")
-            self.writer = SummaryWriter(log_dir, purge_step=start_epoch * steps_per_epoch)
+            self.writer = SummaryWriter(log_dir, purge_step=first_step)
 
     def _drop_lines_from(self, epoch: int) -> None:
         kept = []
@@ -538,10 +643,13 @@ class Recorder:
         if any(name.startswith("test_") for name in scores):
             log(f"Epoch {record['epoch']}  " + "  ".join(f"{n} {v:.4f}" for n, v in scores.items()))
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise _could_not_write(self.path, error) from error
         if self.writer is not None:
             for name, value in scores.items():
                 self.writer.add_scalar(name.replace("_", "/", 1), value, record["epoch"])

@@ -279,7 +279,62 @@ def test_the_schedule_warms_up_and_ends_at_the_minimum():
 
 def test_log_lines_are_json_and_a_cut_line_is_dropped(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
-    utils.Recorder(str(tmp_path), None, start_epoch=1, steps_per_epoch=1)
+    utils.Recorder(str(tmp_path), None, start_epoch=1, first_step=1)
     assert [json.loads(x) for x in (tmp_path / "log.txt").read_text().splitlines()] == [
         {"epoch": 0}
     ]
+
+
+def train_with_a_fault(scaled: bool, fault: str):
+    """Six optimizer steps of which the third has the fault; returns (result, student)."""
+    import timm
+    from torch import nn
+
+    import test_kd
+    from distillation import DistillationLoss, StudentWithDistillation
+
+    torch.manual_seed(0)
+    student = timm.create_model("cifar_resnet8", num_classes=10)
+    model = StudentWithDistillation(student, None)
+    calls = iter(range(100))
+
+    class Faulty(DistillationLoss):
+        def forward(self, student_logits, teacher_logits, targets):
+            loss, parts = super().forward(student_logits, teacher_logits, targets)
+            if next(calls) == 2:
+                if fault == "loss":
+                    loss = loss * float("nan")
+                else:  # a finite loss whose gradient is not
+                    loss = loss + 0 * torch.sqrt((student_logits * 0).abs().sum())
+            return loss, parts
+
+    schedule = engine.Schedule(
+        lr=torch.full((6,), 0.01).numpy(), weight_decay=torch.zeros(6).numpy()
+    )
+    result = engine.train_one_epoch(
+        model,
+        Faulty(nn.CrossEntropyLoss(), 0.0, 4.0),
+        test_kd.DummyLoader(6),
+        torch.optim.SGD(student.parameters(), lr=0.01),
+        torch.amp.GradScaler("cpu", enabled=scaled),
+        schedule,
+        0,
+        engine.LoopSettings(test_kd.CPU, None, update_freq=1, clip_grad=None, seed=0),
+    )
+    return result, student
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_left_out_and_counted_under_a_scaler(fault):
+    result, student = train_with_a_fault(scaled=True, fault=fault)
+    assert result["skipped_steps"] == 1
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+    assert 0 < result["loss"] < 10
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_a_run_without_a_scaler(fault):
+    with pytest.raises(
+        utils.UserError, match=r"at step 2 \(epoch 0\), learning rate 0.01, largest"
+    ):
+        train_with_a_fault(scaled=False, fault=fault)

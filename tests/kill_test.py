@@ -1,0 +1,144 @@
+"""Kill training with SIGKILL at random moments, start it again, and compare with a run left alone.
+
+    python tests/kill_test.py --kills 20                  # one process
+    python tests/kill_test.py --kills 20 --processes 2    # torchrun
+    python tests/kill_test.py --elastic true              # torchrun restarts a killed worker itself
+
+Weights, EMA, optimizer state and log.txt must be the same bits. EMA, accumulation, mixup and a
+teacher are on, and a checkpoint is written at every step, so that many kills fall into a write.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import models  # noqa: E402, F401
+
+FLAGS = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 320 --batch_size 8
+--update_freq 2 --epochs 8 --save_ckpt_steps 1 --model_ema true --model_ema_eval true
+--kd true --teacher_arch cifar_resnet8"""
+
+
+def command(processes: int, output_dir: Path, teacher: Path, restarts: int = 0) -> list[str]:
+    argv = [sys.executable]
+    if processes > 1:
+        argv += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        argv += [f"--max_restarts={restarts}"]
+    return [
+        *(*argv, "main.py", *FLAGS.split()),
+        *("--teacher_path", str(teacher), "--output_dir", str(output_dir)),
+    ]
+
+
+def start(argv: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(
+        argv, cwd=ROOT, env=environment, stdout=quiet, stderr=quiet, start_new_session=True
+    )
+
+
+def is_same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(is_same, a, b))
+    return a == b
+
+
+def difference(alone: Path, killed: Path) -> str:
+    """What differs between two finished runs; '' where nothing does."""
+    if (alone / "log.txt").read_bytes() != (killed / "log.txt").read_bytes():
+        return "log.txt"
+    for name in ("checkpoint-7.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth"):
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (alone, killed))
+        for part in ("model", "model_ema", "optimizer", "epoch", "best", "scores"):
+            if not is_same(a[part], b[part]):
+                return f"{part} of {name}"
+    return ""
+
+
+def run_killed(
+    argv: list[str], folder: Path, seconds: float, kills: int, rng: random.Random
+) -> tuple:
+    """Run to the end through up to `kills` kills; returns how many there were, and in a write."""
+    done = in_write = 0
+    while True:
+        process = start(argv)
+        if done < kills:
+            try:
+                process.wait(timeout=rng.uniform(0.3, 1.0) * seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                done += 1
+                in_write += any(folder.glob(".*.tmp"))
+                continue
+        if process.wait() != 0:
+            sys.exit(f"exit code {process.returncode} after {done} kills: {' '.join(argv)}")
+        return done, in_write
+
+
+def kill_a_worker(argv: list[str], seconds: float) -> None:
+    """Kill one worker of torchrun's group half-way; the group must restart and finish."""
+    process = start(argv)
+    time.sleep(0.7 * seconds)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    if process.wait() != 0:
+        sys.exit(f"torchrun ended with {process.returncode} after one worker was killed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--elastic", default="false", choices=("true", "false"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    processes = 2 if args.elastic == "true" else args.processes
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        torch.manual_seed(0)
+        teacher = folder / "teacher.pth"
+        torch.save(timm.create_model("cifar_resnet8", num_classes=10).state_dict(), teacher)
+        began = time.perf_counter()
+        if start(command(processes, folder / "alone", teacher)).wait() != 0:
+            sys.exit("the run left alone failed")
+        seconds = time.perf_counter() - began
+
+        if args.elastic == "true":
+            kill_a_worker(command(2, folder / "elastic", teacher, restarts=3), seconds)
+            wrong = difference(folder / "alone", folder / "elastic")
+            print(f"one worker killed, group restarted: {wrong or 'identical'}")
+            sys.exit(bool(wrong))
+        kills = in_write = runs = 0
+        while kills < args.kills:
+            output = folder / f"killed-{runs}"
+            argv = command(processes, output, teacher)
+            done, writing = run_killed(argv, output, seconds, args.kills - kills, rng)
+            kills, in_write, runs = kills + done, in_write + writing, runs + 1
+            if wrong := difference(folder / "alone", output):
+                sys.exit(f"DIFFERENT after {kills} kills: {wrong}")
+    print(
+        f"{kills} kills ({in_write} of them during a write) in {runs} run(s) of {processes} "
+        "process(es): every run identical to the one left alone"
+    )
+
+
+if __name__ == "__main__":
+    main()
