@@ -192,6 +192,8 @@ class History:
         self.norms.append(grad_norm.detach())
         self.batches_of_update.append(self.pending)
         self.pending = 0
+        if utils.world_size() == 1:
+            self.stop = utils.stop_requested(self.settings.device)  # costs nothing: no other to ask
         if (update + 1) % self.settings.print_freq == 0 or update + 1 == self.updates:
             self._fetch(update)
 

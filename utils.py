@@ -135,9 +135,13 @@ def stop_on_signals() -> None:
 
 
 def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """In a loader worker: a scheduler or a terminal signals the whole process group at once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """In a loader worker: a scheduler or a terminal signals the whole process group at once.
+
+    The trainer still needs batches to finish its step; but a worker that nobody ends must not stay.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # whose default ends the process
 
 
 def stop_requested(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """What several test files use: the command line in this process, small teachers, small folders."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from PIL import Image
 
 import main
 import models  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def end_loader_workers():
+    """A persistent worker ends with its loader, which a reference cycle may keep."""
+    yield
+    gc.collect()
+
 
 QUICK = [
     "--device",

@@ -9,6 +9,7 @@ teacher are on, and a checkpoint is written at every step, so that many kills fa
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -71,6 +72,20 @@ def difference(alone: Path, killed: Path) -> str:
     return ""
 
 
+def family(pid: int) -> list[int]:
+    """A process and all below it, torchrun's workers and their loader workers too (Linux)."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return [pid]
+    return [pid] + [below for child in children for below in family(int(child))]
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # gone with its parent
+        os.kill(pid, signal.SIGKILL)
+
+
 def run_killed(
     argv: list[str], folder: Path, seconds: float, kills: int, rng: random.Random
 ) -> tuple:
@@ -82,7 +97,8 @@ def run_killed(
             try:
                 process.wait(timeout=rng.uniform(0.3, 1.0) * seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                for pid in family(process.pid):
+                    kill(pid)
                 process.wait()
                 done += 1
                 in_write += any(folder.glob(".*.tmp"))
