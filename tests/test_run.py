@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from kill_test import is_same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine
@@ -12,16 +13,6 @@ import utils
 
 def weights_equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def states_equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(states_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(states_equal, a, b))
-    return a == b
 
 
 def test_plain_training_makes_a_teacher_that_teaches(run_main, short, tmp_path):
@@ -104,7 +95,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(run_main, kd, tmp_path, mo
     for name in ("3", "best", "best-ema"):
         a, b = whole.checkpoint(name), parts.checkpoint(name)
         for part in ("model", "model_ema", "optimizer", "epoch", "best", "scores"):
-            assert states_equal(a[part], b[part]), f"{part} of {name}"
+            assert is_same(a[part], b[part]), f"{part} of {name}"
 
 
 def test_a_truncated_newest_checkpoint_is_passed_over(run_main, short, tmp_path):
