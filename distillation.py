@@ -132,7 +132,9 @@ class Teacher(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W), on any device -> (B, C) on the same"""
-        inputs = self.convert(images.to(self.device, non_blocking=True)).to(self.dtype)
+        # A copy from a GPU to the host must be waited for: without, it would be read half-written.
+        images_here = images.to(self.device, non_blocking=self.device.type == "cuda")
+        inputs = self.convert(images_here).to(self.dtype)
         logits = self.network(inputs)  # (B, the teacher's classes)
         if self.class_index is not None:
             logits = logits[:, self.class_index]  # (B, C)
@@ -305,13 +307,15 @@ def _data_config(arch: str, checkpoint: dict[str, Any]) -> tuple[dict[str, Any],
         is_imagenet = args["imagenet_default_mean_and_std"]
         config["mean"] = list(IMAGENET_DEFAULT_MEAN if is_imagenet else IMAGENET_INCEPTION_MEAN)
         config["std"] = list(IMAGENET_DEFAULT_STD if is_imagenet else IMAGENET_INCEPTION_STD)
+    told = [args.get(name) for name in ("imagenet_default_mean_and_std", "mean", "std")]
     size = args.get("input_size") or args.get("img_size")  # timm's is (3, size, size), or img_size
+    is_told = size or any(value is not None for value in told)
     if size:
         config["input_size"] = size if isinstance(size, int) else size[-1]
     for name in ("mean", "std"):  # timm's, where they were given by hand
         if args.get(name):
             config[name] = list(args[name])
-    return config, "the file's arguments" if args else "the architecture's pretrained_cfg"
+    return config, "the file's arguments" if is_told else "the architecture's pretrained_cfg"
 
 
 def _class_names(checkpoint: dict[str, Any]) -> list[str] | None:

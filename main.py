@@ -518,7 +518,7 @@ def stopped(signal_number: int, when: str, saved: Path | None) -> utils.Interrup
     how = (
         f"saved in {saved}; type the same command to go on"
         if saved
-        else "no --output_dir to save in"
+        else "nothing to save in (--output_dir, --save_ckpt)"
     )
     return utils.Interrupted(f"{name} after {when}: {how}", signal_number)
 

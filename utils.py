@@ -408,7 +408,11 @@ def make_folder(folder: str, flag: str) -> None:
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-<epoch>.pth` files of a folder, newest epoch first."""
     found = [p for p in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", p.stem)]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True)
+    return sorted(found, key=_epoch_of, reverse=True)
+
+
+def _epoch_of(path: Path) -> int:
+    return int(path.stem.removeprefix("checkpoint-"))
 
 
 def load_weights(
@@ -477,8 +481,9 @@ class RunState:
         if checkpoint is None:
             return start_epoch
         load_weights(checkpoint, path, self.student, self.ema)
-        if "optimizer" not in checkpoint:  # weights alone, as released
-            log(f"Weights of {path}; it holds no optimizer, so the schedule starts anew")
+        # Weights alone, as released; the ConvNeXt script's best has the word 'best' for its epoch.
+        if "optimizer" not in checkpoint or not isinstance(checkpoint.get("epoch"), int):
+            log(f"Weights of {path}; it holds no optimizer and epoch, so the schedule starts anew")
             return start_epoch
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -556,13 +561,15 @@ class RunState:
             save_checkpoint(state, folder / f"checkpoint-{name}.pth")
         if is_due:
             save_checkpoint(state, folder / f"checkpoint-{self.epoch}.pth")
-            for old in epoch_checkpoints(folder)[keep:]:
+            # Only of epochs up to this one: an earlier, longer run's files must not push it out.
+            written = [p for p in epoch_checkpoints(folder) if _epoch_of(p) <= self.epoch]
+            for old in written[keep:]:
                 old.unlink(missing_ok=True)
             (folder / INSIDE_EPOCH).unlink(missing_ok=True)  # older now
 
     def save_inside_epoch(self, progress: dict[str, Any]) -> Path | None:
         """Write checkpoint-step.pth, from which a run goes on inside an epoch. Rank 0 writes."""
-        if not self.settings["output_dir"]:
+        if not (self.settings["output_dir"] and self.settings["save_ckpt"]):
             return None
         path = Path(self.settings["output_dir"]) / INSIDE_EPOCH
         if is_main_process():

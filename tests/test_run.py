@@ -65,6 +65,27 @@ def test_only_the_newest_checkpoints_are_kept(run_main, tmp_path):
     ]
 
 
+def test_an_earlier_longer_runs_checkpoints_do_not_push_out_the_new_ones(run_main, short, tmp_path):
+    for epoch in (57, 58, 59):
+        torch.save({"model": {}, "epoch": epoch}, tmp_path / f"checkpoint-{epoch}.pth")
+    run = run_main(*short, "--auto_resume", "false", output_dir=tmp_path)
+    assert run.checkpoint(0)["epoch"] == 0 and run.checkpoint(1)["epoch"] == 1
+
+
+def test_a_file_whose_epoch_is_a_word_gives_its_weights(run_main, short, tmp_path):
+    first = run_main(*short, output_dir=tmp_path / "first").checkpoint(1)
+    torch.save(first | {"epoch": "best"}, tmp_path / "b.pth")
+    still = ["--lr", 0, "--min_lr", 0]
+    run = run_main(*short, *still, "--resume", tmp_path / "b.pth", output_dir=tmp_path / "second")
+    assert run.code == 0 and "the schedule starts anew" in run.out, run.err
+    assert torch.equal(run.checkpoint(1)["model"]["fc.weight"], first["model"]["fc.weight"])
+
+
+def test_nothing_is_saved_where_it_is_not_wanted(run_main, short, tmp_path):
+    run_main(*short, "--save_ckpt", "false", "--save_ckpt_steps", 1, output_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
 HARD = ["--model_ema", "true", "--model_ema_eval", "true", "--update_freq", "3", "--drop_path", "0"]
 
 

@@ -107,6 +107,11 @@ def test_what_the_teacher_was_trained_on_is_taken_from_the_best_source(tmp_path)
     assert config({"model": GOOD, "args": convnext}) == (0.485, 24)
     trained = argparse.Namespace(mean=[0.3] * 3, std=[0.2] * 3, img_size=40)
     assert config({"state_dict": GOOD, "args": trained}) == (0.3, 40)  # timm's train.py
+    teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
+    assert "as the file's arguments say" in teacher.origin
+    torch.save({"model": GOOD, "args": argparse.Namespace(lr=1.0)}, tmp_path / "t.pth")
+    teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
+    assert "as the architecture's pretrained_cfg say" in teacher.origin
     by_hand = {"mean": [0.4] * 3, "input_size": 8}
     assert config({"model": GOOD, "data": data}, input_config=by_hand) == (0.4, 8)
 
