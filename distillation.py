@@ -344,7 +344,5 @@ def _match_classes(
 
 def _rows_of_classifier(model: nn.Module, state: dict[str, torch.Tensor]) -> int | None:
     """How many classes a state_dict's classifier has; None where it has none that can be found."""
-    classifier = model.get_classifier()
-    names = [name for name, module in model.named_modules() if module is classifier]
-    weight = state.get(f"{names[0]}.weight") if names else None
+    weight = state.get(f"{utils.classifier_name(model)}.weight")
     return None if weight is None else weight.shape[0]

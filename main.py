@@ -323,7 +323,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     )
     if args.warmup_epochs is None:
         args.warmup_epochs = min(20, args.epochs / 5)
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
+    if is_mixed(args):
         remedy = "mixup and cutmix work on pairs; give an even one, or --mixup 0 --cutmix 0"
         require(args.batch_size % 2 == 0, "batch_size", remedy)
     require(
@@ -332,6 +332,11 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.num_workers is None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.num_workers = min(10, max(1, _cores() // here))
+
+
+def is_mixed(args: argparse.Namespace) -> bool:
+    """Whether images are mixed by mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or bool(args.cutmix_minmax)
 
 
 def check_teachers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -474,16 +479,16 @@ def train(
     recorder = utils.Recorder(args.output_dir, args.log_dir, start, first_step)
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
     started = time.time()
+
+    def after_update(history: History, updates: int) -> None:
+        is_due = args.save_ckpt_steps and updates % args.save_ckpt_steps == 0
+        if not (is_due or history.stop) or updates == history.updates:
+            return  # an epoch's last step is followed by its own checkpoint
+        saved = state.save_inside_epoch(asdict(history.progress(updates)))
+        if history.stop:
+            raise stopped(history.stop, f"step {updates} of epoch {history.epoch}", saved)
+
     for epoch in range(start, args.epochs):
-
-        def after_update(history: History, updates: int) -> None:
-            is_due = args.save_ckpt_steps and updates % args.save_ckpt_steps == 0
-            if not (is_due or history.stop) or updates == history.updates:
-                return  # an epoch's last step is followed by its own checkpoint
-            saved = state.save_inside_epoch(asdict(history.progress(updates)))
-            if history.stop:
-                raise stopped(history.stop, f"step {updates} of epoch {history.epoch}", saved)
-
         stats = train_one_epoch(
             *(model, loss, data.train_loader, optimizer, scaler, schedule, epoch, settings),
             mixup_fn=mixup_fn,
@@ -690,7 +695,7 @@ def score_teacher(
 
 def make_criterion(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
     """The mixup and the loss on labels that go together: mixing smooths the labels itself."""
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
+    if is_mixed(args):
         mixup_fn = Mixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,

@@ -191,6 +191,9 @@ def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0
 # -------------------------------------------------------------------------------- checkpoints
 
 
+_DAMAGED = "not a readable checkpoint, perhaps cut short; fetch or save it again"
+
+
 def read_checkpoint(path: str, flag: str) -> Any:
     """Read a checkpoint file (local or http) to the CPU without running any code in it.
 
@@ -231,9 +234,6 @@ def read_checkpoint(path: str, flag: str) -> Any:
         ) from error
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         raise UserError(f"{flag} {path}: {_DAMAGED} ({type(error).__name__})") from error
-
-
-_DAMAGED = "not a readable checkpoint, perhaps cut short; fetch or save it again"
 
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.", "student.")
@@ -299,10 +299,14 @@ def convert_state_dict(
         return state
     try:
         return rename(state, model)
-    except (
-        Exception
-    ):  # meant for one family's files; on others it fails in any way: not that family
+    except Exception:  # meant for one family's files, it fails on others in any way
         return state
+
+
+def classifier_name(model: torch.nn.Module) -> str | None:
+    """The name of a timm model's classifier among its modules; None where it has none."""
+    classifier = model.get_classifier()
+    return next((name for name, module in model.named_modules() if module is classifier), None)
 
 
 def load_finetune(model: torch.nn.Module, path: str, keys: str, prefix: str) -> str:
@@ -322,12 +326,12 @@ def load_finetune(model: torch.nn.Module, path: str, keys: str, prefix: str) -> 
         raise UserError(f"--finetune {path}: {error}; see --model_key, --model_prefix") from error
     state = convert_state_dict(model, state)
     wanted = model.state_dict()
-    classifier = model.get_classifier()
-    heads = [f"{name}." for name, module in model.named_modules() if module is classifier]
+    head = classifier_name(model)
     fresh = {
         name
         for name in wanted
-        if name.startswith(tuple(heads))
+        if head
+        and name.startswith(f"{head}.")
         and (name not in state or state[name].shape != wanted[name].shape)
     }
     state = {name: value for name, value in state.items() if name not in fresh}
@@ -335,8 +339,8 @@ def load_finetune(model: torch.nn.Module, path: str, keys: str, prefix: str) -> 
     if difference := describe_mismatch(expected, state):
         raise UserError(f"--finetune {path} does not fit the model: {difference}; give its --model")
     model.load_state_dict(state, strict=False)
-    head = f"; {', '.join(sorted(fresh))} start anew" if fresh else ""
-    return f"Fine-tuning from {path}: {len(state)} weights of '{key or 'bare state_dict'}'{head}"
+    anew = f"; {', '.join(sorted(fresh))} start anew" if fresh else ""
+    return f"Fine-tuning from {path}: {len(state)} weights of '{key or 'bare state_dict'}'{anew}"
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -352,10 +356,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _fsync_folder(path.parent)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's zip writer reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
         temporary.unlink(missing_ok=True)
         raise _could_not_write(path, error) from error
 
@@ -539,9 +540,7 @@ class RunState:
     def finish_epoch(self, epoch: int, record: dict[str, float]) -> list[str]:
         """Note an epoch's scores; returns which of 'best' and 'best-ema' it improved."""
         self.epoch = epoch
-        self.scores = {
-            name: value for name, value in record.items() if name.startswith(("test_", "teacher_"))
-        }
+        self.scores = scores_of(record)
         improved = []
         for name, score in (("best", "test_acc1"), ("best-ema", "test_acc1_ema")):
             if score in record and record[score] > self.best.get(name, -1.0):
@@ -603,6 +602,11 @@ class RunState:
 # --------------------------------------------------------------------------------------- logs
 
 
+def scores_of(record: dict[str, float]) -> dict[str, float]:
+    """What of an epoch's record was measured on the validation images."""
+    return {n: value for n, value in record.items() if n.startswith(("test_", "teacher_"))}
+
+
 class Recorder:
     """What a run leaves for people: a printed line, `log.txt` and TensorBoard; rank 0 only.
 
@@ -633,9 +637,8 @@ class Recorder:
 
     def _drop_lines_from(self, epoch: int) -> None:
         kept = []
-        for line in (
-            self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        ):
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        for line in text.splitlines():
             try:
                 is_kept = json.loads(line)["epoch"] < epoch
             except json.JSONDecodeError:
@@ -648,9 +651,7 @@ class Recorder:
 
     def write(self, record: dict[str, Any]) -> None:
         """Print an epoch's scores and keep the record."""
-        scores = {
-            name: value for name, value in record.items() if name.startswith(("test_", "teacher_"))
-        }
+        scores = scores_of(record)
         if any(name.startswith("test_") for name in scores):
             log(f"Epoch {record['epoch']}  " + "  ".join(f"{n} {v:.4f}" for n, v in scores.items()))
         if self.path is not None:
