@@ -68,7 +68,6 @@ def train_one_epoch(
     schedule: Schedule,
     epoch: int,
     settings: LoopSettings,
-    mixup_fn: Any = None,
     ema: Any = None,
     writer: Any = None,
     progress: Progress | None = None,
@@ -79,7 +78,8 @@ def train_one_epoch(
     Args:
         model: a StudentWithDistillation; gives (student_logits, teacher_logits) for images.
         criterion: (student_logits, teacher_logits, targets) -> (loss, parts).
-        loader: batches of images (B, 3, H, W) float32 and targets (B,) int64.
+        loader: batches of images (B, 3, H, W) float32 and targets, (B,) int64 or (B, C) soft,
+            on the device.
         ema: a timm ModelEmaV3 of the student, or None.
         writer: a TensorBoard SummaryWriter, or None.
         progress: how far an interrupted run came in this epoch.
@@ -103,13 +103,8 @@ def train_one_epoch(
         step = epoch * updates + update
         if part == 0:
             schedule.apply(optimizer, step)
-        images = images.to(settings.device, non_blocking=True, memory_format=torch.channels_last)
-        targets = targets.to(settings.device, non_blocking=True)
-        # Dropout, drop path and mixup depend on nothing that happened before this batch.
+        # Dropout and drop path depend on nothing that happened before this batch.
         utils.seed_rng(settings.device, settings.seed, epoch, batch, utils.rank())
-        if mixup_fn is not None:
-            images, targets = mixup_fn(images, targets)
-
         is_last = part == window - 1
         with nullcontext() if is_last else model.no_sync():
             with settings.autocast():
@@ -278,7 +273,7 @@ def evaluate(
     """Score a classifier: sums over images divided by their number, at any world and batch size.
 
     Args:
-        loader: this process's batches; together the processes hold every image once.
+        loader: this process's batches on the device; together they hold every image once.
         model: images (B, 3, H, W) -> logits (B, C), on the settings' device.
         shared: False where every process holds all images.
         reference: a teacher's logits (B, C) for each batch of the loader.
@@ -295,8 +290,6 @@ def evaluate(
     sums = torch.zeros(len(names), dtype=wide, device=device)
     count = 0
     for batch, (images, targets) in enumerate(loader):
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        targets = targets.to(device, non_blocking=True)
         with settings.autocast():
             logits = model(images).float()  # (B, C)
         top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)

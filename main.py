@@ -72,6 +72,25 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="of its weights",
     )
 
+    cache = parser.add_argument_group("the teacher's logits, kept on disk")
+    add = cache.add_argument
+    add("--teacher_cache", help="folder for them: made once, then read instead of the teacher")
+    add(
+        "--teacher_views",
+        type=int,
+        help="epoch e shows the images augmented and ordered as in epoch e mod this "
+        "(default: as many as epochs)",
+    )
+    add(
+        "--teacher_cache_dtype",
+        default="float16",
+        choices=("float16", "float32"),
+        help="of each logit kept",
+    )
+    add("--teacher_cache_topk", type=int, help="keep only so many largest a row (default: all)")
+    add("--teacher_cache_only", type=str2bool, default=False, help="fill it, and do not train")
+    add("--teacher_cache_range", help="fill only these views, as 0:50 (default: all)")
+
     run = parser.add_argument_group("run")
     add = run.add_argument
     add("--batch_size", type=int, default=64, help="images per process and forward pass")
@@ -272,6 +291,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             "--teacher_path and --teacher_arch are for --kd true; add it or leave them out"
         )
     check_teachers(parser, args)
+    check_cache(parser, args)
     require(
         0 <= args.kd_alpha <= 1, "kd_alpha", "must lie in 0…1 (0: labels only, 1: teacher only)"
     )
@@ -298,6 +318,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         "clip_grad",
         "layer_decay",
         "save_ckpt_steps",
+        "teacher_views",
+        "teacher_cache_topk",
     ):
         value = getattr(args, flag)
         require(value is None or value > 0, flag, "must be above 0")
@@ -359,6 +381,35 @@ def check_teachers(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             )
 
 
+def check_cache(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The flags of the kept logits."""
+    if args.teacher_cache and not args.kd:
+        parser.error(f"--teacher_cache {args.teacher_cache}: is for --kd true; add it")
+    if args.teacher_cache_only and not (args.teacher_cache and args.kd_alpha > 0):
+        parser.error(
+            "--teacher_cache_only true needs --teacher_cache FOLDER to fill, --kd true with its "
+            "teacher, and --kd_alpha above 0"
+        )
+    if args.teacher_cache_range and not (args.teacher_cache_only and views_to_fill(args)):
+        parser.error(
+            f"--teacher_cache_range {args.teacher_cache_range}: give --teacher_cache_only true and "
+            f"a part of 0:{all_views(args)}, such as 0:{max(1, all_views(args) // 2)}"
+        )
+
+
+def all_views(args: argparse.Namespace) -> int:
+    """How many views of each image the run shows."""
+    return min(args.teacher_views or args.epochs, args.epochs)
+
+
+def views_to_fill(args: argparse.Namespace) -> range:
+    """What --teacher_cache_range names; empty where that is no part of the run's views."""
+    first, _, last = (args.teacher_cache_range or f"0:{all_views(args)}").partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(last) <= all_views(args)):
+        return range(0)
+    return range(int(first), int(last))
+
+
 def _cores() -> int:
     """Processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -380,7 +431,6 @@ if __name__ == "__main__":
 import timm
 import torch
 import torch.distributed
-from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.utils import ModelEmaV3, distribute_bn
@@ -388,6 +438,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import datasets
+import logit_store
 import models
 import utils
 from distillation import (
@@ -398,6 +449,7 @@ from distillation import (
     load_teacher,
 )
 from engine import History, LoopSettings, Progress, Schedule, evaluate, train_one_epoch
+from logit_store import LogitFile, LogitStore, StoredTeacher
 from utils import UserError, log
 
 
@@ -431,12 +483,15 @@ def run(args: argparse.Namespace) -> None:
     log(f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}, on {device}")
     data = datasets.build_data(args, device)
     log(
-        f"{data.train_count} images, {len(data.classes)} classes, {args.input_size} pixels; "
+        f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
         f"{utils.world_size()} process(es) with {args.num_workers} loader worker(s) each"
     )
     settings = LoopSettings(
         device, amp_dtype(args, device), args.update_freq, args.clip_grad, args.seed
     )
+    if args.teacher_cache_only:
+        fill_cache(args, settings, data)
+        return
     student = make_student(args, device, len(data.classes))
     ema = make_ema(args, student)
     if args.eval:
@@ -444,7 +499,8 @@ def run(args: argparse.Namespace) -> None:
         for name, value in evaluate_all(args, data, student, ema, settings).items():
             log(f"{name} {value:.4f}")
         return
-    train(args, settings, data, student, ema, make_teacher(args, device, data))
+    teacher = TeacherInUse(args, settings, data)
+    train(args, settings, data, student, ema, teacher)
 
 
 def train(
@@ -453,12 +509,12 @@ def train(
     data: datasets.Data,
     student: nn.Module,
     ema: ModelEmaV3 | None,
-    teacher: nn.Module | None,
+    teacher: "TeacherInUse",
 ) -> None:
     """The epochs, from wherever an earlier run stopped."""
-    check = score_teacher(args, data, teacher, settings)
-    mixup_fn, criterion = make_criterion(args, len(data.classes))
-    loss = DistillationLoss(criterion, args.kd_alpha if args.kd else 0.0, args.kd_temperature)
+    loss = DistillationLoss(
+        make_criterion(args), args.kd_alpha if args.kd else 0.0, args.kd_temperature
+    )
     optimizer = make_optimizer(args, student, settings.device)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = -(-len(data.train_loader) // args.update_freq)
@@ -470,11 +526,9 @@ def train(
     if utils.world_size() > 1:
         device_ids = [settings.device] if settings.device.type == "cuda" else None
         ddp = DistributedDataParallel(student, device_ids, gradient_as_bucket_view=True)
-    model = StudentWithDistillation(ddp, teacher)  # the teacher stays outside DDP
+    model = StudentWithDistillation(ddp, teacher.answer)  # the teacher stays outside DDP
     if args.compile:
         student.compile()
-        if teacher is not None:
-            teacher.compile()
     first_step = start * steps + (state.progress["updates"] if state.progress else 0)
     recorder = utils.Recorder(args.output_dir, args.log_dir, start, first_step)
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -484,6 +538,7 @@ def train(
         is_due = args.save_ckpt_steps and updates % args.save_ckpt_steps == 0
         if not (is_due or history.stop) or updates == history.updates:
             return  # an epoch's last step is followed by its own checkpoint
+        teacher.flush()
         saved = state.save_inside_epoch(asdict(history.progress(updates)))
         if history.stop:
             raise stopped(history.stop, f"step {updates} of epoch {history.epoch}", saved)
@@ -491,17 +546,17 @@ def train(
     for epoch in range(start, args.epochs):
         stats = train_one_epoch(
             *(model, loss, data.train_loader, optimizer, scaler, schedule, epoch, settings),
-            mixup_fn=mixup_fn,
             ema=ema,
             writer=recorder.writer,
             progress=Progress(**state.progress) if state.progress else None,
             after_update=after_update,
         )
         state.progress = None
+        teacher.flush()
         record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
         if data.val_loader is not None:
-            record |= evaluate_all(args, data, student, ema, settings, check.logits)
-        record |= check.record
+            record |= evaluate_all(args, data, student, ema, settings, teacher.logits)
+        record |= teacher.record
         recorder.write(record | {"n_parameters": n_parameters})
         improved = state.finish_epoch(epoch, record)
         if args.output_dir and args.save_ckpt:
@@ -511,7 +566,7 @@ def train(
             if signalled and epoch + 1 < args.epochs:
                 raise stopped(signalled, f"epoch {epoch}", Path(args.output_dir))
     recorder.close()
-    check.compare(state.scores)
+    teacher.compare(state.scores)
     duration = timedelta(seconds=int(time.time() - started))
     log(f"Trained {max(0, args.epochs - start)} epochs in {duration}")
     log(state.summary())
@@ -612,12 +667,8 @@ def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:
     )
 
 
-def make_teacher(
-    args: argparse.Namespace, device: torch.device, data: datasets.Data
-) -> nn.Module | None:
-    """The frozen teacher, or the average of several; None where nothing asks it."""
-    if not args.kd or args.kd_alpha == 0:
-        return None
+def make_teacher(args: argparse.Namespace, device: torch.device, data: datasets.Data) -> nn.Module:
+    """The frozen teacher, or the average of several."""
     place = utils.find_device(args.teacher_device, "--teacher_device", device)
     names = utils.read_lines(args.teacher_classes, "--teacher_classes")
     teachers = []
@@ -635,31 +686,88 @@ def make_teacher(
         )
         log(network.origin)
         teachers.append(Teacher(network, data.config, getattr(torch, args.teacher_dtype)))
-    if len(teachers) == 1:
-        return teachers[0]
-    weights = [float(w) for w in args.teacher_weights.split(",")] if args.teacher_weights else None
-    return TeacherEnsemble(teachers, weights or [1.0] * len(teachers), args.kd_temperature)
+    teacher = teachers[0]
+    if len(teachers) > 1:
+        weights = args.teacher_weights or ",".join("1" * len(teachers))
+        weights = [float(weight) for weight in weights.split(",")]
+        teacher = TeacherEnsemble(teachers, weights, args.kd_temperature)
+    if args.compile:
+        teacher.compile()
+    return teacher
 
 
-class TeacherCheck:
-    """What the teacher scored on the validation images, and what to make of it."""
+class TeacherInUse:
+    """The teacher of a run, or what is kept of its answers, and how it scores.
 
-    def __init__(self, num_classes: int) -> None:
-        self.chance = 100 / num_classes
+    `answer` is what the student's wrapper asks: the network, the store that stands for it, or None.
+    The network is made only where there is no store, or where the store lacks something.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, settings: LoopSettings, data: datasets.Data
+    ) -> None:
+        self.args, self.settings, self.data = args, settings, data
+        self.answer: Any = None
+        self.store: LogitStore | None = None
         self.record: dict[str, float] = {}  # teacher_acc1, teacher_loss
-        self.logits: list[torch.Tensor] | None = None  # for each validation batch
+        self.logits: Any = None  # for each validation batch
+        if not args.kd or args.kd_alpha == 0:
+            return
+        if not args.teacher_cache:
+            self.answer = make_teacher(args, settings.device, data)
+            self._score(self.answer)
+            return
+        self.store = logit_store.open_store(args, data, settings.amp_dtype)
+        lacking = self.store.check_space(views_to_fill(args))
+        scored = self.store.validation(data) if self._is_scored() else None
+        missing = torch.tensor([lacking, scored.missing() if scored else 0])
+        missing = missing.to(settings.device)
+        utils.all_reduce_(missing, torch.distributed.ReduceOp.MAX)  # one decision for all
+        lacking, unscored = missing.tolist()
+        teacher = make_teacher(args, settings.device, data) if lacking or unscored else None
+        if teacher is None:
+            log("Every answer is there: the teacher itself is not loaded")
+        if scored:
+            self._score(teacher, scored if not unscored else None)
+            if unscored:
+                batches = data.val_loader.batches
+                scored.write([(batches.places(b), kept) for b, kept in enumerate(self.logits)])
+            self.logits = logit_store.KeptBatches(scored, data.val_loader.batches)
+        self.answer = StoredTeacher(self.store, data.train_loader, teacher if lacking else None)
 
-    def judge(self, minimum: float) -> None:
-        """Warn of a teacher near chance; raise UserError for one below `minimum` percent."""
-        acc1 = self.record["teacher_acc1"]
-        loss = self.record["teacher_loss"]
-        log(f"Teacher on the validation images: acc1 {acc1:.2f}, loss {loss:.4f}")
-        if acc1 < minimum:
+    def _is_scored(self) -> bool:
+        return self.data.val_loader is not None and self.args.teacher_eval
+
+    def _score(self, teacher: nn.Module | None, kept: LogitFile | None = None) -> None:
+        """Show the teacher the validation images once, through the student's own pipeline, or score
+        what is kept of that. Warns of one near chance; raises UserError for --teacher_min_acc1."""
+        if not self._is_scored():
+            return
+        args, data, settings = self.args, self.data, self.settings
+        logits: list[torch.Tensor] = []
+        if kept is None:
+            scores = evaluate(data.val_loader, teacher, settings, args.dist_eval, keep=logits)
+        else:
+            answers = logit_store.KeptBatches(kept, data.val_loader.batches)
+            labelled = answers.with_targets(data.val.targets, settings.device)
+            scores = evaluate(labelled, nn.Identity(), settings, args.dist_eval)
+        if isinstance(data.val, datasets.ImageSource):  # a stream's order is not promised
+            self.logits = logits
+        self.record = {f"teacher_{name}": scores[name] for name in ("acc1", "loss")}
+        acc1, chance = scores["acc1"], 100 / len(data.classes)
+        log(f"Teacher on the validation images: acc1 {acc1:.2f}, loss {scores['loss']:.4f}")
+        if acc1 < args.teacher_min_acc1:
             raise UserError(
-                f"--teacher_min_acc1 {minimum}: the teacher scores {acc1:.2f}; {CAUSES}"
+                f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher scores {acc1:.2f}; "
+                f"{CAUSES}"
             )
-        if acc1 < 2 * self.chance:
-            log(f"WARNING: the teacher is near chance ({self.chance:.2f} %); {CAUSES}")
+        if acc1 < 2 * chance:
+            log(f"WARNING: the teacher is near chance ({chance:.2f} %); {CAUSES}")
+
+    def flush(self) -> None:
+        """Write what the store still holds in memory."""
+        if self.store is not None:
+            self.store.flush()
 
     def compare(self, scores: dict[str, float]) -> None:
         """Warn of a teacher that is below its student in the end."""
@@ -677,39 +785,36 @@ CAUSES = (
 )
 
 
-def score_teacher(
-    args: argparse.Namespace, data: datasets.Data, teacher: nn.Module | None, settings: LoopSettings
-) -> TeacherCheck:
-    """Show the teacher the validation images once, through the student's own pipeline."""
-    check = TeacherCheck(len(data.classes))
-    if teacher is None or data.val_loader is None or not args.teacher_eval:
-        return check
-    logits: list[torch.Tensor] = []
-    scores = evaluate(data.val_loader, teacher, settings, args.dist_eval, keep=logits)
-    check.record = {f"teacher_{name}": scores[name] for name in ("acc1", "loss")}
-    if not isinstance(data.val_loader, datasets.StreamLoader):  # whose order is not promised
-        check.logits = logits
-    check.judge(args.teacher_min_acc1)
-    return check
+def fill_cache(args: argparse.Namespace, settings: LoopSettings, data: datasets.Data) -> None:
+    """Ask the teacher for every view of --teacher_cache_range, and train nothing."""
+    teacher = TeacherInUse(args, settings, data)
+    loader, store = data.train_loader, teacher.store
+    stopwatch, images_since = utils.Stopwatch(), 0
+    for view in views_to_fill(args):
+        first = store.view(view).first_missing(store.needed)
+        # An earlier run kept the rows before it; the processes' batches go round.
+        loader.set_epoch(view, first // (loader.batches.batch_size * utils.world_size()))
+        for batch, (images, _) in enumerate(loader, start=1):
+            with torch.inference_mode(), settings.autocast():
+                teacher.answer(images)
+            images_since += len(images) * utils.world_size()
+            if batch % 50 == 0 or batch == len(loader):
+                done = f"{loader.places.stop:,}/{store.needed:,}"
+                log(f"View {view} [{done}]  {stopwatch.rate(images_since):.0f} images/s")
+                images_since = 0
+            if number := utils.received_signal():
+                teacher.flush()
+                raise stopped(number, f"a batch of view {view}", store.folder)
+        teacher.flush()
 
 
-def make_criterion(args: argparse.Namespace, num_classes: int) -> tuple[Mixup | None, nn.Module]:
-    """The mixup and the loss on labels that go together: mixing smooths the labels itself."""
+def make_criterion(args: argparse.Namespace) -> nn.Module:
+    """The loss on labels; where images are mixed, the labels come mixed and smoothed already."""
     if is_mixed(args):
-        mixup_fn = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
-        return mixup_fn, SoftTargetCrossEntropy()
+        return SoftTargetCrossEntropy()
     if args.smoothing > 0:
-        return None, LabelSmoothingCrossEntropy(args.smoothing)
-    return None, nn.CrossEntropyLoss()
+        return LabelSmoothingCrossEntropy(args.smoothing)
+    return nn.CrossEntropyLoss()
 
 
 def make_optimizer(

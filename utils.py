@@ -100,6 +100,12 @@ def log(*words: object) -> None:
         print(*words, flush=True)
 
 
+def barrier() -> None:
+    """Wait for all processes; with one, nothing."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def all_reduce_(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
     """Reduce `tensor` over the processes in place; with one process, nothing."""
     if world_size() > 1:
@@ -144,9 +150,14 @@ def leave_signals_to_the_trainer(worker_id: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # whose default ends the process
 
 
+def received_signal() -> int:
+    """The signal that this process received first; 0 for none."""
+    return _received[0] if _received else 0
+
+
 def stop_requested(device: torch.device) -> int:
     """The signal that any process received, agreed on by all; 0 for none. A collective call."""
-    number = _received[0] if _received else 0
+    number = received_signal()
     if world_size() == 1:
         return number
     flag = torch.tensor([number], device=device)
@@ -194,16 +205,10 @@ def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0
 _DAMAGED = "not a readable checkpoint, perhaps cut short; fetch or save it again"
 
 
-def read_checkpoint(path: str, flag: str) -> Any:
-    """Read a checkpoint file (local or http) to the CPU without running any code in it.
+def local_file(path: str, flag: str) -> str:
+    """The path of a file that is here; `http(s)://` is downloaded once.
 
-    `torch.load(weights_only=True)` accepts tensors and plain types; one more type is allowed,
-    `argparse.Namespace`, which the DeiT and ConvNeXt releases carry beside their weights.
-
-    Args:
-        path: a `.safetensors` file or anything torch.save wrote; `http(s)://` is downloaded once.
-        flag: the command-line flag to name in errors.
-    Raises: UserError for a file that is missing, unreadable or would run code.
+    Raises: UserError where there is none.
     """
     if path.startswith(("http://", "https://")):
         from timm.models._hub import download_cached_file
@@ -217,6 +222,21 @@ def read_checkpoint(path: str, flag: str) -> Any:
     if not os.path.isfile(path):
         found = "is a folder" if os.path.isdir(path) else "no such file"
         raise UserError(f"{flag} {path}: {found}; give the path of a checkpoint file")
+    return path
+
+
+def read_checkpoint(path: str, flag: str) -> Any:
+    """Read a checkpoint file (local or http) to the CPU without running any code in it.
+
+    `torch.load(weights_only=True)` accepts tensors and plain types; one more type is allowed,
+    `argparse.Namespace`, which the DeiT and ConvNeXt releases carry beside their weights.
+
+    Args:
+        path: a `.safetensors` file or anything torch.save wrote; `http(s)://` is downloaded once.
+        flag: the command-line flag to name in errors.
+    Raises: UserError for a file that is missing, unreadable or would run code.
+    """
+    path = local_file(path, flag)
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file  # comes with timm

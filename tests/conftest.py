@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 
+import datasets
 import main
 import models  # noqa: F401
 
@@ -84,6 +85,13 @@ def teacher_file(tmp_path) -> Path:
 def kd(teacher_file) -> list[str]:
     """The flags that distil from `teacher_file`."""
     return ["--kd", "true", "--teacher_arch", "cifar_resnet8", "--teacher_path", str(teacher_file)]
+
+
+def evaluation_images(images: list[Image.Image], config: dict) -> torch.Tensor:
+    """PIL images as a network of this data configuration is shown them in an evaluation."""
+    transform = datasets.eval_transform(config)
+    batch = datasets.collate([(transform(image), 0) for image in images])
+    return datasets.DeviceLoader(None, None, config, torch.device("cpu"))._images(batch)
 
 
 def write_images(folder: Path, classes: list[str], count: int = 8, size=(40, 32)) -> None:

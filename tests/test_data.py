@@ -81,7 +81,7 @@ def test_evaluation_batches_hold_every_image_once(world, monkeypatch):
     for rank in range(world):
         monkeypatch.setattr(datasets.utils, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(datasets.utils, "world_size", lambda: world)
-        for batch in datasets._eval_batches(101, 16, shared=True):
+        for batch in datasets.EvalBatches(101, 16, shared=True):
             seen += [index for _, index in batch]
     assert sorted(seen) == list(range(101))
 
@@ -116,16 +116,20 @@ def test_both_transforms_give_the_size_asked_for(size):
     for shape in ((8, 8), (70, 50)):
         image = Image.new("RGB", shape, (120, 30, 200))
         for transform in (datasets.train_transform(args, config), datasets.eval_transform(config)):
-            assert transform(image).shape == (3, size, size)
+            pixels, _ = transform(image)
+            assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
 
 
 def test_small_images_are_evaluated_whole_and_normalised():
-    config = datasets.data_config(arguments())
-    image, _ = datasets._digits(False)[0]
-    shown = datasets.eval_transform(config)(image)
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    torch.testing.assert_close(shown, (pixels - mean) / std)
+    data = datasets.build_data(arguments(), CPU)
+    shown, targets = next(iter(data.val_loader))
+    source = datasets._digits(False)
+    mean, std = (torch.tensor(data.config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    for row in (0, 7, 31):
+        image, target = source[row]
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+        torch.testing.assert_close(shown[row], (pixels - mean) / std)
+        assert targets[row] == target
 
 
 def test_digits_are_not_mirrored_by_default_and_photographs_are():
@@ -165,8 +169,8 @@ def test_a_corrupt_image_is_named_even_from_a_worker(imnet):
 
 def test_holdout_images_are_not_trained_on():
     data = datasets.build_data(arguments("--holdout", 100), CPU)
-    assert data.train_count == 1337 and len(data.val_loader.dataset) == 100
-    train, val = data.train_loader.dataset.source, data.val_loader.dataset.source
+    assert len(data.train) == 1337 and len(data.val) == 100
+    train, val = data.train, data.val
     source = datasets._digits(True)
     held_out = datasets.stratified(source.targets, 100, seed=0)
     assert np.array_equal(val.targets, source.targets[held_out])
@@ -216,3 +220,154 @@ def test_a_picture_that_can_not_be_read_is_named(kind, tmp_path, monkeypatch):
         path.write_bytes({"empty": b"", "text": b"hello", "cut": path.read_bytes()[:60]}[kind])
     with pytest.raises(UserError, match=f"can't read the image .*{kind}.png"):
         datasets._open(str(path), str(path))
+
+
+def photograph(seed: int, size: tuple[int, int] = (300, 220)) -> Image.Image:
+    """Smooth colours with edges and some noise, as resizing meets them."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(int)
+    pixels[40:90, 60:140] = rng.integers(0, 256, 3)
+    return Image.fromarray(
+        (pixels + rng.integers(-8, 9, pixels.shape)).clip(0, 255).astype(np.uint8)
+    )
+
+
+def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same images with the same draws: ours and, as the ConvNeXt script has it, timm's."""
+    config = datasets.data_config(args) | {"classes": ["0"]}
+    theirs = datasets.create_transform(
+        args.input_size,
+        is_training=True,
+        hflip=args.hflip,
+        auto_augment=args.aa or None,
+        color_jitter=args.color_jitter,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        mean=config["mean"],
+        std=config["std"],
+    )
+    transform = datasets.train_transform(args, config)
+    loader = datasets.DeviceLoader(None, None, config, CPU)
+    ours, expected = [], []
+    for seed in seeds:
+        image = photograph(seed)
+        datasets.utils.seed_rng(CPU, seed)
+        ours.append((transform(image), 0))
+        datasets.utils.seed_rng(CPU, seed)
+        expected.append(theirs(image))
+    return loader._images(datasets.collate(ours)), torch.stack(expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
+@pytest.mark.parametrize("remode", ["pixel", "rand", "const"])
+def test_training_images_are_timms_to_rounding(interpolation, remode):
+    """Without colour operations, whose thresholds turn one grey level into many."""
+    flags = ["--aa=", "--color_jitter", 0, "--reprob", 0.5, "--remode", remode, "--recount", 2]
+    args = arguments("--input_size", 96, *flags, "--train_interpolation", interpolation)
+    args.hflip = 0.5
+    ours, theirs = both_pipelines(args, range(24))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert (ours - theirs).abs().max() < 2.5 / 255 / 0.224  # levels of 255, over the least std
+    assert (ours - theirs).abs().mean() < 0.1 / 255 / 0.224
+
+
+def test_training_images_have_timms_distribution_with_every_augmentation():
+    ours, theirs = both_pipelines(arguments("--input_size", 96), range(200))
+    difference = (ours - theirs).abs()
+    assert difference.median() < 1e-5 and (difference > 2.5 / 255 / 0.224).float().mean() < 0.01
+    for moment in (torch.mean, torch.std):
+        for a, b in zip(moment(ours, dim=(2, 3)).T, moment(theirs, dim=(2, 3)).T, strict=True):
+            torch.testing.assert_close(a.mean(), b.mean(), rtol=0, atol=2e-3)
+
+
+# -------------------------------------------------------------------------- mixup in pairs
+
+
+def pair_mixup(*flags: object, images: int = 64) -> datasets.PairMixup:
+    return datasets.PairMixup(arguments("--mixup_mode", "pair", *flags), 10, images)
+
+
+IMAGES = torch.randn(64, 3, 12, 10, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(64) % 10
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--mixup_prob", 0.5], ["--cutmix_minmax", 0.2, 0.8], ["--mixup", 0], ["--cutmix", 0]],
+    ids=str,
+)
+def test_partners_are_mixed_by_their_lambda_or_box(flags):
+    """Every pixel is the image's, its partner's or one blend; labels in proportion."""
+    mixed, soft = pair_mixup("--smoothing", 0, *flags)(IMAGES.clone(), LABELS, 5, 0)
+    kinds = set()
+    for i in range(64):
+        j = i ^ 1
+        own, other, seen = IMAGES[i].double(), IMAGES[j].double(), mixed[i].double()
+        share = ((seen - other) / (own - other)).clamp(-1e-3, 1 + 1e-3)  # of itself, per pixel
+        kept = soft[i, LABELS[i]].item()
+        assert soft[i].sum().item() == pytest.approx(1) and kept >= 0
+        assert soft[i, LABELS[j]].item() == pytest.approx(1 - kept, abs=1e-6)
+        assert kept == pytest.approx(soft[j, LABELS[j]].item())  # partners share it
+        assert share.mean().item() == pytest.approx(kept, abs=2e-3)
+        is_whole = ((share - share.round()).abs() < 2e-3).all()
+        is_even = share.std() < 2e-3
+        assert is_whole or is_even
+        kinds.add("none" if kept == 1 else "mixup" if is_even else "cutmix")
+        if kinds and is_whole and 0 < kept < 1:
+            from_partner = share[0] < 0.5
+            rows, columns = from_partner.any(1), from_partner.any(0)
+            assert torch.equal(from_partner, rows[:, None] & columns[None])  # a rectangle
+    if "--mixup" in flags:
+        assert "mixup" not in kinds
+    if "--cutmix" in flags:
+        assert "cutmix" not in kinds
+
+
+def test_a_pairs_mix_does_not_depend_on_its_batch_and_a_views_does_on_the_view():
+    whole, labels = pair_mixup()(IMAGES.clone(), LABELS, 3, 0)
+    for size in (2, 6, 32):
+        mixup = pair_mixup()
+        parts = [
+            mixup(IMAGES[start : start + size].clone(), LABELS[start : start + size], 3, start)
+            for start in range(0, 64, size)
+        ]
+        assert torch.equal(torch.cat([images for images, _ in parts]), whole)
+        assert torch.equal(torch.cat([soft for _, soft in parts]), labels)
+    other, _ = pair_mixup()(IMAGES.clone(), LABELS, 4, 0)
+    assert not torch.equal(other, whole)
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--cutmix_minmax", 0.2, 0.8], ["--mixup", 0, "--mixup_prob", 0.7]], ids=str
+)
+def test_pairs_are_mixed_as_timm_does_on_average(flags):
+    """Share of an image's own label: quantiles over 4,000 pairs within 0.03 of timm's pair mode."""
+    args = arguments("--mixup_mode", "pair", "--smoothing", 0, *flags)
+    images, labels = torch.zeros(8000, 1, 32, 32), torch.arange(8000) % 2
+    _, ours = datasets.PairMixup(args, 2, 8000)(images, labels, 0, 0)
+    args.batch_size, args.mixup_mode = 8000, "elem"
+    timm_mixup = datasets.make_mixup(args, 2, 8000).mixup
+    timm_mixup.mode = "pair"
+    np.random.seed(0)
+    _, theirs = timm_mixup(
+        images,
+        labels,
+    )
+    quantiles = torch.linspace(0, 1, 21)
+    a, b = (soft[torch.arange(8000), labels].quantile(quantiles) for soft in (ours, theirs))
+    torch.testing.assert_close(a, b, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_a_blocks_mix_is_timms_and_does_not_depend_on_what_came_before(mode):
+    args = arguments("--mixup_mode", mode, "--batch_size", 16)
+    mixup = datasets.make_mixup(args, 10, 64)
+    whole, labels = mixup(IMAGES.clone(), LABELS, 3, 0)
+    third, soft = mixup(IMAGES[32:48].clone(), LABELS[32:48], 3, 32)
+    assert torch.equal(whole[32:48], third) and torch.equal(labels[32:48], soft)
+    datasets.utils.seed_rng(CPU, 0, 3, 2)
+    expected, wanted = mixup.mixup(IMAGES[32:48].clone(), LABELS[32:48])
+    assert torch.equal(expected, third) and torch.equal(wanted, soft)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import write_images
+from conftest import evaluation_images, write_images
 from safetensors.torch import save_file
 from timm.data import create_transform
 
@@ -127,18 +127,17 @@ def test_a_teacher_of_other_statistics_and_size_answers_as_in_its_own_pipeline(t
     source = datasets._digits(False)
     statistics = {"mean": teacher_config["mean"], "std": teacher_config["std"]}
     own = create_transform(16, interpolation="bicubic", crop_pct=1.0, **statistics)
-    for_student = datasets.eval_transform(student_config)
     images = [source[index][0] for index in range(8)]
     teacher = Teacher(loaded, student_config)
     with torch.no_grad():
         expected = loaded(torch.stack([own(image) for image in images]))
-        seen = teacher(torch.stack([for_student(image) for image in images]))
+        seen = teacher(evaluation_images(images, student_config))
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-4 * expected.std().item())
 
     # Another size: Pillow's antialiased bicubic of the same 32-pixel image, within a grey level.
     args.input_size = 32
     student_config = datasets.data_config(args)
-    big = torch.stack([datasets.eval_transform(student_config)(image) for image in images])
+    big = evaluation_images(images, student_config)
     small = Teacher(loaded, student_config).convert(big)
     mean, std = (torch.tensor(teacher_config[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     pixels = (small * std + mean) * 255
@@ -213,8 +212,8 @@ def test_fidelity_is_logged_and_right(run_main, short, kd, teacher_file, tmp_pat
     args = main.parse_args(["--input_size", "8"])
     config = datasets.data_config(args)
     teacher = Teacher(loaded, config)
-    source, show = datasets._digits(False), datasets.eval_transform(config)
-    images = torch.stack([show(source[index][0]) for index in range(360)])
+    source = datasets._digits(False)
+    images = evaluation_images([source[index][0] for index in range(360)], config)
     with torch.no_grad():
         s, t = student(images).double().softmax(1), teacher(images).double().softmax(1)
     last = run.log[-1]

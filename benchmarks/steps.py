@@ -1,0 +1,182 @@
+"""Time of a training step: alone, with the teacher, with its stored logits, and in timm's task.
+
+Every variant runs in the project's own loop, engine.train_one_epoch, on images that lie in memory;
+rounds go over the variants in turn, and ratios are medians over rounds.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.task import LogitDistillationTask
+from torch import nn
+
+import engine
+import models  # noqa: F401 (registers the small ones)
+from distillation import DistillationLoss, StudentWithDistillation, Teacher
+from logit_store import LogitStore, RowFormat, StoredTeacher
+
+# student, teacher, pixels, classes, batch size, steps a round
+PAIRS = (
+    ("vit_tiny_patch16_224", "vit_small_patch16_224", 224, 1000, 8, 1),
+    ("convnext_atto", "convnext_pico", 160, 1000, 8, 1),
+    ("resnet18", "resnet50", 128, 1000, 16, 1),
+    ("cifar_resnet8", "cifar_resnet20", 8, 10, 50, 20),
+)
+VARIANTS = ("plain", "online", "cached", "teacher", "timm", "timm, our settings")
+
+
+class MemoryLoader:
+    """A few batches on the device; tells their places as datasets.DeviceLoader does."""
+
+    def __init__(
+        self, size: int, classes: int, batch: int, steps: int, device: torch.device, layout: Any
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, 3, size, size)
+        self.images = [torch.randn(shape, generator=generator).to(device) for _ in range(steps)]
+        self.images = [images.to(memory_format=layout) for images in self.images]
+        labels = torch.rand((steps, batch, classes), generator=generator)
+        self.targets = labels.softmax(dim=2).to(device)  # soft, as after mixup
+        self.batches_in_epoch, self.view, self.places = steps, 0, range(0)
+
+    def set_epoch(self, epoch: int, first_batch: int) -> None:
+        pass
+
+    def __iter__(self):
+        for number, batch in enumerate(zip(self.images, self.targets, strict=True)):
+            start = number * len(batch[0])
+            self.places = range(start, start + len(batch[0]))
+            yield batch
+
+
+class TimmTask(nn.Module):
+    """timm's task in our loop: it does all its work where the loss is asked for."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().__init__()
+        self.task = LogitDistillationTask(
+            *(student, teacher, SoftTargetCrossEntropy()),
+            task_loss_weight=0.3,
+            temperature=4.0,
+            device=next(student.parameters()).device,
+            verbose=False,
+        )
+        self.teacher_is_frozen = teacher.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.images = images
+        return images[0, 0, 0], None
+
+    def loss(self, first: Any, none: None, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        out = self.task(self.images, targets)
+        return out["loss"], {"ce": out["task_loss"].detach(), "kd": out["kd_loss"].detach()}
+
+
+class Runner:
+    """One variant of one pair, ready to be timed."""
+
+    def __init__(self, variant: str, pair: tuple, folder: Path, device: torch.device) -> None:
+        student_arch, teacher_arch, size, classes, batch, self.steps = pair
+        torch.manual_seed(0)
+        sized = {"img_size": size} if "vit" in student_arch else {}
+        student = timm.create_model(student_arch, num_classes=classes, **sized).to(device)
+        network = timm.create_model(teacher_arch, num_classes=classes, **sized).to(device).eval()
+        network.requires_grad_(False)
+        cfg = student.pretrained_cfg
+        network.class_index = None
+        network.data_config = {"mean": cfg["mean"], "std": cfg["std"], "input_size": size}
+        is_ours = variant != "timm"
+        layout = torch.channels_last if is_ours else torch.contiguous_format
+        student = student.to(memory_format=layout)
+        network = network.to(memory_format=layout)
+        self.variant, self.device, self.epoch = variant, device, 0
+        self.loader = MemoryLoader(size, classes, batch, self.steps, device, layout)
+        self.settings = engine.LoopSettings(device, None, 1, None, 0, print_freq=1000)
+        self.optimizer = create_optimizer_v2(
+            student, opt="adamw", lr=1e-4, weight_decay=0.05, **({"fused": True} if is_ours else {})
+        )
+        teacher: Any = Teacher(network, network.data_config)
+        if variant.startswith("timm"):
+            self.model = TimmTask(student, network)
+            self.model.student = student
+            self.loss = self.model.loss
+            self.model.no_sync = None
+        else:
+            alpha = 0.0 if variant == "plain" else 0.7
+            self.loss = DistillationLoss(SoftTargetCrossEntropy(), alpha, 4.0)
+            if variant == "cached":
+                images = batch * self.steps
+                store = LogitStore(folder, images, images, RowFormat(classes, "float16"))
+                for inputs, _ in self.loader:
+                    with torch.inference_mode():
+                        store.keep(0, self.loader.places, teacher(inputs))
+                store.flush()
+                teacher = StoredTeacher(store, self.loader, None)
+            self.model = StudentWithDistillation(student, None if variant == "plain" else teacher)
+        self.teacher = teacher
+
+    def seconds(self) -> float:
+        """Of one step, a round's mean."""
+        started = time.perf_counter()
+        if self.variant == "teacher":
+            for images, _ in self.loader:
+                with torch.no_grad():
+                    self.teacher(images)
+        else:
+            self._train()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / self.steps
+
+    def _train(self) -> None:
+        constant = engine.np.full((self.epoch + 1) * self.steps, 1e-4)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        schedule = engine.Schedule(constant, constant)
+        engine.train_one_epoch(
+            *(self.model, self.loss, self.loader, self.optimizer, scaler, schedule),
+            *(self.epoch, self.settings),
+        )
+
+
+def measure(rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row a pair: milliseconds of each variant, and the ratios that matter."""
+    rows = []
+    engine.log = lambda *words: None  # the loop's own lines
+    for pair in PAIRS:
+        with tempfile.TemporaryDirectory() as folder:
+            runners = [Runner(variant, pair, Path(folder), device) for variant in VARIANTS]
+            times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+            for round_number in range(-2, rounds):  # two to warm up
+                shift = round_number % len(runners)
+                for runner in runners[shift:] + runners[:shift]:
+                    seconds = runner.seconds()
+                    if round_number >= 0:
+                        times[runner.variant].append(seconds)
+        rows.append(_row(pair, times))
+    return rows
+
+
+def _row(pair: tuple, times: dict[str, list[float]]) -> dict[str, Any]:
+    def ratio(above: list[float], below: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+    parts = [a + b for a, b in zip(times["plain"], times["teacher"], strict=True)]
+    return {
+        "student": pair[0],
+        "teacher": pair[1],
+        "pixels": pair[2],
+        "classes": pair[3],
+        "batch_size": pair[4],
+        "ms": {name: 1000 * statistics.median(values) for name, values in times.items()},
+        "cached / plain": ratio(times["cached"], times["plain"]),
+        "online / parts": ratio(times["online"], parts),
+        "online / timm": ratio(times["online"], times["timm"]),
+        "online / timm, our settings": ratio(times["online"], times["timm, our settings"]),
+    }

@@ -1,0 +1,364 @@
+"""The teacher's logits on disk: the same training without the teacher, and never a wrong row."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from test_run import weights_equal
+
+import logit_store
+import main
+from logit_store import LogitFile, RowFormat
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def kd(tmp_path_factory) -> list[str]:
+    """The flags that distil from a random teacher, its logits spread out."""
+    torch.manual_seed(1)
+    teacher = timm.create_model("cifar_resnet8", num_classes=10)
+    with torch.no_grad():
+        teacher.fc.weight.mul_(10)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save(teacher.state_dict(), path)
+    return ["--kd", "true", "--teacher_arch", "cifar_resnet8", "--teacher_path", str(path)]
+
+
+SHORT = ["--train_samples", "72", "--epochs", "2", "--model_ema", "true"]  # 4 batches and a half
+
+
+@pytest.fixture
+def no_teacher(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the teacher was built")
+
+    return lambda: monkeypatch.setattr(main, "load_teacher", refuse)
+
+
+MIXES = [
+    ["--mixup_mode", "batch"],
+    ["--mixup_mode", "pair"],
+    ["--mixup_mode", "elem"],
+    ["--mixup", "0", "--cutmix", "0"],
+]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: mix[1])
+def test_a_run_from_the_store_is_the_online_run_in_the_same_bits(
+    run_main, kd, tmp_path, mix, no_teacher
+):
+    cache = ["--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
+    filling = run_main(*SHORT, *kd, *mix, *cache, output_dir=tmp_path / "filling")
+    assert filling.code == 0, filling.err
+    other = ["--kd_alpha", 0.4, "--kd_temperature", 2, "--lr", 0.01, "--opt", "momentum"]
+    for name, flags in (("same", []), ("other", other)):
+        online = run_main(*SHORT, *kd, *mix, *flags, output_dir=tmp_path / f"{name}-online")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(main, "load_teacher", None)
+            cached = run_main(
+                *SHORT, *kd, *mix, *flags, *cache, output_dir=tmp_path / f"{name}-cached"
+            )
+        assert cached.code == 0 and "the teacher itself is not loaded" in cached.out, cached.err
+        assert cached.log == online.log
+        for key in ("model", "model_ema"):
+            assert weights_equal(cached.checkpoint(1)[key], online.checkpoint(1)[key])
+
+
+def test_half_precision_changes_the_losses_by_less_than_a_thousandth(run_main, kd, tmp_path):
+    online = run_main(*SHORT, *kd, output_dir=tmp_path / "online")
+    cache = ["--teacher_cache", tmp_path / "cache"]
+    run_main(*SHORT, *kd, *cache, output_dir=tmp_path / "filling")
+    cached = run_main(*SHORT, *kd, *cache, output_dir=tmp_path / "cached")
+    for a, b in zip(online.log, cached.log, strict=True):
+        for name in ("train_loss", "train_kd", "train_ce"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3) and a["epoch"] == b["epoch"]
+    assert cached.log[1]["train_kd"] != online.log[1]["train_kd"]  # it is float16, after all
+
+
+@pytest.mark.parametrize("mix", MIXES[1::2], ids=lambda mix: mix[1])
+def test_a_store_serves_other_batch_sizes_unless_images_mix_over_the_batch(
+    run_main, kd, tmp_path, mix
+):
+    cache = ["--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
+    fill = run_main(*SHORT, *kd, *mix, *cache, "--teacher_cache_only", "true")
+    assert fill.code == 0, fill.err
+    for size in (6, 24):
+        flags = [*SHORT, *kd, *mix, "--batch_size", size]
+        online = run_main(*flags, output_dir=tmp_path / f"online-{size}")
+        cached = run_main(*flags, *cache, output_dir=tmp_path / f"cached-{size}")
+        assert "the teacher itself is not loaded" in cached.out
+        for a, b in zip(online.log, cached.log, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_store_of_batch_mixing_is_refused_at_another_batch_size(run_main, kd, tmp_path):
+    cache = ["--teacher_cache", tmp_path / "cache"]
+    assert run_main(*SHORT, *kd, *cache).code == 0
+    refused = run_main(*SHORT, *kd, *cache, "--batch_size", 8)
+    assert refused.code == 2 and "made with batch_size 16, this run has 8" in refused.err
+
+
+def test_views_come_round_again(run_main, kd, tmp_path):
+    flags = ["--train_samples", 64, "--epochs", 5, *kd, "--teacher_views", 2]
+    online = run_main(*flags, output_dir=tmp_path / "online")
+    cache = ["--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
+    cached = run_main(*flags, *cache, output_dir=tmp_path / "cached")
+    assert cached.log == online.log
+    assert sorted(p.name for p in (tmp_path / "cache").glob("view-*.logits")) == [
+        "view-00000.logits",
+        "view-00001.logits",
+    ]
+    every = run_main("--train_samples", 64, "--epochs", 5, *kd, output_dir=tmp_path / "every")
+    assert every.log[1]["train_loss"] == online.log[1]["train_loss"]
+    assert every.log[2]["train_loss"] != online.log[2]["train_loss"]
+
+
+def test_a_store_filled_in_parts_without_training_serves_a_run(run_main, kd, tmp_path, no_teacher):
+    flags = ["--train_samples", 72, "--epochs", 4, *kd]
+    cache = ["--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
+    for part in ("0:1", "1:4"):
+        fill = [*flags, *cache, "--teacher_cache_only", "true", "--teacher_cache_range", part]
+        assert run_main(*fill).code == 0
+    online = run_main(*flags, output_dir=tmp_path / "online")
+    no_teacher()
+    cached = run_main(*flags, *cache, output_dir=tmp_path / "cached")
+    for a, b in zip(online.log, cached.log, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)  # the filling had batches of another size
+
+
+def test_what_is_missing_of_a_view_is_made_again(run_main, kd, tmp_path):
+    cache = ["--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
+    first = run_main(*SHORT, *kd, *cache, output_dir=tmp_path / "first")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    valid = tmp_path / "cache" / "view-00001.valid"
+    marks = np.fromfile(valid, np.uint8)
+    marks[[3, 40]] = 0
+    marks.tofile(valid)
+    rows = np.memmap(valid.with_suffix(".logits"), np.float32, "r+", shape=(72, 10))
+    rows[[3, 40]] = 7  # what a kill may leave behind
+    rows.flush()
+    second = run_main(*SHORT, *kd, *cache, output_dir=tmp_path / "second")
+    assert second.log == first.log and "126 of 128 rows are there" in second.out
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+
+
+def test_rows_that_vanish_during_a_run_are_an_error_with_its_remedy(run_main, kd, tmp_path):
+    cache = ["--teacher_cache", tmp_path / "cache"]
+    run_main(*SHORT, *kd, *cache)
+    (tmp_path / "cache" / "view-00001.valid").write_bytes(bytes(72))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logit_store.LogitStore, "lacking", lambda self, views: 0)
+        run = run_main(*SHORT, *kd, *cache)
+    assert run.code == 2 and "rows 0 to 15 of view 1 went while the run was on" in run.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (["--seed", 3], "seed 0, this run has 3"),
+        (["--aa", ""], 'aa "rand-m9-mstd0.5-inc1", this run has ""'),
+        (["--mixup", 0.5], "mixup 0.8, this run has 0.5"),
+        (["--mixup_mode", "pair"], 'mixup_mode "batch", this run has "pair"'),
+        (["--mixup", 0, "--cutmix", 0, "--smoothing", 0], "augmented"),
+        (["--input_size", 16], "input_size 8, this run has 16"),
+        (["--teacher_cache_dtype", "float32"], 'teacher_cache_dtype "float16", this run'),
+        (["--teacher_cache_topk", 3], "teacher_cache_topk null, this run has 3"),
+        (["--train_samples", 80], "images 72, this run has 80"),
+        (["--use_amp", "true"], 'amp_dtype "None", this run has "bfloat16"'),
+    ],
+)
+def test_a_store_of_something_else_is_refused(run_main, kd, tmp_path, flags, field):
+    cache = ["--teacher_cache", tmp_path / "cache"]
+    assert run_main(*SHORT, *kd, *cache).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    run = run_main(*SHORT, *kd, *cache, *flags)
+    assert run.code == 2 and field in run.err and "another folder" in run.err, run.err
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+
+
+def test_a_store_of_another_teacher_or_other_pixels_is_refused(run_main, kd, tmp_path, monkeypatch):
+    cache = ["--teacher_cache", tmp_path / "cache"]
+    assert run_main(*SHORT, *kd, *cache).code == 0
+    other = torch.load(kd[-1], weights_only=True)
+    other["fc.bias"][0] += 1
+    torch.save(other, tmp_path / "other.pth")
+    run = run_main(*SHORT, *kd, "--teacher_path", tmp_path / "other.pth", *cache)
+    assert run.code == 2 and 'made with teacher_path ["sha256 ' in run.err
+    real = main.datasets._digits
+    inverted = lambda is_train: invert(real(is_train))  # noqa: E731
+    monkeypatch.setattr(main.datasets, "_digits", inverted)
+    run = run_main(*SHORT, *kd, *cache)
+    assert run.code == 2 and "the augmented images are not: other pixels" in run.err
+
+
+def invert(source):
+    load = source.load
+    source.load = lambda index: load(index).point(lambda value: 255 - value)
+    return source
+
+
+def test_a_manifest_cut_short_is_told(run_main, kd, tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").write_text('{"seed": ')
+    monkeypatch.setattr(logit_store.time, "sleep", lambda seconds: None)
+    run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path)
+    assert run.code == 2 and "manifest.json is not whole" in run.err
+
+
+def test_a_disk_too_small_is_told_before_anything_is_computed(run_main, kd, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2000)
+    monkeypatch.setattr(logit_store.shutil, "disk_usage", lambda folder: usage)
+    run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path / "cache")
+    assert run.code == 2 and "needs 2.56 kB more, and 2 kB are free" in run.err
+    assert "Teacher cifar_resnet8" not in run.out
+
+
+def test_a_disk_full_in_the_middle_keeps_what_is_whole(run_main, kd, tmp_path, monkeypatch):
+    cache = ["--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
+    real = LogitFile._put
+
+    def full(self, file, position, content):
+        if self.stem.name == "view-00001":
+            raise OSError(28, "No space left on device")
+        real(self, file, position, content)
+
+    monkeypatch.setattr(LogitFile, "_put", full)
+    run = run_main(*SHORT, *kd, *cache)
+    assert run.code == 2 and "No space left" in run.err and "is whole" in run.err
+    monkeypatch.setattr(LogitFile, "_put", real)
+    run = run_main(*SHORT, *kd, *cache, output_dir=tmp_path / "after")
+    assert "64 of 128 rows are there" in run.out
+    assert run.log == run_main(*SHORT, *kd, output_dir=tmp_path / "online").log
+
+
+@pytest.mark.parametrize("flags", ["--teacher_cache x", "--teacher_cache_only true"])
+def test_a_store_without_a_teacher_is_refused(run_main, flags):
+    assert run_main(*flags.split()).code == 2
+
+
+@pytest.mark.parametrize("part", ["1", "0:3", "1:1", "2:1", "a:b", "-1:1"])
+def test_a_range_that_is_none_is_refused(run_main, kd, tmp_path, part):
+    flags = [*SHORT, *kd, "--teacher_cache", tmp_path, "--teacher_cache_only", "true"]
+    run = run_main(*flags, f"--teacher_cache_range={part}")
+    assert run.code == 2 and f"--teacher_cache_range {part}: give" in run.err
+
+
+# ------------------------------------------------------------------------------------- rows
+
+
+LOGITS = torch.randn(50, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+
+
+def round_trip(row_format: RowFormat) -> torch.Tensor:
+    rows = row_format.encode(LOGITS)
+    assert rows.nbytes == 50 * row_format.dtype.itemsize
+    return row_format.decode(rows)
+
+
+def test_full_rows_come_back_rounded_only():
+    assert torch.equal(round_trip(RowFormat(30, "float32")), LOGITS.float())
+    assert torch.equal(round_trip(RowFormat(30, "float16")), LOGITS.half())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_largest_come_back_and_the_others_share_their_probability(temperature):
+    seen = round_trip(RowFormat(30, "float32", 5, temperature)).double()
+    largest = LOGITS.topk(5).indices
+    wanted = (LOGITS / temperature).softmax(1)
+    found = (seen / temperature).softmax(1)
+    torch.testing.assert_close(found.gather(1, largest), wanted.gather(1, largest))
+    torch.testing.assert_close(seen.gather(1, largest), LOGITS.gather(1, largest).float().double())
+    others = torch.ones_like(seen, dtype=torch.bool).scatter(1, largest, False)
+    rest = found[others].view(50, 25)
+    even = (wanted[others].view(50, 25).sum(1, keepdim=True) / 25).expand(-1, 25)
+    torch.testing.assert_close(rest, even)
+
+
+def test_as_many_largest_as_classes_are_the_full_rows():
+    assert torch.equal(round_trip(RowFormat(30, "float32", 30)), LOGITS.float())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 7e4])
+def test_logits_that_do_not_fit_are_refused(bad):
+    logits = LOGITS.clone()
+    logits[3, 2] = bad
+    for topk in (None, 4):
+        with pytest.raises(UserError, match="not finite, or too large.*float16"):
+            RowFormat(30, "float16", topk).encode(logits)
+
+
+def row_of(places: range) -> torch.Tensor:
+    """A different row for each place, none of it zero."""
+    return torch.tensor([[place * 7.0 + column + 1 for column in range(10)] for place in places])
+
+
+def fill_until_killed(stem: Path, order: list[range]) -> None:
+    file = LogitFile(stem, 4000, RowFormat(10, "float32"))
+    for places in order:
+        file.write([(places, row_of(places))])
+
+
+def assert_no_false_row(stem: Path) -> int:
+    file = LogitFile(stem, 4000, RowFormat(10, "float32"))
+    is_there = np.asarray(file.valid) == 1
+    expected = row_of(range(4000)).numpy()
+    assert np.array_equal(file.rows[is_there], expected[is_there])
+    file.close()
+    return int(is_there.sum())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_twenty_kills_while_two_fill_one_view_leave_no_false_row(tmp_path):
+    rng = random.Random(0)
+    order = [range(first, first + 8) for first in range(0, 4000, 8)]
+    kills = in_the_middle = 0
+    view = 0
+    while kills < 20:
+        stem = tmp_path / f"view-{view}"
+        children = []
+        for _ in range(2):
+            rng.shuffle(order)
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    torch.set_num_threads(1)
+                    fill_until_killed(stem, order)
+                    code = 0
+                finally:
+                    os._exit(code)
+            children.append(pid)
+        time.sleep(rng.uniform(0.01, 0.1))
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            assert os.waitpid(pid, 0)[1] in (0, signal.SIGKILL)
+        kills += 1
+        count = assert_no_false_row(stem) if stem.with_suffix(".valid").exists() else 0
+        in_the_middle += 0 < count < 4000
+        view += count == 4000
+    assert in_the_middle >= 5
+
+
+def test_rows_with_gaps_between_them_are_kept_where_they_belong(tmp_path):
+    file = LogitFile(tmp_path / "v", 100, RowFormat(10, "float32"))
+    file.write([(range(1, 40, 3), row_of(range(1, 40, 3))), (range(60, 70), row_of(range(60, 70)))])
+    assert torch.equal(file.read(range(4, 30, 3)), row_of(range(4, 30, 3)))
+    assert file.read(range(4, 30)) is None and file.first_missing(100) == 0
+    file.write([(range(60, 72), -row_of(range(60, 72)))])  # what is there stays
+    assert torch.equal(file.read(range(60, 70)), row_of(range(60, 70)))
+    assert torch.equal(file.read(range(70, 72)), -row_of(range(70, 72)))
+    assert file.missing() == 100 - 13 - 12
+
+
+def test_the_manifest_tells_what_the_store_was_made_with(run_main, kd, tmp_path):
+    run_main(*SHORT, *kd, "--teacher_cache", tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["teacher_arch"] == "cifar_resnet8" and manifest["batch_size"] == 16
+    assert manifest["images"] == 72 and manifest["note"]["timm"] == timm.__version__
