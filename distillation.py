@@ -73,13 +73,14 @@ class DistillationLoss(nn.Module):
             return ce, {"ce": ce.detach(), "kd": torch.zeros_like(ce)}
         if teacher_logits is None:
             raise ValueError(f"alpha is {self.alpha}, so the loss needs teacher_logits")
-        kd = self.temperature**2 * F.kl_div(
+        divergence = F.kl_div(
             F.log_softmax(student_logits / self.temperature, dim=-1),
             F.log_softmax(teacher_logits.float() / self.temperature, dim=-1),
-            reduction="batchmean",
+            reduction="sum",
             log_target=True,  # p * log p of a p that rounds to 0 would be NaN
         )
-        loss = kd if self.alpha == 1 else (1 - self.alpha) * ce + self.alpha * kd
+        kd = divergence * (self.temperature**2 / len(student_logits))
+        loss = kd if self.alpha == 1 else torch.lerp(ce, kd, self.alpha)
         return loss, {"ce": ce.detach(), "kd": kd.detach()}
 
 

@@ -77,9 +77,9 @@ class RowFormat:
         return rows
 
     def decode(self, rows: np.ndarray) -> torch.Tensor:
-        """(N,) rows -> (N, C), of the kept dtype or, of the largest alone, float32"""
+        """(N,) rows -> (N, C) float32"""
         if not self.topk:
-            return torch.from_numpy(np.array(rows))
+            return torch.from_numpy(rows.astype(np.float32))
         logits = torch.from_numpy(rows["rest"][:, None].repeat(self.num_classes, axis=1))
         classes = torch.from_numpy(rows["classes"].astype(np.int64))
         return logits.scatter_(1, classes, torch.from_numpy(rows["values"].astype(np.float32)))
@@ -91,9 +91,15 @@ class LogitFile:
     Rows are written and flushed before they are marked, so whatever kills the process leaves no
     mark without its row; and those marked already are left alone, so several processes may fill one
     file. Plain writes, not through the memory map: a full disk is then an error, not a signal.
+
+    Args:
+        count: rows.
+        needed: how many of them, from the first, are ever asked for; None for all.
     """
 
-    def __init__(self, stem: Path, count: int, row_format: RowFormat) -> None:
+    def __init__(
+        self, stem: Path, count: int, row_format: RowFormat, needed: int | None = None
+    ) -> None:
         self.stem, self.format = stem, row_format
         self.files, self.maps = [], []
         for suffix, dtype in ((".logits", row_format.dtype), (".valid", np.dtype(np.uint8))):
@@ -103,13 +109,16 @@ class LogitFile:
             if os.fstat(file.fileno()).st_size < count * dtype.itemsize:
                 file.truncate(count * dtype.itemsize)
             self.files.append(file)
-            self.maps.append(np.memmap(path, dtype, "r", shape=count))
+            # As a plain array: np.memmap's own slices take several times as long.
+            self.maps.append(np.asarray(np.memmap(path, dtype, "r", shape=count)))
         self.rows, self.valid = self.maps
+        self.is_whole = self.first_missing(needed or count) == (needed or count)
 
     def read(self, places: range) -> torch.Tensor | None:
         """Logits of these rows, (N, C); None where not all of them are there."""
         rows = slice(places.start, places.stop, places.step)
-        return self.format.decode(self.rows[rows]) if self.valid[rows].all() else None
+        is_there = self.is_whole or self.valid[rows].all()
+        return self.format.decode(self.rows[rows]) if is_there else None
 
     def first_missing(self, end: int) -> int:
         """The first row before `end` that is not there; `end` where all are."""
@@ -169,7 +178,7 @@ class LogitStore:
             self.flush()
             if self.file is not None:
                 self.file.close()
-            self.file = LogitFile(self._stem(number), self.images, self.format)
+            self.file = LogitFile(self._stem(number), self.images, self.format, self.needed)
             self.number = number
         return self.file
 
