@@ -3,9 +3,11 @@
     python tests/kill_test.py --kills 20                  # one process
     python tests/kill_test.py --kills 20 --processes 2    # torchrun
     python tests/kill_test.py --elastic true              # torchrun restarts a killed worker itself
+    python tests/kill_test.py --fill true                 # filling --teacher_cache, not training
 
 Weights, EMA, optimizer state and log.txt must be the same bits. EMA, accumulation, mixup and a
 teacher are on, and a checkpoint is written at every step, so that many kills fall into a write.
+While a store is filled, every row that is marked must be the right one after every kill.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 
@@ -118,11 +121,62 @@ def kill_a_worker(argv: list[str], seconds: float) -> None:
         sys.exit(f"torchrun ended with {process.returncode} after one worker was killed")
 
 
+def fill_command(processes: int, cache: Path, teacher: Path) -> list[str]:
+    """Many small views, so that much of the time goes into writing."""
+    flags = "--train_samples 64 --epochs 600 --mixup_mode pair --teacher_cache_only true"
+    argv = command(processes, cache.with_name("unused"), teacher)
+    return [*argv, *flags.split(), "--teacher_cache", str(cache)]
+
+
+def false_rows(reference: Path, cache: Path) -> tuple[int, int, int]:
+    """Rows that are marked and wrong, rows that are marked, rows written but not marked."""
+    wrong = marked = unmarked = 0
+    for valid in cache.glob("view-*.valid"):
+        is_marked = np.fromfile(valid, np.uint8) == 1
+        rows, right = (
+            np.fromfile(folder / f"{valid.stem}.logits", np.uint8).reshape(len(is_marked), -1)
+            for folder in (cache, reference)
+        )
+        wrong += int((rows != right).any(axis=1)[is_marked].sum())
+        marked += int(is_marked.sum())
+        unmarked += int((rows.any(axis=1) & ~is_marked).sum())
+    return wrong, marked, unmarked
+
+
+def kill_while_filling(folder: Path, teacher: Path, args: argparse.Namespace) -> None:
+    rng = random.Random(args.seed)
+    reference = folder / "reference"
+    if start(fill_command(1, reference, teacher)).wait() != 0:
+        sys.exit("the filling left alone failed")
+    kills = in_write = runs = 0
+    while kills < args.kills:
+        cache = folder / f"cache-{runs}"
+        process = start(fill_command(args.processes, cache, teacher))
+        views = len(list(cache.glob("view-*.valid")))
+        while process.poll() is None and len(list(cache.glob("view-*.valid"))) == views:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1))
+        is_done = process.poll() is not None
+        for pid in [] if is_done else family(process.pid):
+            kill(pid)
+        if process.wait() not in (0, -signal.SIGKILL):
+            sys.exit(f"exit code {process.returncode} after {kills} kills")
+        wrong, marked, unmarked = false_rows(reference, cache)
+        if wrong or (is_done and marked != 600 * 64):
+            sys.exit(f"after {kills} kills: {wrong} of {marked} marked rows are false")
+        kills, in_write, runs = kills + (not is_done), in_write + (unmarked > 0), runs + is_done
+    print(
+        f"{kills} kills ({in_write} of them between a row and its mark) of {args.processes} "
+        f"process(es) that fill a store: no false row; {marked:,} marked rows at the last"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--elastic", default="false", choices=("true", "false"))
+    parser.add_argument("--fill", default="false", choices=("true", "false"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -132,6 +186,9 @@ def main() -> None:
         torch.manual_seed(0)
         teacher = folder / "teacher.pth"
         torch.save(timm.create_model("cifar_resnet8", num_classes=10).state_dict(), teacher)
+        if args.fill == "true":
+            kill_while_filling(folder, teacher, args)
+            return
         began = time.perf_counter()
         if start(command(processes, folder / "alone", teacher)).wait() != 0:
             sys.exit("the run left alone failed")

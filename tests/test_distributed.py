@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 
 import main
+import models  # noqa: F401
 
 ROOT = Path(main.__file__).parent
 # LayerNorm, since BatchNorm's statistics are those of a process's own images.
@@ -18,24 +21,41 @@ FLAGS = """--device cpu --num_workers 1 --model convnext_atto --input_size 32 --
 --model_ema true --model_ema_eval true"""
 
 
-def torchrun(processes: int, *flags: object) -> subprocess.CompletedProcess:
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    argv += [f"--nproc_per_node={processes}", "main.py", *FLAGS.split(), *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def begin(processes: int, *argv: object) -> subprocess.Popen:
+    """Start a script under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*torchrun, f"--nproc_per_node={processes}", *map(str, argv)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def launch(processes: int, *argv: object) -> str:
+    """Run a script under torchrun to its end; returns what it printed."""
+    process = begin(processes, *argv)
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    return out
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The same training as 1 × 16, 2 × 8 and 2 × 4 with accumulation, with a teacher."""
+def runs_folder(tmp_path_factory) -> Path:
+    """A folder with a teacher."""
     folder = tmp_path_factory.mktemp("runs")
-    import timm
-
     torch.manual_seed(0)
     teacher = timm.create_model("cifar_resnet8", num_classes=10)
     torch.save({"model": teacher.state_dict()}, folder / "teacher.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(runs_folder):
+    """The same training as 1 × 16, 2 × 8 and 2 × 4 with accumulation, with a teacher."""
+    folder = runs_folder
     kd = [
         "--kd",
         "true",
@@ -50,10 +70,12 @@ def runs(tmp_path_factory):
         ("two", 2, ["--batch_size", 8]),
         ("two_accumulated", 2, ["--batch_size", 4, "--update_freq", 2]),
     ):
-        done = torchrun(processes, *kd, *flags, "--output_dir", folder / name)
+        stdout = launch(
+            processes, "main.py", *FLAGS.split(), *kd, *flags, "--output_dir", folder / name
+        )
         lines = (folder / name / "log.txt").read_text().splitlines()
         saved = torch.load(folder / name / "checkpoint-1.pth", weights_only=True)
-        out[name] = (done.stdout, [json.loads(line) for line in lines], saved)
+        out[name] = (stdout, [json.loads(line) for line in lines], saved)
     return out
 
 
@@ -83,3 +105,44 @@ def test_only_rank_0_prints(runs):
     stdout = runs["two"][0]
     assert stdout.count("Student convnext_atto") == 1
     assert stdout.count("Teacher cifar_resnet8") == 1 and "2 process(es)" in stdout
+
+
+STORE = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 70 --epochs 2
+--mixup_mode pair"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name.startswith("view")}
+
+
+def test_two_processes_and_two_runs_at_once_fill_one_store(runs_folder):
+    """Under torchrun, then as two runs of the same command side by side; then a run reads it."""
+    kd = ["--kd", "true", "--teacher_arch", "cifar_resnet8"]
+    kd += ["--teacher_path", runs_folder / "teacher.pth", "--teacher_cache_dtype", "float32"]
+    common = ["main.py", *STORE.split(), "--batch_size", 8, *kd, "--teacher_cache"]
+    fill = ["--teacher_cache_only", "true"]
+    one, two, both = (runs_folder / f"cache-{name}" for name in ("one", "two", "both"))
+    launch(1, *common, one, *fill)
+    launch(2, *common, two, *fill)
+    side_by_side = [begin(1, *common, both, *fill) for _ in range(2)]
+    for process in side_by_side:
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    expected = contents(one)
+    assert len(expected) == 4 and all(set(v) == {1} for n, v in expected.items() if "valid" in n)
+    assert contents(two).keys() == contents(both).keys() == expected.keys()
+    for other in (contents(two), contents(both)):
+        for name, content in expected.items():
+            dtype = np.float32 if "logits" in name else np.uint8
+            a, b = (np.frombuffer(found, dtype) for found in (content, other[name]))
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    done = launch(2, *common, one, "--output_dir", runs_folder / "cached")
+    assert "the teacher itself is not loaded" in done
+    launch(2, *common[:-1], "--output_dir", runs_folder / "online")
+    cached, online = (
+        [json.loads(x) for x in (runs_folder / n / "log.txt").read_text().splitlines()]
+        for n in ("cached", "online")
+    )
+    for a, b in zip(cached, online, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
