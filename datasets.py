@@ -720,7 +720,7 @@ class DeviceLoader:
 
     def _images(self, batch: HostBatch) -> torch.Tensor:
         pixels = batch.pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        images = torch.addcmul(self.shift, pixels, self.scale)  # keeps the layout: channels last
+        images = torch.addcmul(self.shift, pixels.float(), self.scale)  # stays channels last
         if len(batch.boxes):
             areas = batch.boxes[:, 3:].prod(dim=1)
             is_plain = batch.erased.numel() == 3 * len(areas)  # a colour for each rectangle
