@@ -101,18 +101,17 @@ class LogitFile:
         self, stem: Path, count: int, row_format: RowFormat, needed: int | None = None
     ) -> None:
         self.stem, self.format = stem, row_format
-        self.files, self.maps = [], []
-        for suffix, dtype in ((".logits", row_format.dtype), (".valid", np.dtype(np.uint8))):
-            path = stem.with_suffix(suffix)
-            open(path, "ab").close()  # creates it, and leaves one that is there as it is
-            file = open(path, "r+b", buffering=0)  # noqa: SIM115 (closed with this object)
-            if os.fstat(file.fileno()).st_size < count * dtype.itemsize:
-                file.truncate(count * dtype.itemsize)
-            self.files.append(file)
-            # As a plain array: np.memmap's own slices take several times as long.
-            self.maps.append(np.asarray(np.memmap(path, dtype, "r", shape=count)))
-        self.rows, self.valid = self.maps
+        self.rows = self._map(".logits", count, row_format.dtype)
+        self.valid = self._map(".valid", count, np.dtype(np.uint8))
         self.is_whole = self.first_missing(needed or count) == (needed or count)
+
+    def _map(self, suffix: str, count: int, dtype: np.dtype) -> np.ndarray:
+        path, size = self.stem.with_suffix(suffix), count * dtype.itemsize
+        if not path.exists() or path.stat().st_size < size:
+            with open(path, "ab") as file:  # never shortens what another process has begun
+                file.truncate(size)
+        # As a plain array: np.memmap's own slices take several times as long.
+        return np.asarray(np.memmap(path, dtype, "r", shape=count))
 
     def read(self, places: range) -> torch.Tensor | None:
         """Logits of these rows, (N, C); None where not all of them are there."""
@@ -129,7 +128,21 @@ class LogitFile:
         return len(self.valid) - int(np.count_nonzero(self.valid))
 
     def write(self, answers: list[tuple[range, torch.Tensor]]) -> None:
-        """Keep logits (N, C) of rows, where they are not there already."""
+        """Keep logits (N, C) of rows, where they are not there already.
+
+        Raises: UserError where the file system refuses.
+        """
+        if not answers:
+            return
+        try:
+            self._write(answers)
+        except OSError as error:
+            raise UserError(
+                f"--teacher_cache: {self.stem}: {error}; free some space or give another folder, "
+                "then type the same command: what is kept already is whole"
+            ) from error
+
+    def _write(self, answers: list[tuple[range, torch.Tensor]]) -> None:
         places = np.concatenate([np.asarray(places) for places, _ in answers])
         rows = self.format.encode(torch.cat([logits for _, logits in answers]))
         is_new = self.valid[places] == 0
@@ -138,25 +151,20 @@ class LogitFile:
         if not len(places):
             return  # another process was here first
         starts = np.flatnonzero(np.diff(places, prepend=-2) != 1)  # of runs without a gap
-        logits_file, valid_file = self.files
-        for is_mark in (False, True):
-            for first, last in zip(starts, [*starts[1:], len(places)], strict=True):
-                if is_mark:
-                    self._put(valid_file, places[first], b"\1" * int(last - first))
-                else:
-                    row_bytes = self.format.dtype.itemsize
-                    self._put(logits_file, places[first] * row_bytes, rows[first:last].tobytes())
-            if not is_mark:
-                os.fsync(logits_file.fileno())
+        runs = list(zip(starts, [*starts[1:], len(places)], strict=True))
+        row_bytes = self.format.dtype.itemsize
+        with open(self.stem.with_suffix(".logits"), "r+b", buffering=0) as file:
+            for first, last in runs:
+                self._put(file, places[first] * row_bytes, rows[first:last].tobytes())
+            os.fsync(file.fileno())
+        with open(self.stem.with_suffix(".valid"), "r+b", buffering=0) as file:
+            for first, last in runs:
+                self._put(file, places[first], b"\1" * int(last - first))
 
     def _put(self, file: Any, position: int, content: bytes) -> None:
         file.seek(int(position))
         while content:
             content = content[file.write(content) :]
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
 
 
 class LogitStore:
@@ -176,8 +184,6 @@ class LogitStore:
     def view(self, number: int) -> LogitFile:
         if number != self.number:
             self.flush()
-            if self.file is not None:
-                self.file.close()
             self.file = LogitFile(self._stem(number), self.images, self.format, self.needed)
             self.number = number
         return self.file
@@ -226,17 +232,10 @@ class LogitStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending. Raises: UserError where the file system refuses."""
-        if not self.pending:
-            return
-        try:
+        """Write what is pending."""
+        if self.pending:
             self.file.write(self.pending)
-        except OSError as error:
-            raise UserError(
-                f"--teacher_cache {self.folder}: {error}; free some space or give another folder, "
-                "then type the same command: what is kept already is whole"
-            ) from error
-        self.pending, self.pending_bytes = [], 0
+            self.pending, self.pending_bytes = [], 0
 
     def validation(self, data: Any) -> LogitFile:
         """The file of the teacher's logits on the validation images, whole and in float32."""
@@ -370,8 +369,9 @@ def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     Returns: the manifest of the store.
     Raises: UserError that names the first field that differs, both values and the remedy.
     """
-    utils.make_folder(str(folder), "--teacher_cache")
     path = folder / "manifest.json"
+    if not path.exists():  # a whole store may be on a disk that is only read
+        utils.make_folder(str(folder), "--teacher_cache")
     try:
         with open(path, "x", encoding="utf-8") as file:  # of several runs at once, one creates it
             file.write(json.dumps(manifest, indent=1))

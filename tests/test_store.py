@@ -310,7 +310,6 @@ def assert_no_false_row(stem: Path) -> int:
     is_there = np.asarray(file.valid) == 1
     expected = row_of(range(4000)).numpy()
     assert np.array_equal(file.rows[is_there], expected[is_there])
-    file.close()
     return int(is_there.sum())
 
 
