@@ -73,7 +73,8 @@ def measure(rounds: int) -> dict[str, Any]:
         )
         teacher = f"--kd true --teacher_arch resnet50 --teacher_path {path}".split()
         stored = [*teacher, "--teacher_cache", Path(folder) / "cache"]
-        variants = {"plain": [], "online": teacher, "filling": stored, "cached": stored}
+        private_mib(*STUDENT.split(), *stored)  # fills the store
+        variants = {"plain": [], "online": teacher, "cached": stored}
         memory: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(rounds):
             for name, flags in variants.items():
