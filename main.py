@@ -440,6 +440,7 @@ from torch.nn.parallel import DistributedDataParallel
 import datasets
 import logit_store
 import models
+import transforms
 import utils
 from distillation import (
     DistillationLoss,
@@ -619,10 +620,10 @@ def follow_defaults(args: argparse.Namespace, scored: dict[str, Any] | None) -> 
             args.model_ema = scored.get("model_ema") is not None
     native_size = datasets.NATIVE_SIZE.get(args.data_set, 224)
     if args.model is None:
-        is_small = (args.input_size or native_size) < datasets.SMALL
+        is_small = (args.input_size or native_size) < transforms.SMALL
         args.model = "cifar_resnet20" if is_small else "convnext_tiny"
     if args.input_size is None:
-        is_small = models.own_input_size(args.model, "--model") < datasets.SMALL
+        is_small = models.own_input_size(args.model, "--model") < transforms.SMALL
         args.input_size = native_size if is_small else 224
     if args.hflip is None:
         args.hflip = 0.0 if args.data_set in datasets.MIRRORED_CHANGES_MEANING else 0.5

@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 
 import datasets
 import main
-import utils
+import transforms
 
 COUNT, BATCH = 64, 32
 CPU = torch.device("cpu")
@@ -42,11 +42,11 @@ def photographs(folder: Path) -> None:
         Image.fromarray(pixels.astype(np.uint8)).save(path, quality=93)
 
 
-def stages(folder: Path) -> dict[str, Callable[[], Any]]:
-    """What to time; each works through all images once."""
+def stages(folder: Path) -> dict[str, Callable[[int], None]]:
+    """What to time; each works through all images once, in the round that it is given."""
     args = main.parse_args(["--data_path", str(folder), "--num_workers", "0"])
     main.follow_defaults(args, None)
-    config = datasets.data_config(args) | {"classes": ["0", "1"]}
+    config = transforms.data_config(args) | {"classes": ["0", "1"]}
     theirs = create_transform(
         *(args.input_size, True),
         hflip=args.hflip,
@@ -60,17 +60,22 @@ def stages(folder: Path) -> dict[str, Callable[[], Any]]:
     )
     image_folder = torchvision.datasets.ImageFolder(str(folder), theirs)
     source = datasets._folder(str(folder), "--data_path")
-    ours = datasets.TransformedImages(source, datasets.train_transform(args, config), 0)
+    ours = datasets.TransformedImages(source, transforms.train_transform(args, config), 0)
     finish = datasets.DeviceLoader(None, None, config, CPU)._images
     crop, *rest = ours.transform.steps.transforms
 
     decoded = [source[index][0] for index in range(COUNT)]
     cropped = [crop(image) for image in decoded]
     pillow_crop, *_ = theirs.transforms
+    pictures = [Image.fromarray(image) for image in decoded]
     items = [ours[0, index] for index in range(COUNT)]
 
-    def each(function: Callable, values: Any) -> Callable[[], None]:
-        return lambda: [function(value) for value in values] and None
+    def each(function: Callable, values: Any) -> Callable[[int], None]:
+        def run(view: int) -> None:
+            for value in values:
+                function(value)  # its result is let go, as a training loop does
+
+        return run
 
     def batches(values: Any) -> list:
         return [values[start : start + BATCH] for start in range(0, COUNT, BATCH)]
@@ -80,10 +85,14 @@ def stages(folder: Path) -> dict[str, Callable[[], Any]]:
             image = step(image)
         return image
 
+    def whole(view: int) -> None:
+        for batch in batches(range(COUNT)):
+            finish(datasets.collate([ours[view, index] for index in batch]))
+
     return {
         "decode": each(lambda index: source[index], range(COUNT)),
         "crop and resize (torch)": each(crop, decoded),
-        "crop and resize (Pillow, timm's)": each(pillow_crop, decoded),
+        "crop and resize (Pillow, timm's)": each(pillow_crop, pictures),
         "flip and RandAugment": each(colours, cropped),
         "pixels, collate, normalise, erase": each(
             lambda batch: finish(datasets.collate(batch)), batches(items)
@@ -92,10 +101,7 @@ def stages(folder: Path) -> dict[str, Callable[[], Any]]:
             lambda batch: default_collate([image_folder[index] for index in batch]),
             batches(range(COUNT)),
         ),
-        "this project": each(
-            lambda batch: finish(datasets.collate([ours[0, index] for index in batch])),
-            batches(range(COUNT)),
-        ),
+        "this project": whole,
     }
 
 
@@ -110,9 +116,8 @@ def measure(rounds: int) -> dict[str, Any]:
         timed = stages(folder)
         for round_number in range(-1, rounds):  # one to warm up
             for stage, run in timed.items():
-                utils.seed_rng(CPU, round_number + 1)  # timm's draws are the same each time too
                 started = time.perf_counter()
-                run()
+                run(round_number + 1)  # each round draws anew
                 if round_number >= 0:
                     times.setdefault(stage, []).append((time.perf_counter() - started) / COUNT)
     pairs = zip(times["ImageFolder + timm + collate"], times["this project"], strict=True)

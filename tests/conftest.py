@@ -13,6 +13,7 @@ from PIL import Image
 import datasets
 import main
 import models  # noqa: F401
+import transforms
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +88,9 @@ def kd(teacher_file) -> list[str]:
     return ["--kd", "true", "--teacher_arch", "cifar_resnet8", "--teacher_path", str(teacher_file)]
 
 
-def evaluation_images(images: list[Image.Image], config: dict) -> torch.Tensor:
-    """PIL images as a network of this data configuration is shown them in an evaluation."""
-    transform = datasets.eval_transform(config)
+def evaluation_images(images: list[np.ndarray], config: dict) -> torch.Tensor:
+    """Images as a network of this data configuration is shown them in an evaluation."""
+    transform = transforms.eval_transform(config)
     batch = datasets.collate([(transform(image), 0) for image in images])
     return datasets.DeviceLoader(None, None, config, torch.device("cpu"))._images(batch)
 

@@ -11,6 +11,7 @@ from timm.data.auto_augment import rand_augment_transform
 
 import datasets
 import main
+import transforms
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def test_the_digits_are_1437_and_360_in_the_proportions_of_their_classes():
     share = np.bincount(train.targets) / len(train) - np.bincount(test.targets) / len(test)
     assert np.abs(share).max() < 0.005
     image, target = train[0]
-    assert image.mode == "RGB" and image.size == (8, 8) and 0 <= target < 10
+    assert image.shape == (8, 8, 3) and image.dtype == np.uint8 and 0 <= target < 10
 
 
 def test_a_subset_of_a_subset_keeps_every_image_with_its_label():
@@ -39,7 +40,7 @@ def test_a_subset_of_a_subset_keeps_every_image_with_its_label():
     for index, position in enumerate(first[second]):
         image, target = nested[index]
         expected, label = source[position]
-        assert np.array_equal(np.asarray(image), np.asarray(expected)) and target == label
+        assert np.array_equal(image, expected) and target == label
 
 
 @pytest.mark.parametrize("count", [10, 37, 200, 1437])
@@ -112,10 +113,13 @@ def test_full_strength_posterize_does_not_end_an_epoch():
 @pytest.mark.parametrize("size", [8, 28, 32, 48, 64, 96])
 def test_both_transforms_give_the_size_asked_for(size):
     args = arguments("--input_size", size, "--model", "cifar_resnet8")
-    config = datasets.data_config(args)
+    config = transforms.data_config(args)
     for shape in ((8, 8), (70, 50)):
         image = Image.new("RGB", shape, (120, 30, 200))
-        for transform in (datasets.train_transform(args, config), datasets.eval_transform(config)):
+        for transform in (
+            transforms.train_transform(args, config),
+            transforms.eval_transform(config),
+        ):
             pixels, _ = transform(image)
             assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
 
@@ -127,7 +131,7 @@ def test_small_images_are_evaluated_whole_and_normalised():
     mean, std = (torch.tensor(data.config[key]).view(3, 1, 1) for key in ("mean", "std"))
     for row in (0, 7, 31):
         image, target = source[row]
-        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+        pixels = torch.from_numpy(image).permute(2, 0, 1) / 255
         torch.testing.assert_close(shown[row], (pixels - mean) / std)
         assert targets[row] == target
 
@@ -142,7 +146,7 @@ def test_an_image_folder_gives_each_image_its_folders_class(imnet):
     assert source.classes == ["ant", "bee", "cat"] and len(source) == 24
     for index in (0, 9, 23):
         image, target = source[index]
-        assert abs(np.asarray(image).mean() - (60 * target + 31.5)) < 10
+        assert abs(image.mean() - (60 * target + 31.5)) < 10
 
 
 def test_timms_own_readers_give_images_and_classes(imnet):
@@ -151,7 +155,7 @@ def test_timms_own_readers_give_images_and_classes(imnet):
     source = datasets.open_split(args, is_train=False)
     assert source.classes == ["ant", "bee", "cat"] and len(source) == 9
     assert np.bincount(source.targets).tolist() == [3, 3, 3]
-    assert source[8][0].size == (32, 40)
+    assert source[8][0].shape == (40, 32, 3)
 
 
 def test_a_corrupt_image_is_named_even_from_a_worker(imnet):
@@ -174,9 +178,7 @@ def test_holdout_images_are_not_trained_on():
     source = datasets._digits(True)
     held_out = datasets.stratified(source.targets, 100, seed=0)
     assert np.array_equal(val.targets, source.targets[held_out])
-    assert len(train) == 1337 and np.array_equal(
-        np.asarray(val[0][0]), np.asarray(source[held_out[0]][0])
-    )
+    assert len(train) == 1337 and np.array_equal(val[0][0], source[held_out[0]][0])
 
 
 def test_classes_that_differ_between_train_and_val_are_told(tmp_path):
@@ -200,26 +202,40 @@ def test_every_kind_of_picture_becomes_rgb_and_right(tmp_path):
     }
     for name, (picture, expected) in pictures.items():
         picture.save(tmp_path / name)
-        with Image.open(tmp_path / name) as file:
-            shown = np.asarray(datasets._open(file, name)).astype(int)
+        with Image.open(tmp_path / name) as image, open(tmp_path / name, "rb") as file:
+            answers = [datasets._decode(given, name) for given in (tmp_path / name, image, file)]
+        assert all(np.array_equal(answer, answers[0]) for answer in answers), name
+        shown = answers[0].astype(int)
         expected = expected if expected.ndim == 3 else np.repeat(expected[:, :, None], 3, axis=2)
         assert np.abs(shown - expected).max() <= (12 if "palette" in name else 1), name
     frames = [Image.fromarray(color), Image.fromarray(255 - color)]
     frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
-    shown = datasets._open(str(tmp_path / "moving.png"), "moving.png")
-    assert np.array_equal(np.asarray(shown), color)
+    shown = datasets._decode(str(tmp_path / "moving.png"), "moving.png")
+    assert np.array_equal(shown, color)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_a_jpeg_shows_pillows_pixels(mode, options, tmp_path):
+    path = tmp_path / "p.jpg"
+    photograph(3).convert(mode).save(path, quality=90, **options)
+    with Image.open(path) as image:
+        expected = np.array(image.convert("RGB"))
+    assert np.array_equal(datasets._decode(str(path), path), expected)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
 @pytest.mark.parametrize("kind", ["empty", "text", "cut", "bomb"])
-def test_a_picture_that_can_not_be_read_is_named(kind, tmp_path, monkeypatch):
-    path = tmp_path / f"{kind}.png"
-    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
+def test_a_picture_that_can_not_be_read_is_named(kind, ending, tmp_path, monkeypatch):
+    path = tmp_path / f"{kind}.{ending}"
+    photograph(0, (64, 64)).save(path)
     if kind == "bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     else:
-        path.write_bytes({"empty": b"", "text": b"hello", "cut": path.read_bytes()[:60]}[kind])
-    with pytest.raises(UserError, match=f"can't read the image .*{kind}.png"):
-        datasets._open(str(path), str(path))
+        whole = path.read_bytes()
+        path.write_bytes({"empty": b"", "text": b"hello", "cut": whole[: len(whole) // 2]}[kind])
+    with pytest.raises(UserError, match=f"can't read the image .*{kind}.{ending}"):
+        datasets._decode(str(path), str(path))
 
 
 def photograph(seed: int, size: tuple[int, int] = (300, 220)) -> Image.Image:
@@ -227,7 +243,7 @@ def photograph(seed: int, size: tuple[int, int] = (300, 220)) -> Image.Image:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(int)
-    pixels[40:90, 60:140] = rng.integers(0, 256, 3)
+    pixels[size[1] // 5 : size[1] // 2, size[0] // 5 : size[0] // 2] = rng.integers(0, 256, 3)
     return Image.fromarray(
         (pixels + rng.integers(-8, 9, pixels.shape)).clip(0, 255).astype(np.uint8)
     )
@@ -235,8 +251,8 @@ def photograph(seed: int, size: tuple[int, int] = (300, 220)) -> Image.Image:
 
 def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor, torch.Tensor]:
     """The same images with the same draws: ours and, as the ConvNeXt script has it, timm's."""
-    config = datasets.data_config(args) | {"classes": ["0"]}
-    theirs = datasets.create_transform(
+    config = transforms.data_config(args) | {"classes": ["0"]}
+    theirs = transforms.create_transform(
         args.input_size,
         is_training=True,
         hflip=args.hflip,
@@ -249,13 +265,13 @@ def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor
         mean=config["mean"],
         std=config["std"],
     )
-    transform = datasets.train_transform(args, config)
+    transform = transforms.train_transform(args, config)
     loader = datasets.DeviceLoader(None, None, config, CPU)
     ours, expected = [], []
     for seed in seeds:
         image = photograph(seed)
         datasets.utils.seed_rng(CPU, seed)
-        ours.append((transform(image), 0))
+        ours.append((transform(np.array(image)), 0))
         datasets.utils.seed_rng(CPU, seed)
         expected.append(theirs(image))
     return loader._images(datasets.collate(ours)), torch.stack(expected)
@@ -286,8 +302,8 @@ def test_training_images_have_timms_distribution_with_every_augmentation():
 # -------------------------------------------------------------------------- mixup in pairs
 
 
-def pair_mixup(*flags: object, images: int = 64) -> datasets.PairMixup:
-    return datasets.PairMixup(arguments("--mixup_mode", "pair", *flags), 10, images)
+def pair_mixup(*flags: object, images: int = 64) -> transforms.PairMixup:
+    return transforms.PairMixup(arguments("--mixup_mode", "pair", *flags), 10, images)
 
 
 IMAGES = torch.randn(64, 3, 12, 10, generator=torch.Generator().manual_seed(0))
@@ -347,9 +363,9 @@ def test_pairs_are_mixed_as_timm_does_on_average(flags):
     """Share of an image's own label: quantiles over 4,000 pairs within 0.03 of timm's pair mode."""
     args = arguments("--mixup_mode", "pair", "--smoothing", 0, *flags)
     images, labels = torch.zeros(8000, 1, 32, 32), torch.arange(8000) % 2
-    _, ours = datasets.PairMixup(args, 2, 8000)(images, labels, 0, 0)
+    _, ours = transforms.PairMixup(args, 2, 8000)(images, labels, 0, 0)
     args.batch_size, args.mixup_mode = 8000, "elem"
-    timm_mixup = datasets.make_mixup(args, 2, 8000).mixup
+    timm_mixup = transforms.make_mixup(args, 2, 8000).mixup
     timm_mixup.mode = "pair"
     np.random.seed(0)
     _, theirs = timm_mixup(
@@ -364,7 +380,7 @@ def test_pairs_are_mixed_as_timm_does_on_average(flags):
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_a_blocks_mix_is_timms_and_does_not_depend_on_what_came_before(mode):
     args = arguments("--mixup_mode", mode, "--batch_size", 16)
-    mixup = datasets.make_mixup(args, 10, 64)
+    mixup = transforms.make_mixup(args, 10, 64)
     whole, labels = mixup(IMAGES.clone(), LABELS, 3, 0)
     third, soft = mixup(IMAGES[32:48].clone(), LABELS[32:48], 3, 32)
     assert torch.equal(whole[32:48], third) and torch.equal(labels[32:48], soft)

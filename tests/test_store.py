@@ -201,7 +201,7 @@ def test_a_store_of_another_teacher_or_other_pixels_is_refused(run_main, kd, tmp
 
 def invert(source):
     load = source.load
-    source.load = lambda index: load(index).point(lambda value: 255 - value)
+    source.load = lambda index: 255 - load(index)
     return source
 
 

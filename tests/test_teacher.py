@@ -8,12 +8,14 @@ import pytest
 import timm
 import torch
 from conftest import evaluation_images, write_images
+from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform
 
 import datasets
 import main
 import models
+import transforms
 from distillation import Teacher, TeacherEnsemble, load_teacher
 from utils import UserError
 
@@ -123,25 +125,26 @@ def test_a_teacher_of_other_statistics_and_size_answers_as_in_its_own_pipeline(t
     loaded = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
 
     args = main.parse_args(["--input_size", "16"])
-    student_config = datasets.data_config(args)
+    student_config = transforms.data_config(args)
     source = datasets._digits(False)
     statistics = {"mean": teacher_config["mean"], "std": teacher_config["std"]}
     own = create_transform(16, interpolation="bicubic", crop_pct=1.0, **statistics)
     images = [source[index][0] for index in range(8)]
     teacher = Teacher(loaded, student_config)
     with torch.no_grad():
-        expected = loaded(torch.stack([own(image) for image in images]))
+        expected = loaded(torch.stack([own(Image.fromarray(image)) for image in images]))
         seen = teacher(evaluation_images(images, student_config))
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-4 * expected.std().item())
 
     # Another size: Pillow's antialiased bicubic of the same 32-pixel image, within a grey level.
     args.input_size = 32
-    student_config = datasets.data_config(args)
+    student_config = transforms.data_config(args)
     big = evaluation_images(images, student_config)
     small = Teacher(loaded, student_config).convert(big)
     mean, std = (torch.tensor(teacher_config[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     pixels = (small * std + mean) * 255
-    enlarged = [image.resize((32, 32), 3).resize((16, 16), 3) for image in images]
+    pictures = [Image.fromarray(image) for image in images]
+    enlarged = [picture.resize((32, 32), 3).resize((16, 16), 3) for picture in pictures]
     wanted = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in enlarged])
     assert (pixels - wanted).abs().mean() < 1 and (pixels - wanted).abs().max() < 8
 
@@ -210,7 +213,7 @@ def test_fidelity_is_logged_and_right(run_main, short, kd, teacher_file, tmp_pat
     student.load_state_dict(run.checkpoint(1)["model"])
     loaded = load_teacher("cifar_resnet8", str(teacher_file), 10, "cpu")
     args = main.parse_args(["--input_size", "8"])
-    config = datasets.data_config(args)
+    config = transforms.data_config(args)
     teacher = Teacher(loaded, config)
     source = datasets._digits(False)
     images = evaluation_images([source[index][0] for index in range(360)], config)
