@@ -16,6 +16,8 @@ import utils
 from distillation import unwrap
 from utils import UserError, log
 
+WAITING_BYTES = 2**24  # logits and targets kept on the device until their scalars are computed
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -111,9 +113,7 @@ def train_one_epoch(
                 student_logits, teacher_logits = model(images)
                 loss, parts = criterion(student_logits, teacher_logits, targets)
             scaler.scale(loss / window).backward()
-        if teacher_logits is not None:
-            parts["teacher_acc1"] = accuracy(teacher_logits, targets)
-        history.add_batch(len(images), loss, parts, student_logits)
+        history.add_batch(loss, parts, student_logits, teacher_logits, targets)
         if not is_last:
             continue
 
@@ -136,7 +136,7 @@ def train_one_epoch(
 def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Percent of rows (B, C) whose largest logit is their class; of soft targets, the main one."""
     classes = targets.argmax(dim=1) if targets.ndim == 2 else targets
-    return 100 * (logits.argmax(dim=1) == classes).float().mean()
+    return 100 * (logits.argmax(dim=1) == classes).mean(dtype=torch.float32)
 
 
 class History:
@@ -156,10 +156,12 @@ class History:
         self.epoch, self.updates, self.schedule = epoch, updates, schedule
         self.settings, self.writer = settings, writer
         self.names: list[str] = []
+        self.waiting: list[tuple] = []  # batches whose scalars are still to be computed
+        self.waiting_bytes = 0
         self.batches: list[torch.Tensor] = []  # (metrics + 1,) each, since the last fetch
         self.norms: list[torch.Tensor] = []  # () each, one an optimizer step
         self.batches_of_update: list[int] = []
-        self.pending = 0
+        self.batches_since = 0  # the last optimizer step
         self.images = 0
         self.sums = np.array(progress.sums)
         self.count = progress.batches
@@ -169,24 +171,37 @@ class History:
 
     def add_batch(
         self,
-        images: int,
         loss: torch.Tensor,
         parts: dict[str, torch.Tensor],
         student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor | None,
+        targets: torch.Tensor,
     ) -> None:
-        if not self.names:
-            self.names = ["loss", *parts]
-            if not len(self.sums):
-                self.sums = np.zeros(len(self.names))
-        largest = student_logits.detach().abs().max()
-        self.batches.append(torch.stack([loss.detach(), *parts.values(), largest.float()]))
-        self.pending += 1
-        self.images += images
+        """Note a batch; what is asked of its logits is computed for some batches in a row, since
+        each of these small kernels costs several times as much between two training steps."""
+        student_logits = student_logits.detach()
+        self.waiting.append((loss.detach(), parts, student_logits, teacher_logits, targets))
+        self.waiting_bytes += 3 * student_logits.nbytes
+        if self.waiting_bytes >= WAITING_BYTES:
+            self._compute()
+        self.batches_since += 1
+        self.images += len(student_logits)
+
+    def _compute(self) -> None:
+        for loss, parts, student_logits, teacher_logits, targets in self.waiting:
+            scalars = {"loss": loss} | parts
+            if teacher_logits is not None:
+                scalars["teacher_acc1"] = accuracy(teacher_logits, targets)
+            self.names = list(scalars)
+            self.batches.append(
+                torch.stack([*scalars.values(), student_logits.abs().max().float()])
+            )
+        self.waiting, self.waiting_bytes = [], 0
 
     def end_update(self, update: int, grad_norm: torch.Tensor) -> None:
         self.norms.append(grad_norm.detach())
-        self.batches_of_update.append(self.pending)
-        self.pending = 0
+        self.batches_of_update.append(self.batches_since)
+        self.batches_since = 0
         if utils.world_size() == 1:
             self.stop = utils.stop_requested(self.settings.device)  # costs nothing: no other to ask
         if (update + 1) % self.settings.print_freq == 0 or update + 1 == self.updates:
@@ -199,6 +214,7 @@ class History:
         return Progress(updates, self.count, self.sums.tolist(), self.skipped)
 
     def _fetch(self, update: int) -> None:
+        self._compute()
         first = self.epoch * self.updates + update + 1 - len(self.norms)
         table = torch.stack(self.batches)  # (batches, metrics + 1)
         norms = torch.stack(self.norms).float()  # (optimizer steps,)
@@ -222,6 +238,8 @@ class History:
             row = int(np.argmin(is_finite))
             index = owner[row]
             raise self._not_finite(first + index, table[row], largest[row], norms[index])
+        if not len(self.sums):
+            self.sums = np.zeros(len(self.names))
         for row in table[is_finite]:  # one by one, so that no sum depends on where it was fetched
             self.sums += row
         self.count += int(is_finite.sum())

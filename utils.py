@@ -1,6 +1,7 @@
 """What the rooms share: errors, processes, randomness, schedules, checkpoints and logs."""
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -45,6 +46,8 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
     chosen = find_device(device, "--device", _default_device())
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    elif chosen.type == "cpu":
+        keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         is_cuda = chosen.type == "cuda"
         dist.init_process_group(
@@ -56,6 +59,20 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
             device_id=chosen if is_cuda else None,
         )
     return chosen
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors give back, so that the next step takes it as it is.
+
+    By itself it returns large blocks to the system, which must clear every page of the next ones:
+    some ten thousand page faults, and 4 to 15 %, of a training step on the CPU. See mallopt(3).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError):
+        return  # another C library
+    mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped, and so unmapped, by itself
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def find_device(name: str | None, flag: str, default: torch.device) -> torch.device:

@@ -1,9 +1,12 @@
 """Time of a training step: alone, with the teacher, with its stored logits, and in timm's task.
 
 Every variant runs in the project's own loop, engine.train_one_epoch, on images that lie in memory;
-rounds go over the variants in turn, and ratios are medians over rounds.
+rounds go over the variants in changing order, and ratios are medians over rounds.
 """
 
+import contextlib
+import ctypes
+import random
 import statistics
 import tempfile
 import time
@@ -21,6 +24,7 @@ import engine
 import models  # noqa: F401 (registers the small ones)
 from distillation import DistillationLoss, StudentWithDistillation, Teacher
 from logit_store import LogitStore, RowFormat, StoredTeacher
+from utils import keep_freed_memory
 
 # student, teacher, pixels, classes, batch size, steps a round
 PAIRS = (
@@ -30,6 +34,14 @@ PAIRS = (
     ("cifar_resnet8", "cifar_resnet20", 8, 10, 50, 20),
 )
 VARIANTS = ("plain", "online", "cached", "teacher", "timm", "timm, our settings")
+
+
+def give_memory_back() -> None:
+    """Undo keep_freed_memory: the values that glibc's own tuning arrives at, see mallopt(3)."""
+    with contextlib.suppress(AttributeError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((-4, 2**16), (-3, 2**25), (-1, 2**26)):
+            mallopt(parameter, value)
 
 
 class MemoryLoader:
@@ -124,6 +136,8 @@ class Runner:
 
     def seconds(self) -> float:
         """Of one step, a round's mean."""
+        if self.device.type == "cpu":  # as utils.init_process does, and a timm user does not
+            give_memory_back() if self.variant == "timm" else keep_freed_memory()
         started = time.perf_counter()
         if self.variant == "teacher":
             for images, _ in self.loader:
@@ -154,8 +168,8 @@ def measure(rounds: int, device: torch.device) -> list[dict[str, Any]]:
             runners = [Runner(variant, pair, Path(folder), device) for variant in VARIANTS]
             times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
             for round_number in range(-2, rounds):  # two to warm up
-                shift = round_number % len(runners)
-                for runner in runners[shift:] + runners[:shift]:
+                # Shuffled, since what ran before leaves the caches its own way.
+                for runner in random.Random(round_number).sample(runners, len(runners)):
                     seconds = runner.seconds()
                     if round_number >= 0:
                         times[runner.variant].append(seconds)
