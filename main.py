@@ -3,7 +3,6 @@
 import argparse
 import copy
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict
@@ -43,34 +42,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--kd", type=str2bool, default=False, help="learn from a teacher")
     add("--teacher_path", help="checkpoint of the teacher (required with --kd true)")
     add("--teacher_arch", help="timm architecture of the teacher (required with --kd true)")
-    add(
-        "--kd_alpha",
-        type=float,
-        default=0.7,
-        help="weight of the teacher: 0 labels only, 1 no labels",
-    )
+    add("--kd_alpha", type=float, default=0.7, help="teacher's weight: 0 labels only, 1 no labels")
     add("--kd_temperature", type=float, default=4.0, help="softens both distributions; above 0")
 
     teacher = parser.add_argument_group("teacher (the flags above name it)")
     add = teacher.add_argument
     add("--teacher_weights", help="of several teachers, as 2,1 (default: equal)")
-    add(
-        "--teacher_norm",
-        default="auto",
-        choices=("auto", "student", "arch"),
-        help="its normalisation: the file's or else timm's, the student's, or timm's",
-    )
+    norms = "its normalisation: the file's or else timm's, the student's, or timm's"
+    add("--teacher_norm", default="auto", choices=("auto", "student", "arch"), help=norms)
     add("--teacher_input_size", type=int, help="its pixels (default: the file's or else timm's)")
     add("--teacher_classes", help="file with its class names, a line each (default: the file's)")
     add("--teacher_eval", type=str2bool, default=True, help="score it before the first step")
     add("--teacher_min_acc1", type=float, default=0.0, help="stop where it scores less, in percent")
     add("--teacher_device", help="where it computes, such as cpu or cuda:1 (default: --device)")
-    add(
-        "--teacher_dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="of its weights",
-    )
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--teacher_dtype", default="float32", choices=dtypes, help="of its weights")
 
     cache = parser.add_argument_group("the teacher's logits, kept on disk")
     add = cache.add_argument
@@ -81,12 +67,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="epoch e shows the images augmented and ordered as in epoch e mod this "
         "(default: as many as epochs)",
     )
-    add(
-        "--teacher_cache_dtype",
-        default="float16",
-        choices=("float16", "float32"),
-        help="of each logit kept",
-    )
+    dtypes = ("float16", "float32")
+    add("--teacher_cache_dtype", default="float16", choices=dtypes, help="of each logit kept")
     add("--teacher_cache_topk", type=int, help="keep only so many largest a row (default: all)")
     add("--teacher_cache_only", type=str2bool, default=False, help="fill it, and do not train")
     add("--teacher_cache_range", help="fill only these views, as 0:50 (default: all)")
@@ -105,25 +87,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=("float16", "bfloat16"),
         help="with --use_amp (default: bfloat16 on the CPU, else float16, which scales the loss)",
     )
-    add(
-        "--start_epoch",
-        type=int,
-        default=0,
-        help="number of the first epoch; a resumed run knows it",
-    )
+    add("--start_epoch", type=int, default=0, help="the first epoch; a resumed run knows it")
 
     model = parser.add_argument_group("student")
     add = model.add_argument
-    add(
-        "--model",
-        help="timm architecture (default: convnext_tiny; cifar_resnet20 below 64 pixels)",
-    )
+    add("--model", help="timm architecture (default: convnext_tiny; cifar_resnet20 below 64 px)")
     add("--drop_path", type=float, default=0.0, help="stochastic depth rate")
-    add(
-        "--input_size",
-        type=int,
-        help="pixels (default: 224; the data's own for a model made for small images)",
-    )
+    add("--input_size", type=int, help="pixels (default: 224; a small model's: the data's own)")
     add("--finetune", default="", help="start from the weights of this checkpoint")
     add("--head_init_scale", type=float, default=1.0, help="scales the classifier's first weights")
     add("--model_key", default="model|module", help="where --finetune finds the weights")
@@ -133,12 +103,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = ema.add_argument
     add("--model_ema", type=str2bool, default=False, help="keep one")
     add("--model_ema_decay", type=float, default=0.9999, help="decay per optimizer step")
-    add(
-        "--model_ema_warmup",
-        type=str2bool,
-        default=True,
-        help="start with a short average that grows, so that short runs profit too",
-    )
+    warmup = "start with a short average that grows, so that short runs profit too"
+    add("--model_ema_warmup", type=str2bool, default=True, help=warmup)
     add("--model_ema_force_cpu", type=str2bool, default=False, help="keep it in host memory")
     add("--model_ema_eval", type=str2bool, default=False, help="evaluate it beside the student")
 
@@ -151,29 +117,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--momentum", type=float, default=0.9, help="of SGD")
     add("--weight_decay", type=float, default=0.05, help="not applied to biases and norms")
     add("--weight_decay_end", type=float, help="final value of a cosine (default: constant)")
-    add(
-        "--lr",
-        type=float,
-        help="peak learning rate (default: 4e-3 at a total batch of 4096, scaled by its root)",
-    )
-    add(
-        "--layer_decay",
-        type=float,
-        default=1.0,
-        help="factor of lr from each layer to the one below",
-    )
+    peak = "peak learning rate (default: 4e-3 at a total batch of 4096, scaled by its root)"
+    add("--lr", type=float, help=peak)
+    add("--layer_decay", type=float, default=1.0, help="factor of lr from a layer to the one below")
     add("--min_lr", type=float, default=1e-6, help="where the cosine ends")
-    add(
-        "--warmup_epochs",
-        type=int,
-        help="epochs of linear warm-up (default: 20, at most a fifth of the run)",
-    )
-    add(
-        "--warmup_steps",
-        type=int,
-        default=-1,
-        help="optimizer steps of warm-up, in place of epochs",
-    )
+    add("--warmup_epochs", type=int, help="linear warm-up (default: 20, or a fifth of a short run)")
+    add("--warmup_steps", type=int, default=-1, help="optimizer steps of it, in place of epochs")
 
     aug = parser.add_argument_group("augmentation")
     add = aug.add_argument
@@ -181,17 +130,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment policy, '' for none")
     add("--hflip", type=float, help="chance of a mirror image (default: 0.5; for digits 0)")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add(
-        "--train_interpolation",
-        default="bicubic",
-        choices=("random", "bilinear", "bicubic"),
-        help="of the random resized crop",
-    )
-    add(
-        "--crop_pct",
-        type=float,
-        help="part of the image evaluated (default: 0.875; small images 1)",
-    )
+    modes = ("random", "bilinear", "bicubic")
+    add("--train_interpolation", default="bicubic", choices=modes, help="of the random crop")
+    add("--crop_pct", type=float, help="part that is evaluated (default: 0.875; small images 1)")
     add("--reprob", type=float, default=0.25, help="chance of random erasing")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erasing leaves")
     add("--recount", type=int, default=1, help="most rectangles erased")
@@ -200,20 +141,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = mix.add_argument
     add("--mixup", type=float, default=0.8, help="alpha of mixup; 0 for none")
     add("--cutmix", type=float, default=1.0, help="alpha of cutmix; 0 for none")
-    add(
-        "--cutmix_minmax",
-        type=float,
-        nargs=2,
-        help="least and greatest part cut, in place of alpha",
-    )
+    add("--cutmix_minmax", type=float, nargs=2, help="least and most that is cut, not by alpha")
     add("--mixup_prob", type=float, default=1.0, help="chance that a batch is mixed at all")
     add("--mixup_switch_prob", type=float, default=0.5, help="chance of cutmix where both are on")
-    add(
-        "--mixup_mode",
-        default="batch",
-        choices=("batch", "pair", "elem"),
-        help="one mix for a batch, a pair or each image",
-    )
+    modes = ("batch", "pair", "elem")
+    add("--mixup_mode", default="batch", choices=modes, help="one for a batch, a pair or an image")
 
     data = parser.add_argument_group("data")
     add = data.add_argument
@@ -228,17 +160,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--nb_classes", type=int, help="number of classes (default: counted)")
     add("--train_samples", type=int, help="train on this many images, of every class its share")
     add("--holdout", type=int, help="evaluate on this many training images held out (for tuning)")
-    add(
-        "--imagenet_default_mean_and_std",
-        type=str2bool,
-        default=True,
-        help="normalise with ImageNet's statistics; false: with 0.5",
-    )
-    add(
-        "--num_workers",
-        type=int,
-        help="loader processes (default: the cores there are, at most 10)",
-    )
+    norm = "normalise with ImageNet's statistics; false: with 0.5"
+    add("--imagenet_default_mean_and_std", type=str2bool, default=True, help=norm)
+    add("--num_workers", type=int, help="loader processes (default: the cores, at most 10)")
     add("--pin_mem", type=str2bool, default=True, help="page-locked batches, on CUDA")
 
     out = parser.add_argument_group("output")
@@ -246,16 +170,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="", help="folder for checkpoints and log.txt; '' saves nothing")
     add("--log_dir", help="folder for TensorBoard (default: none)")
     add("--resume", default="", help="checkpoint to continue from, or to score with --eval true")
-    add(
-        "--auto_resume", type=str2bool, default=True, help="continue from --output_dir's newest one"
-    )
+    add("--auto_resume", type=str2bool, default=True, help="go on from --output_dir's newest one")
     add("--save_ckpt", type=str2bool, default=True, help="save checkpoints")
     add("--save_ckpt_freq", type=int, default=1, help="epochs between two checkpoints")
     add("--save_ckpt_num", type=int, default=3, help="how many of them are kept")
-
-    add(
-        "--save_ckpt_steps", type=int, help="also save after this many steps (default: epochs only)"
-    )
+    add("--save_ckpt_steps", type=int, help="also save after so many steps (default: epochs only)")
 
     ev = parser.add_argument_group("evaluation")
     add = ev.add_argument
@@ -266,12 +185,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     dist = parser.add_argument_group("processes (torchrun sets them)")
     add = dist.add_argument
     add("--dist_url", default="env://", help="where the processes meet")
-    add(
-        "--local_rank",
-        "--local-rank",
-        type=int,
-        help="ignored: LOCAL_RANK of the environment counts",
-    )
+    ignored = "ignored: LOCAL_RANK of the environment counts"
+    add("--local_rank", "--local-rank", type=int, help=ignored)
     return parser
 
 
@@ -299,27 +214,15 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         0 < args.kd_temperature < float("inf"), "kd_temperature", "must be above 0, usually 2 to 6"
     )
     for flag in (
-        "batch_size",
-        "epochs",
-        "update_freq",
-        "save_ckpt_freq",
-        "save_ckpt_num",
-        "recount",
+        *("batch_size", "epochs", "update_freq", "save_ckpt_freq", "save_ckpt_num", "recount"),
     ):
         require(getattr(args, flag) >= 1, flag, "must be 1 or more")
     for flag in ("seed", "start_epoch", "lr", "min_lr", "weight_decay", "opt_eps", "num_workers"):
         value = getattr(args, flag)
         require(value is None or value >= 0, flag, "must not be negative")
     for flag in (
-        "input_size",
-        "train_samples",
-        "holdout",
-        "nb_classes",
-        "clip_grad",
-        "layer_decay",
-        "save_ckpt_steps",
-        "teacher_views",
-        "teacher_cache_topk",
+        *("input_size", "train_samples", "holdout", "nb_classes", "clip_grad", "layer_decay"),
+        *("save_ckpt_steps", "teacher_views", "teacher_cache_topk"),
     ):
         value = getattr(args, flag)
         require(value is None or value > 0, flag, "must be above 0")
@@ -428,7 +331,6 @@ if __name__ == "__main__":
     # --help and wrong flags answer at once; torch and timm, below, take seconds to import.
     command_line = parse_args()
 
-import timm
 import torch
 import torch.distributed
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -438,19 +340,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import datasets
-import logit_store
 import models
 import transforms
 import utils
-from distillation import (
-    DistillationLoss,
-    StudentWithDistillation,
-    Teacher,
-    TeacherEnsemble,
-    load_teacher,
-)
+from distillation import DistillationLoss, StudentWithDistillation
 from engine import History, LoopSettings, Progress, Schedule, evaluate, train_one_epoch
-from logit_store import LogitFile, LogitStore, StoredTeacher
+from teacher import TeacherInUse
 from utils import UserError, log
 
 
@@ -491,7 +386,7 @@ def run(args: argparse.Namespace) -> None:
         device, amp_dtype(args, device), args.update_freq, args.clip_grad, args.seed
     )
     if args.teacher_cache_only:
-        fill_cache(args, settings, data)
+        TeacherInUse(args, settings, data, views_to_fill(args)).fill_store()
         return
     student = make_student(args, device, len(data.classes))
     ema = make_ema(args, student)
@@ -500,7 +395,7 @@ def run(args: argparse.Namespace) -> None:
         for name, value in evaluate_all(args, data, student, ema, settings).items():
             log(f"{name} {value:.4f}")
         return
-    teacher = TeacherInUse(args, settings, data)
+    teacher = TeacherInUse(args, settings, data, views_to_fill(args))
     train(args, settings, data, student, ema, teacher)
 
 
@@ -510,7 +405,7 @@ def train(
     data: datasets.Data,
     student: nn.Module,
     ema: ModelEmaV3 | None,
-    teacher: "TeacherInUse",
+    teacher: TeacherInUse,
 ) -> None:
     """The epochs, from wherever an earlier run stopped."""
     loss = DistillationLoss(
@@ -542,7 +437,7 @@ def train(
         teacher.flush()
         saved = state.save_inside_epoch(asdict(history.progress(updates)))
         if history.stop:
-            raise stopped(history.stop, f"step {updates} of epoch {history.epoch}", saved)
+            raise utils.Interrupted(history.stop, f"step {updates} of epoch {history.epoch}", saved)
 
     for epoch in range(start, args.epochs):
         stats = train_one_epoch(
@@ -565,23 +460,12 @@ def train(
             signalled = utils.stop_requested(settings.device)
             state.save(improved, is_due or bool(signalled), args.save_ckpt_num)
             if signalled and epoch + 1 < args.epochs:
-                raise stopped(signalled, f"epoch {epoch}", Path(args.output_dir))
+                raise utils.Interrupted(signalled, f"epoch {epoch}", Path(args.output_dir))
     recorder.close()
     teacher.compare(state.scores)
     duration = timedelta(seconds=int(time.time() - started))
     log(f"Trained {max(0, args.epochs - start)} epochs in {duration}")
     log(state.summary())
-
-
-def stopped(signal_number: int, when: str, saved: Path | None) -> utils.Interrupted:
-    """What to raise, and so to print, when a signal ends the run."""
-    name = signal.Signals(signal_number).name
-    how = (
-        f"saved in {saved}; type the same command to go on"
-        if saved
-        else "nothing to save in (--output_dir, --save_ckpt)"
-    )
-    return utils.Interrupted(f"{name} after {when}: {how}", signal_number)
 
 
 def evaluate_all(
@@ -666,147 +550,6 @@ def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:
         use_warmup=args.model_ema_warmup,
         device=torch.device("cpu") if args.model_ema_force_cpu else None,
     )
-
-
-def make_teacher(args: argparse.Namespace, device: torch.device, data: datasets.Data) -> nn.Module:
-    """The frozen teacher, or the average of several."""
-    place = utils.find_device(args.teacher_device, "--teacher_device", device)
-    names = utils.read_lines(args.teacher_classes, "--teacher_classes")
-    teachers = []
-    for arch, path in zip(args.teacher_arch.split(","), args.teacher_path.split(","), strict=True):
-        config = {"input_size": args.teacher_input_size} if args.teacher_input_size else {}
-        if args.teacher_norm != "auto":
-            cfg = timm.models.get_pretrained_cfg(arch) if args.teacher_norm == "arch" else None
-            source = data.config if cfg is None else {"mean": cfg.mean, "std": cfg.std}
-            config |= {"mean": list(source["mean"]), "std": list(source["std"])}
-        network = load_teacher(
-            *(arch, path, len(data.classes), place),
-            classes=data.classes,
-            teacher_classes=names,
-            input_config=config,
-        )
-        log(network.origin)
-        teachers.append(Teacher(network, data.config, getattr(torch, args.teacher_dtype)))
-    teacher = teachers[0]
-    if len(teachers) > 1:
-        weights = args.teacher_weights or ",".join("1" * len(teachers))
-        weights = [float(weight) for weight in weights.split(",")]
-        teacher = TeacherEnsemble(teachers, weights, args.kd_temperature)
-    if args.compile:
-        teacher.compile()
-    return teacher
-
-
-class TeacherInUse:
-    """The teacher of a run, or what is kept of its answers, and how it scores.
-
-    `answer` is what the student's wrapper asks: the network, the store that stands for it, or None.
-    The network is made only where there is no store, or where the store lacks something.
-    """
-
-    def __init__(
-        self, args: argparse.Namespace, settings: LoopSettings, data: datasets.Data
-    ) -> None:
-        self.args, self.settings, self.data = args, settings, data
-        self.answer: Any = None
-        self.store: LogitStore | None = None
-        self.record: dict[str, float] = {}  # teacher_acc1, teacher_loss
-        self.logits: Any = None  # for each validation batch
-        if not args.kd or args.kd_alpha == 0:
-            return
-        if not args.teacher_cache:
-            self.answer = make_teacher(args, settings.device, data)
-            self._score(self.answer)
-            return
-        self.store = logit_store.open_store(args, data, settings.amp_dtype)
-        lacking = self.store.check_space(views_to_fill(args))
-        scored = self.store.validation(data) if self._is_scored() else None
-        missing = torch.tensor([lacking, scored.missing() if scored else 0])
-        missing = missing.to(settings.device)
-        utils.all_reduce_(missing, torch.distributed.ReduceOp.MAX)  # one decision for all
-        lacking, unscored = missing.tolist()
-        teacher = make_teacher(args, settings.device, data) if lacking or unscored else None
-        if teacher is None:
-            log("Every answer is there: the teacher itself is not loaded")
-        if scored:
-            self._score(teacher, scored if not unscored else None)
-            if unscored:
-                batches = data.val_loader.batches
-                scored.write([(batches.places(b), kept) for b, kept in enumerate(self.logits)])
-            self.logits = logit_store.KeptBatches(scored, data.val_loader.batches)
-        self.answer = StoredTeacher(self.store, data.train_loader, teacher if lacking else None)
-
-    def _is_scored(self) -> bool:
-        return self.data.val_loader is not None and self.args.teacher_eval
-
-    def _score(self, teacher: nn.Module | None, kept: LogitFile | None = None) -> None:
-        """Show the teacher the validation images once, through the student's own pipeline, or score
-        what is kept of that. Warns of one near chance; raises UserError for --teacher_min_acc1."""
-        if not self._is_scored():
-            return
-        args, data, settings = self.args, self.data, self.settings
-        logits: list[torch.Tensor] = []
-        if kept is None:
-            scores = evaluate(data.val_loader, teacher, settings, args.dist_eval, keep=logits)
-        else:
-            answers = logit_store.KeptBatches(kept, data.val_loader.batches)
-            labelled = answers.with_targets(data.val.targets, settings.device)
-            scores = evaluate(labelled, nn.Identity(), settings, args.dist_eval)
-        if isinstance(data.val, datasets.ImageSource):  # a stream's order is not promised
-            self.logits = logits
-        self.record = {f"teacher_{name}": scores[name] for name in ("acc1", "loss")}
-        acc1, chance = scores["acc1"], 100 / len(data.classes)
-        log(f"Teacher on the validation images: acc1 {acc1:.2f}, loss {scores['loss']:.4f}")
-        if acc1 < args.teacher_min_acc1:
-            raise UserError(
-                f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher scores {acc1:.2f}; "
-                f"{CAUSES}"
-            )
-        if acc1 < 2 * chance:
-            log(f"WARNING: the teacher is near chance ({chance:.2f} %); {CAUSES}")
-
-    def flush(self) -> None:
-        """Write what the store still holds in memory."""
-        if self.store is not None:
-            self.store.flush()
-
-    def compare(self, scores: dict[str, float]) -> None:
-        """Warn of a teacher that is below its student in the end."""
-        student, teacher = scores.get("test_acc1"), self.record.get("teacher_acc1")
-        if student is not None and teacher is not None and teacher < student:
-            log(
-                f"WARNING: the teacher ({teacher:.2f} %) is below its student ({student:.2f} %); "
-                f"{CAUSES}"
-            )
-
-
-CAUSES = (
-    "likely causes: another normalisation (--teacher_norm), another size (--teacher_input_size), "
-    "another order of classes (--teacher_classes), a file of other weights, or a weak teacher"
-)
-
-
-def fill_cache(args: argparse.Namespace, settings: LoopSettings, data: datasets.Data) -> None:
-    """Ask the teacher for every view of --teacher_cache_range, and train nothing."""
-    teacher = TeacherInUse(args, settings, data)
-    loader, store = data.train_loader, teacher.store
-    stopwatch, images_since = utils.Stopwatch(), 0
-    for view in views_to_fill(args):
-        first = store.view(view).first_missing(store.needed)
-        # An earlier run kept the rows before it; the processes' batches go round.
-        loader.set_epoch(view, first // (loader.batches.batch_size * utils.world_size()))
-        for batch, (images, _) in enumerate(loader, start=1):
-            with torch.inference_mode(), settings.autocast():
-                teacher.answer(images)
-            images_since += len(images) * utils.world_size()
-            if batch % 50 == 0 or batch == len(loader):
-                done = f"{loader.places.stop:,}/{store.needed:,}"
-                log(f"View {view} [{done}]  {stopwatch.rate(images_since):.0f} images/s")
-                images_since = 0
-            if number := utils.received_signal():
-                teacher.flush()
-                raise stopped(number, f"a batch of view {view}", store.folder)
-        teacher.flush()
 
 
 def make_criterion(args: argparse.Namespace) -> nn.Module:

@@ -135,11 +135,22 @@ _received: list[int] = []  # a handler can do no more than leave a note
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop, and it did, at a point from which it can go on."""
+    """A signal asked the run to stop, and it did, at a point from which it can go on.
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number  # as a shell reports it
+    Args:
+        number: the signal's.
+        when: what was finished last.
+        saved: where everything up to there lies; None where nothing is saved.
+    """
+
+    def __init__(self, number: int, when: str, saved: Path | None) -> None:
+        how = (
+            f"saved in {saved}; type the same command to go on"
+            if saved
+            else "nothing to save in (--output_dir, --save_ckpt)"
+        )
+        super().__init__(f"{signal.Signals(number).name} after {when}: {how}")
+        self.exit_code = 128 + number  # as a shell reports it
 
 
 def stop_on_signals() -> None:

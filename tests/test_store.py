@@ -16,6 +16,7 @@ from test_run import weights_equal
 
 import logit_store
 import main
+import teacher
 from logit_store import LogitFile, RowFormat
 from utils import UserError
 
@@ -40,7 +41,7 @@ def no_teacher(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the teacher was built")
 
-    return lambda: monkeypatch.setattr(main, "load_teacher", refuse)
+    return lambda: monkeypatch.setattr(teacher, "load_teacher", refuse)
 
 
 MIXES = [
@@ -62,7 +63,7 @@ def test_a_run_from_the_store_is_the_online_run_in_the_same_bits(
     for name, flags in (("same", []), ("other", other)):
         online = run_main(*SHORT, *kd, *mix, *flags, output_dir=tmp_path / f"{name}-online")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(main, "load_teacher", None)
+            patch.setattr(teacher, "load_teacher", None)
             cached = run_main(
                 *SHORT, *kd, *mix, *flags, *cache, output_dir=tmp_path / f"{name}-cached"
             )
