@@ -65,6 +65,7 @@ def data_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_pil(image: np.ndarray | Image.Image) -> Image.Image:
+    """An image of either kind, as timm's and torchvision's steps take it."""
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 

@@ -1,6 +1,11 @@
 """Whole runs in one process: what they write, resume, keep and stop at."""
 
 import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -350,3 +355,28 @@ def test_a_step_that_is_not_finite_stops_a_run_without_a_scaler(fault):
         utils.UserError, match=r"at step 2 \(epoch 0\), learning rate 0.01, largest"
     ):
         train_with_a_fault(scaled=False, fault=fault)
+
+
+def test_the_log_does_not_depend_on_when_its_scalars_are_computed(
+    run_main, short, kd, tmp_path, monkeypatch
+):
+    together = run_main(*short, *kd, "--update_freq", 2, output_dir=tmp_path / "together")
+    monkeypatch.setattr(engine, "WAITING_BYTES", 0)  # each batch's at once
+    one_by_one = run_main(*short, *kd, "--update_freq", 2, output_dir=tmp_path / "one")
+    assert together.log == one_by_one.log and len(together.log) == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_on_the_cpu_freed_memory_is_kept_for_the_next_step():
+    faults = """
+import resource, sys, torch, utils
+utils.init_process(sys.argv[1], "env://")
+for turn in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)  # 64 MiB, 16,384 pages
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    argv = [sys.executable, "-c", faults, "cpu"]
+    out = subprocess.run(argv, cwd=Path(utils.__file__).parent, capture_output=True, text=True)
+    counts = list(map(int, out.stdout.split()))
+    assert len(counts) == 9 and statistics.median(counts) < 1000, out.stdout + out.stderr
