@@ -157,6 +157,7 @@ class RunnerElsewhere:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         context.Process(target=self.serve, args=(other, *args), daemon=True).start()
+        other.close()  # the child's alone, so that its end is an error here and not a wait
 
     @staticmethod
     def serve(pipe: Any, *args: Any) -> None:

@@ -1,6 +1,7 @@
 """The command line: the guide's defaults, and a clear end for everything a user can get wrong."""
 
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,8 @@ def test_every_flag_tells_its_default_and_stands_in_the_readme():
     for flag, action in flags_of(main.get_args_parser()).items():
         if flag in ("--help", "--local-rank"):
             continue
+        tells = action.default is not None or "default:" in action.help
+        assert tells or re.search("required|folder|least|many|ignored", action.help), flag
         words, _, told = action.help.partition(" (default: ")
         default, meaning = table[flag]
         assert meaning.startswith(words), flag

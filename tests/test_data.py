@@ -120,8 +120,9 @@ def test_both_transforms_give_the_size_asked_for(size):
             transforms.train_transform(args, config),
             transforms.eval_transform(config),
         ):
-            pixels, _ = transform(image)
-            assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
+            for given in (image, np.array(image)):  # a stream's, and any other source's
+                pixels, _ = transform(given)
+                assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
 
 
 def test_small_images_are_evaluated_whole_and_normalised():
