@@ -80,7 +80,7 @@ def train_one_epoch(
     Args:
         model: a StudentWithDistillation; gives (student_logits, teacher_logits) for images.
         criterion: (student_logits, teacher_logits, targets) -> (loss, parts).
-        loader: batches of images (B, 3, H, W) float32 and targets, (B,) int64 or (B, C) soft,
+        loader: batches of one size: images (B, 3, H, W) float32 and targets, (B,) int64 or (B, C),
             on the device.
         ema: a timm ModelEmaV3 of the student, or None.
         writer: a TensorBoard SummaryWriter, or None.
@@ -134,9 +134,15 @@ def train_one_epoch(
 
 
 def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Percent of rows (B, C) whose largest logit is their class; of soft targets, the main one."""
-    classes = targets.argmax(dim=1) if targets.ndim == 2 else targets
-    return 100 * (logits.argmax(dim=1) == classes).mean(dtype=torch.float32)
+    """Percent of rows whose largest logit is their class; of soft targets, the main one.
+
+    Args:
+        logits: (…, B, C).
+        targets: (…, B) int64, or (…, B, C) probabilities.
+    Returns: (…) float32.
+    """
+    classes = targets.argmax(dim=-1) if targets.ndim == logits.ndim else targets
+    return 100 * (logits.argmax(dim=-1) == classes).mean(dim=-1, dtype=torch.float32)
 
 
 class History:
@@ -158,7 +164,7 @@ class History:
         self.names: list[str] = []
         self.waiting: list[tuple] = []  # batches whose scalars are still to be computed
         self.waiting_bytes = 0
-        self.batches: list[torch.Tensor] = []  # (metrics + 1,) each, since the last fetch
+        self.tables: list[torch.Tensor] = []  # (batches, metrics + 1) each, since the last fetch
         self.norms: list[torch.Tensor] = []  # () each, one an optimizer step
         self.batches_of_update: list[int] = []
         self.batches_since = 0  # the last optimizer step
@@ -177,8 +183,8 @@ class History:
         teacher_logits: torch.Tensor | None,
         targets: torch.Tensor,
     ) -> None:
-        """Note a batch; what is asked of its logits is computed for some batches in a row, since
-        each of these small kernels costs several times as much between two training steps."""
+        """Note a batch; what is asked of its logits is computed for many batches at once, since
+        these small kernels would cost as much for each."""
         student_logits = student_logits.detach()
         self.waiting.append((loss.detach(), parts, student_logits, teacher_logits, targets))
         self.waiting_bytes += 3 * student_logits.nbytes
@@ -188,14 +194,16 @@ class History:
         self.images += len(student_logits)
 
     def _compute(self) -> None:
-        for loss, parts, student_logits, teacher_logits, targets in self.waiting:
-            scalars = {"loss": loss} | parts
-            if teacher_logits is not None:
-                scalars["teacher_acc1"] = accuracy(teacher_logits, targets)
-            self.names = list(scalars)
-            self.batches.append(
-                torch.stack([*scalars.values(), student_logits.abs().max().float()])
-            )
+        if not self.waiting:
+            return
+        losses, parts, students, teachers, targets = zip(*self.waiting, strict=True)
+        columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        columns = {"loss": torch.stack(losses)} | columns  # (batches,) each
+        if teachers[0] is not None:
+            columns["teacher_acc1"] = accuracy(torch.stack(teachers), torch.stack(targets))
+        self.names = list(columns)
+        largest = torch.stack(students).flatten(1).abs().amax(dim=1).float()
+        self.tables.append(torch.stack([*columns.values(), largest], dim=1))
         self.waiting, self.waiting_bytes = [], 0
 
     def end_update(self, update: int, grad_norm: torch.Tensor) -> None:
@@ -216,7 +224,7 @@ class History:
     def _fetch(self, update: int) -> None:
         self._compute()
         first = self.epoch * self.updates + update + 1 - len(self.norms)
-        table = torch.stack(self.batches)  # (batches, metrics + 1)
+        table = torch.cat(self.tables)  # (batches, metrics + 1)
         norms = torch.stack(self.norms).float()  # (optimizer steps,)
         largest = table[:, -1].clone()
         utils.all_reduce_(table)
@@ -252,7 +260,7 @@ class History:
             + f"  lr {self.schedule.lr[first + len(norms) - 1]:.2e}"
             + f"  {self.stopwatch.rate(images):.0f} images/s"
         )
-        self.batches, self.norms, self.batches_of_update, self.images = [], [], [], 0
+        self.tables, self.norms, self.batches_of_update, self.images = [], [], [], 0
         self.stop = utils.stop_requested(self.settings.device)
 
     def _write(self, first: int, table: np.ndarray, owner: np.ndarray, norms: np.ndarray) -> None:

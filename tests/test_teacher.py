@@ -16,7 +16,7 @@ import datasets
 import main
 import models
 import transforms
-from distillation import Teacher, TeacherEnsemble, load_teacher
+from distillation import Teacher, TeacherEnsemble, fold_batch_norms, load_teacher
 from utils import UserError
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -147,6 +147,51 @@ def test_a_teacher_of_other_statistics_and_size_answers_as_in_its_own_pipeline(t
     enlarged = [picture.resize((32, 32), 3).resize((16, 16), 3) for picture in pictures]
     wanted = torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in enlarged])
     assert (pixels - wanted).abs().mean() < 1 and (pixels - wanted).abs().max() < 8
+
+
+def with_statistics(model):
+    """As after training: no BatchNorm leaves its input as it is."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_var, module.weight.data):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            for tensor in (module.running_mean, module.bias.data):
+                tensor.normal_(std=0.1, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("arch", ["cifar_resnet8", "resnet18", "regnety_002", "efficientnet_b0"])
+def test_folded_batch_norms_change_no_answer(arch):
+    """In float64, to 1e-9 of the logits' spread; the last two have BatchNorms with activations."""
+    model = with_statistics(network(arch).double())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    folded = fold_batch_norms(model, 32)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    with torch.no_grad():
+        expected = model(IMAGES.double())
+        seen = folded(IMAGES.double())
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-9 * expected.std().item())
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+class OutputUsedTwice(torch.nn.Module):
+    """A convolution whose output goes past its BatchNorm too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+
+    def forward(self, images):
+        output = self.conv(images)
+        return (output + self.norm(output)).mean(dim=(2, 3))
+
+
+def test_batch_norms_that_cannot_be_folded_are_left():
+    model = with_statistics(OutputUsedTwice()).eval()
+    assert fold_batch_norms(model, 32) is model
+    model = network("vit_tiny_patch16_224", img_size=32)
+    assert fold_batch_norms(model, 32) is model
 
 
 def test_classes_in_another_order_are_matched_by_name(tmp_path):
