@@ -31,7 +31,7 @@ PAIRS = (
     ("vit_tiny_patch16_224", "vit_small_patch16_224", 224, 1000, 8, 2),
     ("convnext_atto", "convnext_pico", 160, 1000, 8, 4),
     ("resnet18", "resnet50", 128, 1000, 16, 3),
-    ("cifar_resnet8", "cifar_resnet20", 8, 10, 50, 150),
+    ("cifar_resnet8", "cifar_resnet20", 8, 10, 50, 50),
 )
 # "teacher" is timm's network as it is, "teacher, folded" the one that this project asks.
 VARIANTS = (
@@ -121,12 +121,14 @@ class Runner:
             self.loss = DistillationLoss(SoftTargetCrossEntropy(), alpha, 4.0)
             if variant == "cached":
                 images = batch * self.steps
-                store = LogitStore(folder, images, images, RowFormat(classes, "float16"))
+                form = folder, images, images, RowFormat(classes, "float16")
+                store = LogitStore(*form)
                 for inputs, _ in self.loader:
                     with torch.inference_mode():
                         store.keep(0, self.loader.places, teacher(inputs))
                 store.flush()
-                teacher = StoredTeacher(store, self.loader, None)
+                # Opened again, as by a later run, which finds the view whole.
+                teacher = StoredTeacher(LogitStore(*form), self.loader, None)
             self.model = StudentWithDistillation(student, None if variant == "plain" else teacher)
         self.teacher = network if variant == "teacher" else teacher
 
