@@ -54,7 +54,7 @@ class DistillationLoss(nn.Module):
         self.criterion = criterion
         self.alpha = alpha
         self.temperature = temperature
-        self._divisor = torch.tensor(float(temperature))  # divisions make a number one, each
+        self._divisor = torch.tensor(float(temperature))  # of a number, each division makes one
 
     def forward(
         self,
