@@ -3,7 +3,6 @@
 Hinton, Vinyals and Dean, 'Distilling the Knowledge in a Neural Network', 2015.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +17,7 @@ from timm.data.constants import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -112,21 +112,24 @@ class InputConversion(nn.Module):
         return images
 
 
-def fold_batch_norms(network: nn.Module, size: int) -> nn.Module:
-    """Make BatchNorms part of the convolutions before them, for a network that is not trained.
+def fuse_layers(network: nn.Module, size: int) -> nn.Module:
+    """Let one convolution do what several layers of a network that is not trained do in a row.
 
-    In evaluation a BatchNorm scales and shifts each channel by constants, which the convolution's
-    weights and bias can hold (Jacob et al. 2018, section 3.2). Its own pass over memory goes.
+    Parallel branches become one convolution where timm knows how (RepVGG, Ding et al. 2021; FastViT
+    and others). A BatchNorm in evaluation scales and shifts each channel by constants, which the
+    weights and bias of the convolution before it can hold (Jacob et al. 2018, section 3.2).
 
     Args:
         network: in eval mode, for images (B, 3, size, size).
-    Returns: a folded copy; the network itself where nothing can be folded, or where that would
-        change its answers, as when a convolution's output is also used elsewhere.
+    Returns: a fused copy; the network itself where nothing can be fused, or where that would change
+        its answers, as when a convolution's output is also used elsewhere.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
-    folded = copy.deepcopy(network)
-    names = {module: name for name, module in folded.named_modules()}
+    # Some of timm's new layers come in float32 on the CPU, and to be trained.
+    weight = next(network.parameters())
+    fused = reparameterize_model(network).to(weight).requires_grad_(False).eval()
+    names = {module: name for name, module in fused.named_modules()}
     pairs = []  # a convolution and the BatchNorm that takes its output
 
     def mark(conv: nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -138,19 +141,19 @@ def fold_batch_norms(network: nn.Module, size: int) -> nn.Module:
 
     hooks = [m.register_forward_hook(mark) for m in names if isinstance(m, nn.Conv2d)]
     hooks += [m.register_forward_pre_hook(pair) for m in names if isinstance(m, nn.BatchNorm2d)]
-    image = torch.linspace(-2, 2, 3 * size**2).view(1, 3, size, size)
-    image = image.to(next(network.parameters()))
+    image = torch.linspace(-2, 2, 3 * size**2).view(1, 3, size, size).to(weight)
     with torch.no_grad():
-        answer = folded(image)
+        fused(image)
         for hook in hooks:
             hook.remove()
         for conv, norm in pairs:
-            folded.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
+            fused.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
             # timm's BatchNormAct2d is a BatchNorm with its activation.
-            folded.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
-        difference = (folded(image) - answer).abs().max()
+            fused.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
+        answer = network(image)
+        difference = (fused(image) - answer).abs().max()
     is_same = difference <= 0.01 * answer.abs().max()  # TF32 rounds to a thousandth
-    return folded if is_same else network
+    return fused if is_same else network
 
 
 class Teacher(nn.Module):
@@ -166,7 +169,7 @@ class Teacher(nn.Module):
         self, network: nn.Module, source: dict[str, Any], dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        network = fold_batch_norms(network, network.data_config["input_size"])
+        network = fuse_layers(network, network.data_config["input_size"])
         self.network = network.to(dtype=dtype, memory_format=torch.channels_last)
         self.device, self.dtype = next(network.parameters()).device, dtype
         self.convert = InputConversion(source, network.data_config).to(self.device)

@@ -16,7 +16,7 @@ import datasets
 import main
 import models
 import transforms
-from distillation import Teacher, TeacherEnsemble, fold_batch_norms, load_teacher
+from distillation import Teacher, TeacherEnsemble, fuse_layers, load_teacher
 from utils import UserError
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -161,18 +161,47 @@ def with_statistics(model):
     return model
 
 
-@pytest.mark.parametrize("arch", ["cifar_resnet8", "resnet18", "regnety_002", "efficientnet_b0"])
-def test_folded_batch_norms_change_no_answer(arch):
-    """In float64, to 1e-9 of the logits' spread; the last two have BatchNorms with activations."""
+FUSED = [
+    *("cifar_resnet8", "resnet18"),
+    *("regnety_002", "efficientnet_b0"),  # BatchNorms with activations
+    *("repvgg_a0", "mobileone_s0", "fastvit_t8"),  # parallel branches
+]
+
+
+@pytest.mark.parametrize("arch", FUSED)
+def test_fused_layers_change_no_answer(arch):
+    """In float64, to 1e-9 of the logits' spread."""
     model = with_statistics(network(arch).double())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    folded = fold_batch_norms(model, 32)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    with torch.no_grad():
-        expected = model(IMAGES.double())
-        seen = folded(IMAGES.double())
-    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-9 * expected.std().item())
+    fused = fuse_layers(model, 32)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in fused.modules())
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    assert_near(fused, model, IMAGES.double(), 1e-9)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def assert_near(fused, model, images, tolerance: float) -> None:
+    with torch.no_grad():
+        expected, seen = model(images), fused(images)
+    torch.testing.assert_close(seen, expected, rtol=0, atol=tolerance * expected.std().item())
+
+
+def test_parallel_branches_become_one_convolution():
+    model = with_statistics(network("repvgg_a0"))
+    counts = [
+        sum(isinstance(module, torch.nn.Conv2d) for module in either.modules())
+        for either in (model, fuse_layers(model, 32))
+    ]
+    assert counts == [44, 22]
+
+
+def test_layers_that_timm_makes_in_float32_take_the_dtype_of_the_network():
+    model = with_statistics(network("efficientvit_m0").double())
+    fused = fuse_layers(model, 224)
+    assert fused is not model
+    assert {parameter.dtype for parameter in fused.parameters()} == {torch.float64}
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).double()
+    assert_near(fused, model, images, 1e-5)
 
 
 class OutputUsedTwice(torch.nn.Module):
@@ -187,11 +216,11 @@ class OutputUsedTwice(torch.nn.Module):
         return (output + self.norm(output)).mean(dim=(2, 3))
 
 
-def test_batch_norms_that_cannot_be_folded_are_left():
+def test_layers_that_cannot_be_fused_are_left():
     model = with_statistics(OutputUsedTwice()).eval()
-    assert fold_batch_norms(model, 32) is model
+    assert fuse_layers(model, 32) is model
     model = network("vit_tiny_patch16_224", img_size=32)
-    assert fold_batch_norms(model, 32) is model
+    assert fuse_layers(model, 32) is model
 
 
 def test_classes_in_another_order_are_matched_by_name(tmp_path):
