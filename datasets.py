@@ -277,9 +277,12 @@ class TransformedImages(Dataset):
 
     So neither the number of workers nor what was loaded before changes an image. The key of an item
     is the pair (view, index).
+
+    Args:
+        seed: None for a transform that draws nothing, as in evaluation.
     """
 
-    def __init__(self, source: ImageSource, transform: ToPixels, seed: int) -> None:
+    def __init__(self, source: ImageSource, transform: ToPixels, seed: int | None) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -289,7 +292,8 @@ class TransformedImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[np.ndarray, Patches], int]:
         view, index = key
-        utils.seed_rng(torch.device("cpu"), self.seed, view, index)
+        if self.seed is not None:
+            utils.seed_rng(torch.device("cpu"), self.seed, view, index)
         image, target = self.source[index]
         return self.transform(image), target
 
@@ -535,7 +539,7 @@ def build_data(args: argparse.Namespace, device: torch.device) -> Data:
             batches = loader = Stream(val, settings | {"batch_size": batch_size}, is_train=False)
         else:
             batches = EvalBatches(len(val), batch_size, args.dist_eval)
-            images = TransformedImages(val, transform, args.seed)
+            images = TransformedImages(val, transform, seed=None)
             loader = DataLoader(images, batch_sampler=batches, **settings)
         val_loader = DeviceLoader(batches, loader, config, device)
     return Data(train_loader, val_loader, train, val, train.classes, config)

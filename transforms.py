@@ -69,6 +69,40 @@ def as_pil(image: np.ndarray | Image.Image) -> Image.Image:
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 
+class Sized:
+    """Steps that lead to (size, size); an array that is so already goes past them, and past Pillow.
+
+    For tiny images Pillow's copies take longer than everything else.
+    """
+
+    def __init__(self, size: int, steps: Sequence[Callable]) -> None:
+        self.size, self.steps = size, Compose([as_pil, *steps])
+
+    def __call__(self, image: np.ndarray | Image.Image) -> np.ndarray:
+        if isinstance(image, np.ndarray) and image.shape[:2] == (self.size, self.size):
+            return image
+        return np.asarray(self.steps(image))
+
+
+class PadAndCrop:
+    """An eighth of black on every side, then a random crop: CIFAR's augmentation.
+
+    torchvision's RandomCrop with the same draws, on arrays. He et al. 2016, section 4.2.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.border = size, size // 8
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8, H and W at least size -> (size, size, 3)"""
+        border, (height, width, channels) = self.border, image.shape
+        padded = np.zeros((height + 2 * border, width + 2 * border, channels), np.uint8)
+        padded[border : border + height, border : border + width] = image
+        plane = torch.from_numpy(padded[..., 0])  # tells its size
+        top, left, _, _ = RandomCrop.get_params(plane, (self.size, self.size))
+        return padded[top : top + self.size, left : left + self.size]
+
+
 class FastResizedCrop(RandomResizedCropAndInterpolation):
     """timm's random crop with the same draws, resized by torch: a third of Pillow's time.
 
@@ -127,7 +161,7 @@ def train_transform(args: argparse.Namespace, config: dict[str, Any]) -> ToPixel
         is_training=True,
         use_prefetcher=True,  # leaves normalisation and erasing to us
         hflip=args.hflip,
-        color_jitter=args.color_jitter,
+        color_jitter=args.color_jitter or None,  # at 0 a step would do nothing, slowly
         auto_augment=args.aa or None,
         interpolation=args.train_interpolation,
         mean=config["mean"],  # fills what a rotation uncovers
@@ -135,8 +169,8 @@ def train_transform(args: argparse.Namespace, config: dict[str, Any]) -> ToPixel
     ).transforms[:-1]
     if size < SMALL:
         # A crop of 8 % of a tiny image says nothing; CIFAR's pad-by-an-eighth and crop does.
-        pad_and_crop = RandomCrop(size, padding=size // 8, pad_if_needed=True)
-        steps[:1] = [as_pil, Resize(size, InterpolationMode.BICUBIC), pad_and_crop]
+        resize = Sized(size, [Resize(size, InterpolationMode.BICUBIC)])
+        steps[:1] = [resize, PadAndCrop(size), *([as_pil] if steps[1:] else [])]
     else:
         steps[0] = FastResizedCrop(size, interpolation=args.train_interpolation)
     if not args.reprob:
@@ -147,15 +181,17 @@ def train_transform(args: argparse.Namespace, config: dict[str, Any]) -> ToPixel
 
 def eval_transform(config: dict[str, Any]) -> ToPixels:
     """timm's evaluation transform up to 8-bit pixels."""
+    size, crop_pct = config["input_size"], config["crop_pct"]
     steps = create_transform(
-        config["input_size"],
+        size,
         is_training=False,
         use_prefetcher=True,
         interpolation="bicubic",
-        crop_pct=config["crop_pct"],
+        crop_pct=crop_pct,
         crop_mode=config["crop_mode"],
     ).transforms[:-1]
-    return ToPixels([as_pil, *steps])
+    # Cropped by nothing, an image of that size is what it was.
+    return ToPixels([Sized(size, steps)] if crop_pct == 1 else [as_pil, *steps])
 
 
 # ----------------------------------------------------------------------------- mixup, cutmix

@@ -8,6 +8,7 @@ import torch
 from conftest import write_images
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 import datasets
 import main
@@ -258,7 +259,7 @@ def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor
         is_training=True,
         hflip=args.hflip,
         auto_augment=args.aa or None,
-        color_jitter=args.color_jitter,
+        color_jitter=args.color_jitter or None,  # at 0 timm's step would draw, and do nothing
         interpolation=args.train_interpolation,
         re_prob=args.reprob,
         re_mode=args.remode,
@@ -289,6 +290,30 @@ def test_training_images_are_timms_to_rounding(interpolation, remode):
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert (ours - theirs).abs().max() < 2.5 / 255 / 0.224  # levels of 255, over the least std
     assert (ours - theirs).abs().mean() < 0.1 / 255 / 0.224
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 24), (40, 32), (9, 30)])
+@pytest.mark.parametrize("hflip", [0.0, 0.5])
+def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
+    args = arguments("--input_size", 16, "--aa=", "--color_jitter", 0, "--reprob", 0)
+    args.hflip = hflip
+    config = transforms.data_config(args)
+    train = transforms.train_transform(args, config), Compose(
+        [Resize(16, 3), RandomCrop(16, padding=2), RandomHorizontalFlip(hflip)]
+    )
+    val = transforms.eval_transform(config), transforms.create_transform(
+        16, is_training=False, use_prefetcher=True, interpolation="bicubic", crop_pct=1.0
+    )
+    for seed in range(20):
+        array = np.array(photograph(seed).resize(shape[::-1]))
+        picture = Image.fromarray(array)
+        for ours, theirs in (train, val):
+            datasets.utils.seed_rng(CPU, seed)
+            expected = np.asarray(theirs(picture))
+            expected = expected if expected.shape[-1] == 3 else expected.transpose(1, 2, 0)
+            for image in (array, picture):
+                datasets.utils.seed_rng(CPU, seed)
+                np.testing.assert_array_equal(ours(image)[0], expected)
 
 
 def test_training_images_have_timms_distribution_with_every_augmentation():
