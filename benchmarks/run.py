@@ -41,6 +41,7 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
     print("| --- |" + " --- |" * (len(steps.VARIANTS) + len(ratios)))
     for row in rows:
         name = f"{row['student']} ← {row['teacher']}, {row['pixels']} px, batch {row['batch_size']}"
+        name += "" if row["input"] == "in memory" else f", {row['input']}"
         cells = [f"{row['ms'][variant]:.1f}" for variant in steps.VARIANTS]
         cells += [f"{row[ratio]:.3f}" for ratio in ratios]
         print(f"| {name} | " + " | ".join(cells) + " |")

@@ -1,8 +1,9 @@
 """Time of a training step: alone, with the teacher, with its stored logits, and in timm's task.
 
-Every variant runs in the project's own loop, engine.train_one_epoch, on images that lie in memory;
-rounds go over the variants in changing order, and ratios are medians over rounds. "timm", with its
-defaults, has a process of its own, since it leaves the memory allocator as it is.
+Every variant runs in the project's own loop, engine.train_one_epoch, on images that lie in memory,
+the last pair also on digits as a run loads and augments them. Rounds go over the variants in
+changing order, and ratios are medians over rounds. "timm", with its defaults, has a process of its
+own, since it leaves the memory allocator as it is.
 
 Where a process's memory happens to lie makes 1 % of difference to steps of a few milliseconds, so
 the smallest pair is measured in several processes, one after another.
@@ -25,19 +26,24 @@ from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
 from torch import nn
 
+import datasets
 import engine
+import main
 import models  # noqa: F401 (registers the small ones)
 from distillation import DistillationLoss, StudentWithDistillation, Teacher
 from logit_store import LogitStore, RowFormat, StoredTeacher
 from utils import keep_freed_memory
 
-# student, teacher, pixels, classes, batch size, steps a round; processes
+# student, teacher, pixels, classes, batch size, steps a round (None: all digits); processes
 PAIRS = (
     (("vit_tiny_patch16_224", "vit_small_patch16_224", 224, 1000, 8, 2), 1),
     (("convnext_atto", "convnext_pico", 160, 1000, 8, 4), 1),
     (("resnet18", "resnet50", 128, 1000, 16, 3), 1),
     (("cifar_resnet8", "cifar_resnet20", 8, 10, 50, 50), 8),
+    (("cifar_resnet8", "cifar_resnet20", 8, 10, 50, None), 4),
 )
+# As in examples/digits_demo.py, which has its reasons.
+DIGITS = "--data_set DIGITS --smoothing 0 --aa= --color_jitter 0 --reprob 0 --num_workers 0"
 # "teacher" is timm's network as it is, "teacher, fused" the one that this project asks.
 VARIANTS = (
     *("plain", "online", "cached", "teacher", "teacher, fused"),
@@ -69,6 +75,13 @@ class MemoryLoader:
             yield batch
 
 
+def digits(batch: int, device: torch.device) -> Any:
+    """All training digits, by the project's own loader."""
+    args = main.parse_args([*DIGITS.split(), "--batch_size", str(batch)])
+    main.follow_defaults(args, None)
+    return datasets.build_data(args, device).train_loader
+
+
 class TimmTask(nn.Module):
     """timm's task in our loop: it does all its work where the loss is asked for."""
 
@@ -96,7 +109,7 @@ class Runner:
     """One variant of one pair, ready to be timed."""
 
     def __init__(self, variant: str, pair: tuple, folder: Path, device: torch.device) -> None:
-        student_arch, teacher_arch, size, classes, batch, self.steps = pair
+        student_arch, teacher_arch, size, classes, batch, steps = pair
         torch.manual_seed(0)
         sized = {"img_size": size} if "vit" in student_arch else {}
         student = timm.create_model(student_arch, num_classes=classes, **sized).to(device)
@@ -110,7 +123,12 @@ class Runner:
         student = student.to(memory_format=layout)
         network = network.to(memory_format=layout)
         self.variant, self.device, self.epoch = variant, device, 0
-        self.loader = MemoryLoader(size, classes, batch, self.steps, device, layout)
+        if steps:
+            self.loader = MemoryLoader(size, classes, batch, steps, device, layout)
+        else:
+            self.loader = digits(batch, device)
+        self.steps = self.loader.batches_in_epoch
+        self.images = [images for images, _ in self.loader]  # the teacher alone waits for no loader
         self.settings = engine.LoopSettings(device, None, 1, None, 0, print_freq=1000)
         self.optimizer = create_optimizer_v2(
             student, opt="adamw", lr=1e-4, weight_decay=0.05, **({"fused": True} if is_ours else {})
@@ -141,7 +159,7 @@ class Runner:
         """Of one step, a round's mean."""
         started = time.perf_counter()
         if self.variant.startswith("teacher"):
-            for images, _ in self.loader:
+            for images in self.images:
                 with torch.no_grad():
                     self.teacher(images)
         else:
@@ -232,6 +250,7 @@ def _row(pair: tuple, processes: list[dict[str, list[float]]]) -> dict[str, Any]
         "pixels": pair[2],
         "classes": pair[3],
         "batch_size": pair[4],
+        "input": "in memory" if pair[5] else "all digits, loaded and augmented as in a run",
         "processes": len(processes),
         "ms": {variant: 1000 * statistics.median(seconds(variant)) for variant in VARIANTS},
         "cached / plain": ratio("cached", "plain"),

@@ -298,11 +298,15 @@ def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
     args = arguments("--input_size", 16, "--aa=", "--color_jitter", 0, "--reprob", 0)
     args.hflip = hflip
     config = transforms.data_config(args)
-    train = transforms.train_transform(args, config), Compose(
-        [Resize(16, 3), RandomCrop(16, padding=2), RandomHorizontalFlip(hflip)]
+    train = (
+        transforms.train_transform(args, config),
+        Compose([Resize(16, 3), RandomCrop(16, padding=2), RandomHorizontalFlip(hflip)]),
     )
-    val = transforms.eval_transform(config), transforms.create_transform(
-        16, is_training=False, use_prefetcher=True, interpolation="bicubic", crop_pct=1.0
+    val = (
+        transforms.eval_transform(config),
+        transforms.create_transform(
+            16, is_training=False, use_prefetcher=True, interpolation="bicubic", crop_pct=1.0
+        ),
     )
     for seed in range(20):
         array = np.array(photograph(seed).resize(shape[::-1]))
