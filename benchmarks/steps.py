@@ -11,6 +11,7 @@ the smallest pair is measured in several processes, one after another.
 
 import multiprocessing
 import random
+import shlex
 import statistics
 import tempfile
 import time
@@ -29,8 +30,8 @@ from torch import nn
 import datasets
 import engine
 import main
-import models  # noqa: F401 (registers the small ones)
 from distillation import DistillationLoss, StudentWithDistillation, Teacher
+from examples import digits_demo
 from logit_store import LogitStore, RowFormat, StoredTeacher
 from utils import keep_freed_memory
 
@@ -42,8 +43,6 @@ PAIRS = (
     (("cifar_resnet8", "cifar_resnet20", 8, 10, 50, 50), 8),
     (("cifar_resnet8", "cifar_resnet20", 8, 10, 50, None), 4),
 )
-# As in examples/digits_demo.py, which has its reasons.
-DIGITS = "--data_set DIGITS --smoothing 0 --aa= --color_jitter 0 --reprob 0 --num_workers 0"
 # "teacher" is timm's network as it is, "teacher, fused" the one that this project asks.
 VARIANTS = (
     *("plain", "online", "cached", "teacher", "teacher, fused"),
@@ -76,8 +75,8 @@ class MemoryLoader:
 
 
 def digits(batch: int, device: torch.device) -> Any:
-    """All training digits, by the project's own loader."""
-    args = main.parse_args([*DIGITS.split(), "--batch_size", str(batch)])
+    """All training digits as the demo shows them, by the project's own loader."""
+    args = main.parse_args([*shlex.split(digits_demo.COMMON), "--batch_size", str(batch)])
     main.follow_defaults(args, None)
     return datasets.build_data(args, device).train_loader
 
