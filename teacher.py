@@ -1,19 +1,35 @@
-"""The teacher of a run: made as the flags say, scored, and kept on disk or read from there."""
+"""The teacher of a run: made from the flags, scored, and cached on disk or read from there."""
 
 import argparse
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
-import datasets
-import logit_store
 import utils
-from distillation import Teacher, TeacherEnsemble, load_teacher
+from arguments import AUGMENTATION, MIXING, flags_of_group, is_mixed, teachers_of, views_of
+from checkpoints import local_file
+from datasets import ImageSource
+from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
 from engine import LoopSettings, evaluate
-from logit_store import LogitFile, LogitStore, StoredTeacher
-from utils import UserError, log
+from loaders import Data, image_sample
+from logit_store import (
+    LogitFile,
+    LogitStore,
+    RowFormat,
+    StoredTeacher,
+    ValidationLogits,
+    hash_of,
+    open_store,
+)
+from logs import Stopwatch
+from utils import UserError, log, name_flags
 
 CAUSES = (
     "likely causes: another normalisation (--teacher_norm), another size (--teacher_input_size), "
@@ -21,137 +37,228 @@ CAUSES = (
 )
 
 
-def make_teacher(args: argparse.Namespace, device: torch.device, data: datasets.Data) -> nn.Module:
-    """The frozen teacher, or the average of several."""
-    place = utils.find_device(args.teacher_device, "--teacher_device", device)
-    names = utils.read_lines(args.teacher_classes, "--teacher_classes")
-    teachers = []
-    for arch, path in zip(args.teacher_arch.split(","), args.teacher_path.split(","), strict=True):
+@dataclass
+class RunTeacher:
+    """The teacher of a run, or what is cached of it, and its scores."""
+
+    # What StudentWithDistillation asks: the network, the store in its place, or None.
+    model: nn.Module | StoredTeacher | None = None
+    store: LogitStore | None = None
+    scores: dict[str, float] = field(default_factory=dict)  # teacher_acc1, teacher_loss
+    # Logits on the validation images by the places of each batch.
+    logits: Mapping[range, torch.Tensor] | ValidationLogits | None = None
+
+    def flush(self) -> None:
+        """Write the logits that the store still holds in memory."""
+        if self.store is not None:
+            self.store.flush()
+
+    def warn_if_below(self, student_scores: Mapping[str, float]) -> None:
+        """Warn where the student has become better than its teacher."""
+        student, teacher = student_scores.get("test_acc1"), self.scores.get("teacher_acc1")
+        if student is not None and teacher is not None and teacher < student:
+            log(
+                f"Warning: the teacher ({teacher:.2f} %) is below its student ({student:.2f} %); "
+                f"{CAUSES}"
+            )
+
+
+def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data) -> RunTeacher:
+    """Make, score and cache the teacher, as far as this run needs it. Collective.
+
+    The network is made only where there is no cache, or where the cache lacks a row.
+
+    Raises: UserError for a teacher that cannot be loaded, that does not fit the data, or that
+        scores below --teacher_min_acc1; and for a cache of something else.
+    """
+    if not teachers_of(args):
+        return RunTeacher()
+    is_scored = data.val_loader is not None and args.teacher_eval
+    if not args.teacher_cache:
+        network = make_teacher(args, settings.device, data)
+        scores, logits = _score(args, settings, data, network) if is_scored else ({}, None)
+        return RunTeacher(network, None, scores, logits)
+
+    store = open_teacher_cache(args, data, settings.amp_dtype)
+    with name_flags(cache="--teacher_cache"):
+        missing = store.check_space(views_of(args))
+    cached = None
+    if is_scored:
+        fingerprint = [data.val.fingerprint(), data.config]
+        cached = store.validation_file(fingerprint, len(data.val))
+    counts = torch.tensor([missing, cached.missing() if cached else 0], device=settings.device)
+    utils.all_reduce_(counts, torch.distributed.ReduceOp.MAX)  # one decision for all processes
+    missing, unscored = counts.tolist()
+    network = make_teacher(args, settings.device, data) if missing or unscored else None
+    if network is None:
+        log("All teacher logits are cached; the teacher is not loaded")
+    teacher = RunTeacher(StoredTeacher(store, network if missing else None), store)
+    if cached is not None and network is not None and unscored:
+        teacher.scores, logits = _score(args, settings, data, network)
+        cached.write(list(logits.items()))
+        teacher.logits = ValidationLogits(cached)
+    elif cached is not None:
+        teacher.scores, _ = _score(args, settings, data, cached)
+        teacher.logits = ValidationLogits(cached)
+    return teacher
+
+
+def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> nn.Module:
+    """The frozen teacher, or the average of several, for the student's input and classes."""
+    with name_flags(device="--teacher_device"):
+        teacher_device = utils.find_device(args.teacher_device, device)
+    names = None
+    if args.teacher_classes:
+        with name_flags(text="--teacher_classes"):
+            names = utils.read_lines(args.teacher_classes)
+    networks: list[nn.Module] = []
+    weights = []
+    for arch, path, weight in teachers_of(args):
         config = {"input_size": args.teacher_input_size} if args.teacher_input_size else {}
-        if args.teacher_norm != "auto":
-            cfg = timm.models.get_pretrained_cfg(arch) if args.teacher_norm == "arch" else None
-            source = data.config if cfg is None else {"mean": cfg.mean, "std": cfg.std}
-            config |= {"mean": list(source["mean"]), "std": list(source["std"])}
-        network = load_teacher(
-            *(arch, path, len(data.classes), place),
-            classes=data.classes,
-            teacher_classes=names,
-            input_config=config,
-        )
+        if args.teacher_norm == "student":
+            config |= {name: data.config[name] for name in ("mean", "std")}
+        elif args.teacher_norm == "arch":
+            cfg = timm.models.get_pretrained_cfg(arch)
+            config |= {"mean": list(cfg.mean), "std": list(cfg.std)}
+        with name_flags(architecture="--teacher_arch", checkpoint="--teacher_path"):
+            network = load_teacher(
+                arch,
+                path,
+                len(data.classes),
+                teacher_device,
+                classes=data.classes,
+                teacher_classes=names,
+                input_config=config,
+            )
         log(network.origin)
-        teachers.append(Teacher(network, data.config, getattr(torch, args.teacher_dtype)))
-    teacher = teachers[0]
-    if len(teachers) > 1:
-        weights = args.teacher_weights or ",".join("1" * len(teachers))
-        weights = [float(weight) for weight in weights.split(",")]
-        teacher = TeacherEnsemble(teachers, weights, args.kd_temperature)
+        dtype = getattr(torch, args.teacher_dtype)
+        networks.append(TeacherAdapter(network, data.config, dtype))
+        weights.append(weight)
+    teacher = networks[0]
+    if len(networks) > 1:
+        teacher = TeacherEnsemble(networks, weights, args.kd_temperature)
     if args.compile:
         teacher.compile()
     return teacher
 
 
-class TeacherInUse:
-    """The teacher of a run, or what is kept of its answers, and how it scores.
-
-    `answer` is what the student's wrapper asks: the network, the store that stands for it, or None.
-    The network is made only where there is no store, or where the store lacks something.
+def _score(
+    args: argparse.Namespace, settings: LoopSettings, data: Data, source: nn.Module | LogitFile
+) -> tuple[dict[str, float], dict[range, torch.Tensor] | None]:
+    """Score the teacher on the validation images, through the student's own pipeline.
 
     Args:
-        views: whose images the teacher will be asked about.
+        source: the network, or its cached logits.
+    Returns: teacher_acc1 and teacher_loss, and the network's logits by the places of each batch;
+        None for a stream, whose order is not promised.
+    Raises: UserError below --teacher_min_acc1.
     """
+    loader = data.val_loader
+    logits: dict[range, torch.Tensor] = {}
+    if isinstance(source, LogitFile):
+        batches = ValidationLogits(source).batches(loader.order, data.val.targets, settings.device)
+        found = evaluate(batches, nn.Identity(), settings, args.dist_eval)
+    else:
+        found = evaluate(loader, source, settings, args.dist_eval, collect=logits)
+    acc1, loss, chance = found["acc1"], found["loss"], 100 / len(data.classes)
+    log(f"Teacher on the validation images: acc1 {acc1:.2f}, loss {loss:.4f}")
+    if acc1 < args.teacher_min_acc1:
+        raise UserError(
+            f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher scores {acc1:.2f}; {CAUSES}"
+        )
+    if acc1 < 2 * chance:
+        log(f"Warning: the teacher is near chance ({chance:.2f} %); {CAUSES}")
+    is_indexable = isinstance(data.val, ImageSource)
+    return {"teacher_acc1": acc1, "teacher_loss": loss}, logits if is_indexable else None
 
-    def __init__(
-        self, args: argparse.Namespace, settings: LoopSettings, data: datasets.Data, views: range
-    ) -> None:
-        self.args, self.settings, self.data, self.views = args, settings, data, views
-        self.answer: Any = None
-        self.store: LogitStore | None = None
-        self.record: dict[str, float] = {}  # teacher_acc1, teacher_loss
-        self.logits: Any = None  # for each validation batch
-        if not args.kd or args.kd_alpha == 0:
-            return
-        if not args.teacher_cache:
-            self.answer = make_teacher(args, settings.device, data)
-            self._score(self.answer)
-            return
-        self.store = logit_store.open_store(args, data, settings.amp_dtype)
-        lacking = self.store.check_space(views)
-        scored = self.store.validation(data) if self._is_scored() else None
-        missing = torch.tensor([lacking, scored.missing() if scored else 0])
-        missing = missing.to(settings.device)
-        utils.all_reduce_(missing, torch.distributed.ReduceOp.MAX)  # one decision for all
-        lacking, unscored = missing.tolist()
-        teacher = make_teacher(args, settings.device, data) if lacking or unscored else None
-        if teacher is None:
-            log("Every answer is there: the teacher itself is not loaded")
-        if scored:
-            self._score(teacher, scored if not unscored else None)
-            if unscored:
-                batches = data.val_loader.batches
-                scored.write([(batches.places(b), kept) for b, kept in enumerate(self.logits)])
-            self.logits = logit_store.KeptBatches(scored, data.val_loader.batches)
-        self.answer = StoredTeacher(self.store, data.train_loader, teacher if lacking else None)
 
-    def _is_scored(self) -> bool:
-        return self.data.val_loader is not None and self.args.teacher_eval
+# ------------------------------------------------------------------------------ the cache
 
-    def _score(self, teacher: nn.Module | None, kept: LogitFile | None = None) -> None:
-        """Show the teacher the validation images once, through the student's own pipeline, or score
-        what is kept of that. Warns of one near chance; raises UserError for --teacher_min_acc1."""
-        if not self._is_scored():
-            return
-        args, data, settings = self.args, self.data, self.settings
-        logits: list[torch.Tensor] = []
-        if kept is None:
-            scores = evaluate(data.val_loader, teacher, settings, args.dist_eval, keep=logits)
-        else:
-            answers = logit_store.KeptBatches(kept, data.val_loader.batches)
-            labelled = answers.with_targets(data.val.targets, settings.device)
-            scores = evaluate(labelled, nn.Identity(), settings, args.dist_eval)
-        if isinstance(data.val, datasets.ImageSource):  # a stream's order is not promised
-            self.logits = logits
-        self.record = {f"teacher_{name}": scores[name] for name in ("acc1", "loss")}
-        acc1, chance = scores["acc1"], 100 / len(data.classes)
-        log(f"Teacher on the validation images: acc1 {acc1:.2f}, loss {scores['loss']:.4f}")
-        if acc1 < args.teacher_min_acc1:
-            raise UserError(
-                f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher scores {acc1:.2f}; "
-                f"{CAUSES}"
-            )
-        if acc1 < 2 * chance:
-            log(f"WARNING: the teacher is near chance ({chance:.2f} %); {CAUSES}")
 
-    def flush(self) -> None:
-        """Write what the store still holds in memory."""
-        if self.store is not None:
-            self.store.flush()
+def open_teacher_cache(
+    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
+) -> LogitStore:
+    """The store that --teacher_cache names, created or proven to belong to this run. Collective."""
+    if not isinstance(data.train, ImageSource):
+        raise UserError(
+            f"--teacher_cache {args.teacher_cache}: needs images in a fixed order, which the stream "
+            f"{args.data_set} does not have; use a folder, or leave the flag out"
+        )
+    num_classes = len(data.classes)
+    if args.teacher_cache_topk and args.teacher_cache_topk > num_classes:
+        raise UserError(
+            f"--teacher_cache_topk {args.teacher_cache_topk}: there are only {num_classes} "
+            "classes; pass a smaller number, or leave the flag out"
+        )
+    row_format = RowFormat(num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
+    with name_flags(cache="--teacher_cache", folder="--teacher_cache"):
+        return open_store(
+            Path(args.teacher_cache),
+            manifest_of(args, data, amp_dtype),
+            images=len(data.train),
+            needed=data.train_loader.order.end,
+            row_format=row_format,
+        )
 
-    def compare(self, scores: dict[str, float]) -> None:
-        """Warn of a teacher that is below its student in the end."""
-        student, teacher = scores.get("test_acc1"), self.record.get("teacher_acc1")
-        if student is not None and teacher is not None and teacher < student:
-            log(
-                f"WARNING: the teacher ({teacher:.2f} %) is below its student ({student:.2f} %); "
-                f"{CAUSES}"
-            )
 
-    def fill_store(self) -> None:
-        """Ask the teacher for every image of the views that the store lacks; keep the answers."""
-        loader, store = self.data.train_loader, self.store
-        stopwatch, images_since = utils.Stopwatch(), 0
-        for view in self.views:
-            first = store.view(view).first_missing(store.needed)
-            # An earlier run kept the rows before it; the processes' batches go round.
-            loader.set_epoch(view, first // (loader.batches.batch_size * utils.world_size()))
-            for batch, (images, _) in enumerate(loader, start=1):
-                with torch.inference_mode(), self.settings.autocast():
-                    self.answer(images)
-                images_since += len(images) * utils.world_size()
-                if batch % 50 == 0 or batch == len(loader):
-                    done = f"{loader.places.stop:,}/{store.needed:,}"
-                    log(f"View {view} [{done}]  {stopwatch.rate(images_since):.0f} images/s")
-                    images_since = 0
-                if number := utils.received_signal():
-                    self.flush()
-                    raise utils.Interrupted(number, f"a batch of view {view}", store.folder)
-            self.flush()
+def manifest_of(
+    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Everything that the teacher's logits on a training image depend on, in plain values.
+
+    Other flags may differ between runs that share a cache. A new flag that changes the images
+    belongs in one of the groups AUGMENTATION and MIXING of arguments.py, and is then compared.
+    """
+    flags = ["seed", "input_size", "imagenet_default_mean_and_std", *flags_of_group(AUGMENTATION)]
+    flags += ["teacher_arch", "teacher_norm", "teacher_input_size", "teacher_dtype"]
+    flags += ["teacher_cache_dtype", "teacher_cache_topk"]
+    if is_mixed(args):
+        flags += flags_of_group(MIXING)
+        if args.mixup_mode != "pair":  # an image is mixed with another image of its batch
+            flags.append("batch_size")
+    teachers = teachers_of(args)
+    if len(teachers) > 1:  # their average depends on the temperature
+        flags += ["teacher_weights", "kd_temperature"]
+    fields = {"format": 1} | {name: getattr(args, name) for name in flags}
+    fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
+    with name_flags(checkpoint="--teacher_path", text="--teacher_classes"):
+        files = [local_file(teacher.path) for teacher in teachers]
+        names = utils.read_lines(args.teacher_classes) if args.teacher_classes else None
+    fields["teacher_path"] = [f"sha256 {_hash_of_file(path)}" for path in files]
+    fields["teacher_classes"] = names and hash_of(names)
+    fields |= data.train.fingerprint()
+    fields["augmented"] = image_sample(data.train_loader)
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "numpy", "pillow")}
+    return fields | {"note": versions | {"kd_temperature": args.kd_temperature}}
+
+
+def _hash_of_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: range) -> None:
+    """Compute the teacher's logits for every image of the views that the store lacks.
+
+    Raises: utils.Interrupted where a signal asks to stop; what was computed is stored.
+    """
+    loader, store = data.train_loader, teacher.store
+    stopwatch, images_since = Stopwatch(), 0
+    for view in views:
+        first = store.file_of(view).first_missing(store.needed)
+        # Rows before `first` are cached. Ranks take batches in turn, hence the division by world
+        # size.
+        loader.set_epoch(view, first // (loader.order.batch_size * utils.world_size()))
+        for number, batch in enumerate(loader, start=1):
+            with torch.inference_mode(), settings.autocast():
+                teacher.model(batch.images, batch.key)
+            images_since += len(batch.images) * utils.world_size()
+            if number % 50 == 0 or number == len(loader):
+                done = f"{batch.places.stop:,}/{store.needed:,}"
+                log(f"View {view} [{done}]  {stopwatch.rate(images_since):.0f} images/s")
+                images_since = 0
+            if signal_number := utils.received_signal():
+                teacher.flush()
+                when = f"a batch of view {view}"
+                raise utils.Interrupted(signal_number, when, store.folder)
+        teacher.flush()

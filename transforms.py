@@ -1,13 +1,13 @@
-"""From an image to what a network is shown: crops, colours, erasing, mixup and cutmix.
+"""From an image to what a network sees: crops, colours, erasing, normalisation, mixup, cutmix.
 
-An image is an array (H, W, 3) uint8, as the sources of datasets.py give it, or a PIL image, as
+An image is an array (H, W, 3) uint8, as the sources of datasets.py return it, or a PIL image, as
 timm's streams do.
 """
 
 import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,29 +20,19 @@ from timm.data.constants import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
-from timm.data.mixup import one_hot
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils.data import default_collate
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
 import utils
+from arguments import SMALL, is_mixed
 
-SMALL = 64  # below this many pixels: pad and crop as for CIFAR, not the random resized crop
-
-
-def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    # At full strength timm asks for 0 bits, which Pillow 13 refuses: one such image in some 600
-    # would end an epoch of 'rand-m9-mstd0.5-inc1'. One bit is the strongest that exists.
-    return auto_augment.posterize(image, max(1, bits_to_keep), **kwargs)
-
-
-auto_augment.NAME_TO_OP.update(
-    {name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")}
-)
+# ------------------------------------------------------------------------ what a network sees
 
 
 def data_config(args: argparse.Namespace) -> dict[str, Any]:
-    """What a model trained with these arguments must be shown; kept in every checkpoint.
+    """What a model trained with these arguments expects; kept in every checkpoint.
 
     Returns: input_size (pixels), mean and std (of RGB in 0…1), crop_pct and crop_mode.
     """
@@ -64,13 +54,16 @@ def data_config(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------- from an image to 8-bit pixels
+
+
 def as_pil(image: np.ndarray | Image.Image) -> Image.Image:
-    """An image of either kind, as timm's and torchvision's steps take it."""
+    """An image of either kind as a PIL image, which timm's and torchvision's steps take."""
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 
 class Sized:
-    """Steps that lead to (size, size); an array that is so already goes past them, and past Pillow.
+    """Steps that lead to (size, size); an array of that size skips them, and Pillow with them.
 
     For tiny images Pillow's copies take longer than everything else.
     """
@@ -98,7 +91,7 @@ class PadAndCrop:
         border, (height, width, channels) = self.border, image.shape
         padded = np.zeros((height + 2 * border, width + 2 * border, channels), np.uint8)
         padded[border : border + height, border : border + width] = image
-        plane = torch.from_numpy(padded[..., 0])  # tells its size
+        plane = torch.from_numpy(padded[..., 0])  # only its shape is used
         top, left, _, _ = RandomCrop.get_params(plane, (self.size, self.size))
         return padded[top : top + self.size, left : left + self.size]
 
@@ -114,28 +107,39 @@ class FastResizedCrop(RandomResizedCropAndInterpolation):
         top, left, height, width = self.get_params(pixels[..., 0], self.scale, self.ratio)
         mode = self.interpolation
         mode = random.choice(mode) if isinstance(mode, (tuple, list)) else mode
-        # A whole tensor, channels last: torch's fast path, and its answer is laid out so too.
+        # interpolate has a fast path for contiguous channels-last input; the output keeps that
+        # layout.
         crop = pixels[:, top : top + height, left : left + width].contiguous().permute(0, 3, 1, 2)
         resized = F.interpolate(crop, self.size, mode=mode.value, antialias=True)
         return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
 
-class Patches(list):
-    """Stands in for an image: keeps what timm's RandomErasing would write into it.
+class Patches:
+    """Stands in for an image in timm's RandomErasing and records what would be written into it.
 
     Items are (top, left, height, width, pixels); pixels (3, height, width) or (3, 1, 1) float32.
     """
 
+    dtype = torch.float32
+
+    def __init__(self, height: int, width: int) -> None:
+        self.shape = torch.Size((3, height, width))
+        self.items: list[tuple[int, int, int, int, torch.Tensor]] = []
+
+    def size(self) -> torch.Size:
+        """(3, H, W)"""
+        return self.shape
+
     def __setitem__(self, where: tuple[slice, slice, slice], pixels: torch.Tensor) -> None:
         _, rows, columns = where
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        self.append((rows.start, columns.start, height, width, pixels))
+        self.items.append((rows.start, columns.start, height, width, pixels))
 
 
 class ToPixels:
-    """An image -> ((size, size, 3) uint8 array, Patches to put in once it is normalised).
+    """An image -> ((size, size, 3) uint8 array, Patches to insert once the image is normalised).
 
-    A quarter of float32's bytes go through the loader, and the device normalises.
+    So a quarter of float32's bytes go through the loader, and the device normalises.
 
     Args:
         steps: what leads from the image to a PIL image of that size.
@@ -147,28 +151,37 @@ class ToPixels:
 
     def __call__(self, image: np.ndarray | Image.Image) -> tuple[np.ndarray, Patches]:
         pixels = np.array(self.steps(image))
-        patches = Patches()
+        patches = Patches(*pixels.shape[:2])
         if self.erasing is not None:
-            self.erasing._erase(patches, 3, *pixels.shape[:2], torch.float32)
+            self.erasing(patches)
         return pixels, patches
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    # At full strength timm asks for 0 bits, which Pillow 13 refuses: about one image in 600 would
+    # end an epoch of 'rand-m9-mstd0.5-inc1'. One bit is the strongest level that exists.
+    return auto_augment.posterize(image, max(1, bits_to_keep), **kwargs)
 
 
 def train_transform(args: argparse.Namespace, config: dict[str, Any]) -> ToPixels:
     """timm's training transform up to 8-bit pixels, and its random erasing."""
     size = config["input_size"]
+    # Internal to timm: the table of operations, and below the order of the steps.
+    posterize = {name: _posterize for name in auto_augment.NAME_TO_OP if "Posterize" in name}
+    auto_augment.NAME_TO_OP.update(posterize)
     steps = create_transform(
         size,
         is_training=True,
         use_prefetcher=True,  # leaves normalisation and erasing to us
         hflip=args.hflip,
-        color_jitter=args.color_jitter or None,  # at 0 a step would do nothing, slowly
+        color_jitter=args.color_jitter or None,  # with 0 the step would do nothing, slowly
         auto_augment=args.aa or None,
         interpolation=args.train_interpolation,
-        mean=config["mean"],  # fills what a rotation uncovers
+        mean=config["mean"],  # the colour of what a rotation uncovers
         std=config["std"],
     ).transforms[:-1]
     if size < SMALL:
-        # A crop of 8 % of a tiny image says nothing; CIFAR's pad-by-an-eighth and crop does.
+        # A crop of 8 % of a tiny image shows nothing; so pad by an eighth and crop, as for CIFAR.
         resize = Sized(size, [Resize(size, InterpolationMode.BICUBIC)])
         steps[:1] = [resize, PadAndCrop(size), *([as_pil] if steps[1:] else [])]
     else:
@@ -190,17 +203,77 @@ def eval_transform(config: dict[str, Any]) -> ToPixels:
         crop_pct=crop_pct,
         crop_mode=config["crop_mode"],
     ).transforms[:-1]
-    # Cropped by nothing, an image of that size is what it was.
+    # With crop_pct 1, an image of the target size is returned unchanged.
     return ToPixels([Sized(size, steps)] if crop_pct == 1 else [as_pil, *steps])
 
 
-# ----------------------------------------------------------------------------- mixup, cutmix
+# ------------------------------------------------- from pixels to network input on the device
+
+
+class HostBatch(NamedTuple):
+    """What the workers return: pixels, labels, and rectangles to erase after normalisation."""
+
+    pixels: torch.Tensor  # (B, H, W, 3) uint8
+    targets: torch.Tensor  # (B,) int64
+    boxes: torch.Tensor  # (E, 5) int64: image, top, left, height, width
+    erased: torch.Tensor  # the pixels of all rectangles, one after another, float32
+
+
+def collate(items: list[tuple[tuple[np.ndarray, Patches], int]]) -> HostBatch:
+    """Images of ToPixels and their targets -> one batch."""
+    images, targets = zip(*items, strict=True)
+    pixels = default_collate([torch.from_numpy(array) for array, _ in images])  # in shared memory
+    patches = [(row, *patch) for row, (_, found) in enumerate(images) for patch in found.items]
+    boxes = torch.tensor([patch[:5] for patch in patches], dtype=torch.int64).view(-1, 5)
+    erased = torch.cat([torch.empty(0)] + [patch[5].flatten() for patch in patches])
+    return HostBatch(pixels, torch.tensor(targets), boxes, erased)
+
+
+class ToNetwork:
+    """Pixels -> what a network takes: on the device, normalised and erased.
+
+    Args:
+        config: the data configuration with mean and std of RGB in 0…1.
+    """
+
+    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
+        self.device = device
+        mean = torch.tensor(config["mean"], device=device)
+        std = torch.tensor(config["std"], device=device)
+        self.scale = (1 / (255 * std)).repeat(config["input_size"])  # (W * 3,)
+        self.shift = (-mean / std).repeat(config["input_size"])  # (W * 3,)
+
+    def __call__(self, batch: HostBatch) -> torch.Tensor:
+        """A batch of size B -> images (B, 3, H, W) float32, channels last"""
+        pixels = batch.pixels.to(self.device, non_blocking=True)  # (B, H, W, 3) uint8
+        # Whole rows at once, since loops along three channels would be too short. And in place,
+        # since fetching fresh memory for a second copy costs ten times the arithmetic.
+        rows = pixels.flatten(2).float()  # (B, H, W * 3)
+        torch.addcmul(self.shift, rows, self.scale, out=rows)
+        images = rows.view(pixels.shape).permute(0, 3, 1, 2)  # (B, 3, H, W), channels last
+        self._erase(images, batch)
+        return images
+
+    def _erase(self, images: torch.Tensor, batch: HostBatch) -> None:
+        if not len(batch.boxes):
+            return
+        areas = batch.boxes[:, 3:].prod(dim=1)
+        is_plain = batch.erased.numel() == 3 * len(areas)  # one colour per rectangle
+        lengths = [3] * len(areas) if is_plain else (3 * areas).tolist()
+        erased = batch.erased.to(self.device, non_blocking=True).split(lengths)
+        for box, values in zip(batch.boxes.tolist(), erased, strict=True):
+            row, top, left, height, width = box
+            shape = (3, 1, 1) if is_plain else (3, height, width)
+            images[row, :, top : top + height, left : left + width] = values.view(shape)
+
+
+# -------------------------------------------------------------------------- mixup and cutmix
 
 
 class BlockMixup:
     """timm's mixup, drawn for each block of `batch_size` images from (seed, view, block) alone.
 
-    An image is mixed with another of its block, so this depends on the batch size.
+    An image is mixed with another image of its block, so the result depends on the batch size.
     """
 
     def __init__(self, mixup: Mixup, batch_size: int, seed: int) -> None:
@@ -209,7 +282,7 @@ class BlockMixup:
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor, view: int, start: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: the first one's place in the view"""
+        """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image in the view"""
         mixed = []
         for first in range(0, len(images), self.unit):
             utils.seed_rng(torch.device("cpu"), self.seed, view, (start + first) // self.unit)
@@ -219,39 +292,61 @@ class BlockMixup:
 
 
 class PairMixup:
-    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of neighbours in the view's order.
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of neighbours in the order of a view.
 
     Places 2p and 2p + 1 are partners, with a lambda and a box of their own that depend on (seed,
-    view, p) alone: not on the batch size, nor on the number of processes. The distributions are
-    timm's.
+    view, p) alone: neither on the batch size nor on the number of processes. (timm's pair mode
+    mixes mirrored positions of a batch instead.)
+
+    Args:
+        images: number of training images.
+        seed: of all draws.
+        mixup_alpha … num_classes: as for timm's Mixup.
     """
 
     unit = 2
 
-    def __init__(self, args: argparse.Namespace, num_classes: int, images: int) -> None:
-        self.args, self.num_classes, self.pairs = args, num_classes, images // 2
-        self.view = None
+    def __init__(
+        self,
+        images: int,
+        seed: int,
+        *,
+        mixup_alpha: float,
+        cutmix_alpha: float,
+        cutmix_minmax: Sequence[float] | None,
+        prob: float,
+        switch_prob: float,
+        label_smoothing: float,
+        num_classes: int,
+    ) -> None:
+        self.pairs, self.seed = images // 2, seed
+        self.mixup_alpha, self.cutmix_minmax = mixup_alpha, cutmix_minmax
+        self.cutmix_alpha = 1.0 if cutmix_minmax else cutmix_alpha
+        self.prob, self.switch_prob = prob, switch_prob
+        self.label_smoothing, self.num_classes = label_smoothing, num_classes
+        self.view: int | None = None
 
     def _draw(self, view: int) -> None:
-        args, size = self.args, self.pairs
-        rng = np.random.default_rng([args.seed, view, 1])  # 1: not the shuffle's stream
-        cutmix = 1.0 if args.cutmix_minmax else args.cutmix
-        self.is_cut = rng.random(size) < (args.mixup_switch_prob if args.mixup else 1.0)
-        self.is_cut &= cutmix > 0
-        lam_mix, lam_cut = (
-            rng.beta(a, a, size) if a else np.ones(size) for a in (args.mixup, cutmix)
-        )
+        size = self.pairs
+        rng = np.random.default_rng([self.seed, view, 1])  # 1: not the stream of the shuffle
+        self.is_cut = rng.random(size) < (self.switch_prob if self.mixup_alpha else 1.0)
+        self.is_cut &= self.cutmix_alpha > 0
+
+        def lambdas(alpha: float) -> np.ndarray:
+            return rng.beta(alpha, alpha, size) if alpha else np.ones(size)
+
+        lam_mix, lam_cut = lambdas(self.mixup_alpha), lambdas(self.cutmix_alpha)
         self.lam = np.where(self.is_cut, lam_cut, lam_mix)
-        self.is_mixed = rng.random(size) < args.mixup_prob
-        self.place = rng.random((4, size))  # of the box
+        self.is_mixed = rng.random(size) < self.prob
+        self.position = rng.random((4, size))  # of the box
         self.view = view
 
     def _boxes(self, pairs: slice, sides: tuple[int, int]) -> Iterator[tuple[np.ndarray, ...]]:
-        """First and last + 1 row, then column, of each pair's box; (P,) int64 each."""
+        """First and last + 1 row, then column, of the box of each pair; (P,) int64 each."""
         for axis, side in enumerate(sides):
-            u, v = self.place[2 * axis : 2 * axis + 2, pairs]
-            if self.args.cutmix_minmax:
-                least, most = (int(side * part) for part in self.args.cutmix_minmax)
+            u, v = self.position[2 * axis : 2 * axis + 2, pairs]
+            if self.cutmix_minmax:
+                least, most = (int(side * part) for part in self.cutmix_minmax)
                 length = least + (u * max(1, most - least)).astype(np.int64)
                 first = (v * (side - length)).astype(np.int64)
                 last = first + length
@@ -265,13 +360,13 @@ class PairMixup:
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor, view: int, start: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: the first one's place in the view"""
+        """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image in the view"""
         if view != self.view:
             self._draw(view)
         pairs = slice(start // 2, (start + len(images)) // 2)
         height, width = images.shape[2:]
         (top, bottom), (left, right) = self._boxes(pairs, (height, width))
-        # Inside its box an image keeps this much of itself: lambda, or nothing where it is cut.
+        # Inside the box an image keeps this share of itself: lambda, or nothing where it is cut.
         kept = np.where(self.is_cut[pairs], 0.0, self.lam[pairs])
         lam = 1 - (1 - kept) * (bottom - top) * (right - left) / (height * width)
         numbers = torch.from_numpy(np.stack([top, bottom, left, right, kept, lam]))  # (6, P)
@@ -284,10 +379,10 @@ class PairMixup:
 
         couples = images.unflatten(0, (-1, 2))  # (P, 2, 3, H, W)
         mixed = torch.lerp(couples.flip(1), couples, weight).flatten(0, 1)
-        smoothing = self.args.smoothing
-        off = smoothing / self.num_classes
-        labels = one_hot(targets, self.num_classes, 1 - smoothing + off, off)  # (B, C)
-        labels = labels.unflatten(0, (-1, 2))
+        off = self.label_smoothing / self.num_classes
+        labels = torch.full((len(targets), self.num_classes), off, device=images.device)  # (B, C)
+        labels = labels.scatter_(1, targets[:, None], 1 - self.label_smoothing + off)
+        labels = labels.unflatten(0, (-1, 2))  # (P, 2, C)
         soft = torch.lerp(labels.flip(1), labels, lam[:, None]).flatten(0, 1)
         return mixed.contiguous(memory_format=torch.channels_last), soft
 
@@ -295,19 +390,18 @@ class PairMixup:
 def make_mixup(
     args: argparse.Namespace, num_classes: int, images: int
 ) -> BlockMixup | PairMixup | None:
-    """What mixes images and labels, smoothing of labels included; None without mixup and cutmix."""
-    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+    """Mixes images and labels, including label smoothing; None without mixup and cutmix."""
+    if not is_mixed(args):
         return None
+    keywords = {
+        "mixup_alpha": args.mixup,
+        "cutmix_alpha": args.cutmix,
+        "cutmix_minmax": args.cutmix_minmax,
+        "prob": args.mixup_prob,
+        "switch_prob": args.mixup_switch_prob,
+        "label_smoothing": args.smoothing,
+        "num_classes": num_classes,
+    }
     if args.mixup_mode == "pair":
-        return PairMixup(args, num_classes, images)
-    mixup = Mixup(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
-    return BlockMixup(mixup, args.batch_size, args.seed)
+        return PairMixup(images, args.seed, **keywords)
+    return BlockMixup(Mixup(mode=args.mixup_mode, **keywords), args.batch_size, args.seed)

@@ -1,0 +1,460 @@
+"""Weights from any checkpoint file, and the files of a run, from which it resumes exactly."""
+
+import argparse
+import hashlib
+import os
+import pickle
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from arguments import is_url, missing_file
+from logs import Progress, scores_of
+from utils import (
+    UserError,
+    could_not_write,
+    few,
+    fsync_folder,
+    is_main_process,
+    log,
+    world_size,
+)
+
+FORMAT = 1  # of the checkpoints of a run; files from before the number are read as well
+INSIDE_EPOCH = "checkpoint-step.pth"
+
+
+# ------------------------------------------------------------------------- reading any file
+
+
+def local_file(path: str) -> str:
+    """The path of a checkpoint file on this machine; an http(s) address is downloaded once.
+
+    Raises: UserError for a file that does not exist or cannot be downloaded.
+    """
+    if not is_url(path):
+        if problem := missing_file(path):
+            raise UserError(problem, "checkpoint")
+        return path
+    # Named by the whole address: files of two releases often have the same last part.
+    name = f"{hashlib.sha256(path.encode()).hexdigest()[:12]}-{Path(urlparse(path).path).name}"
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not cached.exists():
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(path, str(cached), progress=False)
+        except OSError as error:
+            raise UserError(
+                f"{path}: download failed ({error}); fetch the file and pass its path", "checkpoint"
+            ) from error
+    return str(cached)
+
+
+def read_checkpoint(path: str) -> Any:
+    """Read a checkpoint file (local or http) to the CPU without running any code in it.
+
+    `torch.load(weights_only=True)` accepts tensors and plain types. One more type is allowed,
+    `argparse.Namespace`, which the DeiT and ConvNeXt releases carry beside their weights.
+
+    Args:
+        path: a `.safetensors` file or anything that torch.save wrote.
+    Raises: UserError for a file that is missing, unreadable or would run code.
+    """
+    path = local_file(path)
+    damaged = f"{path}: not a readable checkpoint, perhaps cut short"
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file  # comes with timm
+
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not (refused := _refused_names(path, error)):
+            raise UserError(f"{damaged}; fetch or save it again", "checkpoint") from error
+        raise UserError(
+            f"{path}: refused, since reading it would run code ({refused[0]}); nothing was run. "
+            "Save its weights with torch.save(model.state_dict(), FILE) and pass that file",
+            "checkpoint",
+        ) from error
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        reason = type(error).__name__
+        raise UserError(f"{damaged} ({reason}); fetch or save it again", "checkpoint") from error
+
+
+def _refused_names(path: str, error: pickle.UnpicklingError) -> list[str]:
+    """The functions and classes that a checkpoint asks for and `weights_only` refuses."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not one of torch's zip files, or damaged
+        # Old files have no list of names; torch's message is the only place that tells them.
+        return re.findall(r"GLOBAL (\S+)", str(error))
+
+
+# ------------------------------------------- from a checkpoint's weights to a model's weights
+
+
+@dataclass
+class Weights:
+    """A state_dict that was found in a checkpoint.
+
+    Args:
+        state: tensors by name, without the prefixes of wrappers.
+        key: where in the checkpoint it was; '' for a bare state_dict.
+        source: the file, for messages.
+    """
+
+    state: dict[str, torch.Tensor]
+    key: str
+    source: str
+
+    @property
+    def description(self) -> str:
+        if not self.key:
+            return "weights of a bare state_dict"
+        return f"weights '{self.key}'{' (EMA)' if 'ema' in self.key else ''}"
+
+
+def find_weights(checkpoint: Any, source: str, keys: tuple[str, ...], prefix: str = "") -> Weights:
+    """Find the weights in a checkpoint and remove the prefixes of wrappers from their names.
+
+    Args:
+        checkpoint: from `read_checkpoint`.
+        source: the file, for messages.
+        keys: where to look, best first; a bare state_dict is found without any.
+        prefix: take only the weights with this prefix, and remove it.
+    Raises: UserError where there are no weights.
+    """
+    if not isinstance(checkpoint, dict):
+        found = type(checkpoint).__name__
+        raise UserError(f"{source}: holds a {found}, not a dict of weights", "checkpoint")
+    key = next((key for key in keys if isinstance(checkpoint.get(key), dict)), "")
+    state = checkpoint[key] if key else checkpoint
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if prefix:
+        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    if not state:
+        below = f" with the prefix '{prefix}'" if prefix else ""
+        raise UserError(
+            f"{source}: holds no weights under {', '.join(keys)}{below} (its keys: "
+            f"{few(checkpoint)}); pass a model checkpoint",
+            "checkpoint",
+        )
+    wrappers = ("module.", "_orig_mod.", "model.", "student.")
+    while wrapper := next((w for w in wrappers if all(n.startswith(w) for n in state)), ""):
+        state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    return Weights(state, key, source)
+
+
+def load_weights(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    remedy: str,
+    classes_remedy: str = "",
+    allow_new_classifier: bool = False,
+) -> list[str]:
+    """Rename the weights as timm names them, compare them with the model's, and load them.
+
+    Args:
+        remedy: what to do where the weights do not fit; ends the error.
+        classes_remedy: the same where only the number of classes differs.
+        allow_new_classifier: leave a classifier that does not fit as it was initialised.
+    Returns: the names of the weights that were left as initialised.
+    Raises: UserError where the weights do not fit; the model is then unchanged.
+    """
+    state, note = _rename_as_timm(model, weights.state)
+    wanted = model.state_dict()
+    classifier = classifier_name(model)
+    fresh = []
+    if allow_new_classifier and classifier is not None:
+        names = [name for name in wanted if name.startswith(f"{classifier}.")]
+        fresh = [n for n in names if n not in state or state[n].shape != wanted[n].shape]
+    elif (weight := f"{classifier}.weight") in state and weight in wanted:
+        rows, outputs = len(state[weight]), len(wanted[weight])
+        if rows != outputs:
+            raise UserError(
+                f"{weights.source}: the checkpoint's classifier has {rows} outputs, but {outputs} "
+                f"classes are expected; {classes_remedy or remedy}",
+                "checkpoint",
+            )
+    state = {name: value for name, value in state.items() if name not in fresh}
+    expected = {name: value for name, value in wanted.items() if name not in fresh}
+    if difference := describe_mismatch(expected, state):
+        message = f"{weights.source}: does not fit the model: {difference}{note}; {remedy}"
+        raise UserError(message, "checkpoint")
+    model.load_state_dict(state, strict=not fresh)
+    return sorted(fresh)
+
+
+def _rename_as_timm(
+    model: nn.Module, state: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """An original release's weights under timm's names, and a note where renaming failed."""
+    # Internal to timm: the function that each family's file has for its original releases.
+    rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if rename is None or state.keys() == model.state_dict().keys():
+        return state, ""
+    try:
+        return rename(state, model), ""
+    except Exception as error:  # written for one family's files, it fails on others in any way
+        return state, f" (timm could not rename the weights: {type(error).__name__})"
+
+
+def describe_mismatch(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
+    """How two state_dicts differ, with a few names of each kind; '' where they fit."""
+    parts = []
+    if missing := wanted.keys() - found.keys():
+        parts.append(f"{len(missing)} weights missing ({few(sorted(missing))})")
+    if unexpected := found.keys() - wanted.keys():
+        parts.append(f"{len(unexpected)} unexpected ({few(sorted(unexpected))})")
+    shapes = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in found and wanted[name].shape != found[name].shape
+    ]
+    if shapes:
+        parts.append(f"{len(shapes)} of another shape ({few(shapes)})")
+    return "; ".join(parts)
+
+
+def classifier_name(model: nn.Module) -> str | None:
+    """The name of a timm model's classifier among its modules; None where it has none."""
+    classifier = model.get_classifier()
+    return next((name for name, module in model.named_modules() if module is classifier), None)
+
+
+def load_finetune(model: nn.Module, path: str, keys: str, prefix: str) -> str:
+    """Load pre-trained weights into `model`; a classifier of other classes stays as initialised.
+
+    Args:
+        keys: keys to look under, separated by '|'; EMA weights are taken only if named.
+        prefix: load only the weights with this prefix.
+    Returns: a line that says what was loaded.
+    Raises: UserError where no weight, or only part of the network, fits.
+    """
+    checkpoint = read_checkpoint(path)
+    weights = find_weights(checkpoint, path, (*keys.split("|"), "state_dict"), prefix)
+    remedy = "pass the architecture that the file was trained as"
+    fresh = load_weights(model, weights, remedy=remedy, allow_new_classifier=True)
+    new = f"; newly initialised: {', '.join(fresh)}" if fresh else ""
+    return f"Fine-tuning from {path}: {weights.description}{new}"
+
+
+def load_student(checkpoint: Any, path: str, student: nn.Module, ema: ModelEmaV3 | None) -> None:
+    """Load a checkpoint's student and, where it holds one, its moving average.
+
+    Raises: UserError for a checkpoint of another model or from a newer version of this project.
+    """
+    weights = find_weights(checkpoint, path, ("model", "state_dict"))
+    if checkpoint.get("format", 0) > FORMAT:
+        raise UserError(
+            f"{path}: written by a newer version (format {checkpoint['format']}; this version "
+            f"reads up to {FORMAT}); update this code",
+            "checkpoint",
+        )
+    remedy = "the checkpoint is of another model: pass its --model, or another --output_dir"
+    load_weights(student, weights, remedy=remedy)
+    if ema is not None:
+        ema.module.load_state_dict(checkpoint.get("model_ema") or student.state_dict())
+
+
+# ---------------------------------------------------------------------- the files of a run
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write `state` so that `path` is always either the old file or the whole new one.
+
+    Raises: UserError where the file system refuses; every older file is left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
+        temporary.unlink(missing_ok=True)
+        raise could_not_write(path, error) from error
+
+
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """The `checkpoint-<epoch>.pth` files of a folder, newest epoch first."""
+    found = [p for p in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", p.stem)]
+    return sorted(found, key=_epoch_of, reverse=True)
+
+
+def _epoch_of(path: Path) -> int:
+    return int(path.stem.removeprefix("checkpoint-"))
+
+
+class RunState:
+    """Everything that a restart needs: collected into checkpoints, and restored from them.
+
+    Args:
+        args: the arguments of the run, plain values only, so that `weights_only=True` reads them.
+        data_config: what the student is shown (see transforms.data_config), and the class names.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        ema: ModelEmaV3 | None,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        args: dict[str, Any],
+        data_config: dict[str, Any],
+    ) -> None:
+        self.student, self.ema, self.optimizer, self.scaler = student, ema, optimizer, scaler
+        self.args, self.data_config = dict(args), data_config
+        self.epoch = -1  # the last finished epoch
+        self.best: dict[str, float] = {}  # checkpoint name -> accuracy it was saved with
+        self.scores: dict[str, float] = {}  # of the last epoch
+        self.progress: Progress | None = None  # of the epoch after it, where that has begun
+        saves = args.get("output_dir") and args.get("save_ckpt", True)
+        self.folder = Path(args["output_dir"]) if saves else None  # None: nothing is saved
+        self.global_batch = args.get("batch_size", 0) * args.get("update_freq", 1) * world_size()
+
+    def resume(self, output_dir: str, path: str, auto_resume: bool, start_epoch: int) -> int:
+        """Restore from `path`, else from the newest complete checkpoint in `output_dir`.
+
+        Sets `progress` where that checkpoint was written inside an epoch.
+        Returns: the epoch to start with.
+        """
+        checkpoint = None
+        if path:
+            checkpoint = read_checkpoint(path)
+        elif output_dir and auto_resume:
+            checkpoint, path = self._newest(Path(output_dir))
+        if checkpoint is None:
+            return start_epoch
+        load_student(checkpoint, path, self.student, self.ema)
+        # Releases hold weights alone; the ConvNeXt script's best has the word 'best' for its epoch.
+        if "optimizer" not in checkpoint or not isinstance(checkpoint.get("epoch"), int):
+            log(
+                f"Weights of {path}: no optimizer state or epoch in the file; the schedule starts "
+                "from the beginning"
+            )
+            return start_epoch
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise UserError(
+                f"{path}: its optimizer state does not fit ({error}); pass the --opt, "
+                "--weight_decay and --layer_decay it was saved with, or --finetune it",
+                "checkpoint",
+            ) from error
+        if checkpoint.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch = checkpoint["epoch"]
+        self.best = dict(checkpoint.get("best", {}))
+        self.progress = Progress.from_saved(checkpoint.get("progress"))
+        self._check_global_batch(checkpoint.get("global_batch"), path)
+        if checkpoint.get("world_size", world_size()) != world_size():
+            log(
+                f"{path}: saved by {checkpoint['world_size']} process(es), now {world_size()}; "
+                "dropout, mixup and BatchNorm statistics will differ from here on"
+            )
+        inside = f" and {self.progress.updates} steps of the next" if self.progress else ""
+        scores = ", ".join(f"{name} {score:.2f} %" for name, score in self.best.items()) or "none"
+        log(f"Resumed from {path}: epoch {self.epoch} is done{inside}; best so far: {scores}")
+        return self.epoch + 1
+
+    def _newest(self, folder: Path) -> tuple[Any, str]:
+        """The newest complete checkpoint of a folder and its path; (None, '') without any."""
+        best: tuple[Any, str] = (None, "")
+        candidates = [p for p in (folder / INSIDE_EPOCH,) if p.exists()] + epoch_checkpoints(folder)
+        for path in candidates:
+            try:
+                checkpoint = read_checkpoint(str(path))
+            except UserError as error:
+                log(f"Warning: {error}; trying the checkpoint before it")
+                continue
+            if best[0] is None or checkpoint["epoch"] > best[0]["epoch"]:
+                best = checkpoint, str(path)
+            if path.name != INSIDE_EPOCH:
+                break  # the others are older
+        return best
+
+    def _check_global_batch(self, saved: int | None, path: str) -> None:
+        if saved in (None, self.global_batch):
+            return
+        difference = f"{saved} images per step when it was saved, {self.global_batch} now"
+        if self.progress:
+            raise UserError(
+                f"{path}: written inside an epoch, with {difference}; choose --batch_size and "
+                "--update_freq so that their product with the number of processes is the same",
+                "checkpoint",
+            )
+        log(f"Warning: {path}: {difference}; the resumed run will not match an uninterrupted one")
+
+    def finish_epoch(self, epoch: int, record: dict[str, float]) -> list[str]:
+        """Note the scores of an epoch; returns which of 'best' and 'best-ema' it improved."""
+        self.epoch, self.progress = epoch, None
+        self.scores = scores_of(record)
+        improved = []
+        for name, score in (("best", "test_acc1"), ("best-ema", "test_acc1_ema")):
+            if score in record and record[score] > self.best.get(name, -1.0):
+                self.best[name] = record[score]
+                improved.append(name)
+        return improved
+
+    def save(self, improved: list[str], is_due: bool, keep: int) -> None:
+        """Write checkpoint-best[-ema].pth where improved and checkpoint-<epoch>.pth where due; then
+        remove the oldest epoch checkpoints above `keep`. Rank 0 writes.
+        """
+        if self.folder is None or not is_main_process() or not (improved or is_due):
+            return
+        state = self._state()
+        for name in improved:
+            save_checkpoint(state, self.folder / f"checkpoint-{name}.pth")
+        if is_due:
+            save_checkpoint(state, self.folder / f"checkpoint-{self.epoch}.pth")
+            # Count only epochs up to this one: files of an earlier, longer run must not push it out.
+            written = [p for p in epoch_checkpoints(self.folder) if _epoch_of(p) <= self.epoch]
+            for old in written[keep:]:
+                old.unlink(missing_ok=True)
+            (self.folder / INSIDE_EPOCH).unlink(missing_ok=True)  # now older than this one
+
+    def save_inside_epoch(self, progress: Progress) -> Path | None:
+        """Write checkpoint-step.pth, from which a run resumes inside an epoch. Rank 0 writes."""
+        if self.folder is None:
+            return None
+        path = self.folder / INSIDE_EPOCH
+        if is_main_process():
+            save_checkpoint(self._state() | {"progress": asdict(progress)}, path)
+        return path
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": self.student.state_dict(),
+            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "progress": None,
+            "global_batch": self.global_batch,
+            "world_size": world_size(),
+            "args": self.args,
+            "data": self.data_config,
+            "best": self.best,
+            "scores": self.scores,
+        }
+
+    def summary(self) -> str:
+        """Best and last accuracy in one line."""
+        parts = [f"{name} {accuracy:.2f} %" for name, accuracy in self.best.items()]
+        if "test_acc1" in self.scores:
+            parts.append(f"last epoch {self.scores['test_acc1']:.2f} %")
+        return "Accuracy: " + (", ".join(parts) or "not evaluated")

@@ -1,0 +1,389 @@
+"""From sources of images to batches on the device: samplers, order, collation and loaders."""
+
+import argparse
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+import datasets
+import transforms
+import utils
+from datasets import ImageSource
+from transforms import BlockMixup, HostBatch, PairMixup, Patches, ToNetwork, ToPixels, collate
+from utils import UserError
+
+
+class Batch(NamedTuple):
+    """What a network is trained or scored on, and which images of the data those are."""
+
+    images: torch.Tensor  # (B, 3, H, W) float32, channels last, on the device
+    targets: torch.Tensor  # (B,) int64, or (B, C) probabilities where images are mixed
+    view: int  # number of the augmented epoch that the images are from; 0 in an evaluation
+    places: range  # positions of the images in the order of the view
+
+    @property
+    def key(self) -> tuple[int, range]:
+        """What identifies the images, whoever asks and whenever: (view, places)."""
+        return self.view, self.places
+
+
+class Loader(Protocol):
+    """What the training loop takes."""
+
+    @property
+    def batches_in_epoch(self) -> int: ...
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class BatchOrder(Protocol):
+    """Which images each batch of this process holds; a sampler or a stream."""
+
+    view: int
+    first_batch: int
+    batches_in_epoch: int
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None: ...
+
+    def places(self, batch: int) -> range: ...
+
+
+# -------------------------------------------------------------------------- images and order
+
+
+class TransformedImages(Dataset):
+    """Images after their transform, whose randomness is a function of (seed, view, index) alone.
+
+    So an image depends neither on the number of workers nor on what was loaded before. Items are
+    asked for by the pair (view, index).
+
+    Args:
+        seed: None for a transform without randomness, as in evaluation.
+    """
+
+    def __init__(self, source: ImageSource, transform: ToPixels, seed: int | None) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[np.ndarray, Patches], int]:
+        view, index = key
+        if self.seed is not None:
+            utils.seed_rng(torch.device("cpu"), self.seed, view, index)
+        image, target = self.source[index]
+        return self.transform(image), target
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """The shuffled batches of one rank in an epoch, as lists of (view, index).
+
+    A view is one augmentation and one order of all training images; epoch e shows view
+    e mod `views`. Batch b of rank r is block b * world + r of the order of the view, so an optimizer
+    step sees the same images however a global batch is divided among processes and accumulation.
+    The last incomplete global batch is left out, as in the ConvNeXt script; those images differ
+    between views.
+
+    Args:
+        views: number of views; None for a new view every epoch.
+        unit: show all images except an incomplete unit of this many, instead of whole global
+            batches; the number of batches may then differ by one between processes.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        views: int | None = None,
+        unit: int | None = None,
+    ) -> None:
+        self.count, self.batch_size, self.seed, self.views = count, batch_size, seed, views
+        self.rank, self.world = utils.rank(), utils.world_size()
+        self.view, self.first_batch = 0, 0
+        self.end = count - count % (
+            unit or batch_size * self.world
+        )  # places from here are not shown
+        blocks = math.ceil(self.end / batch_size)
+        self.batches_in_epoch = len(range(self.rank, blocks, self.world))
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin with where part of the epoch is done."""
+        self.view = epoch % self.views if self.views else epoch
+        self.first_batch = first_batch
+
+    def places(self, batch: int) -> range:
+        """Positions of the images of one batch of this rank in the order of the view."""
+        start = (batch * self.world + self.rank) * self.batch_size
+        return range(start, min(start + self.batch_size, self.end))
+
+    def __len__(self) -> int:
+        return self.batches_in_epoch - self.first_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = view_order(self.seed, self.view, self.count).tolist()
+        for batch in range(self.first_batch, self.batches_in_epoch):
+            yield [(self.view, order[place]) for place in self.places(batch)]
+
+
+def view_order(seed: int, view: int, count: int) -> np.ndarray:
+    """The order in which a view shows the images: (count,) indices."""
+    return np.random.default_rng([seed, view]).permutation(count)
+
+
+class EvalBatches(Sampler[list[tuple[int, int]]]):
+    """The evaluation batches of one rank; over all ranks every image once, without padding."""
+
+    def __init__(self, count: int, batch_size: int, shared: bool) -> None:
+        self.batch_size, self.view, self.first_batch = batch_size, 0, 0
+        self.images = range(utils.rank(), count, utils.world_size()) if shared else range(count)
+        self.batches_in_epoch = math.ceil(len(self.images) / batch_size)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Every evaluation shows the same images in the same order."""
+
+    def places(self, batch: int) -> range:
+        """The images of one batch of this rank."""
+        return self.images[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def __len__(self) -> int:
+        return self.batches_in_epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in range(len(self)):
+            yield [(0, index) for index in self.places(batch)]
+
+
+class Stream:
+    """One of timm's streams (wds/…, tfds/…, hfids/…), which shuffle and divide images themselves.
+
+    Their order, and so the result, depends on the number of workers.
+    """
+
+    def __init__(
+        self, stream: IterableDataset, loader_keywords: dict[str, Any], is_train: bool
+    ) -> None:
+        stream.set_loader_cfg(num_workers=loader_keywords["num_workers"])
+        self.stream, self.is_train = stream, is_train
+        self.batch_size = loader_keywords["batch_size"]
+        self.loader = DataLoader(stream, drop_last=is_train, **loader_keywords)
+        self.batches_in_epoch = len(self.loader)
+        self.view, self.first_batch = 0, 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch; a stream has to be read up to the first batch."""
+        self.stream.set_epoch(epoch)
+        self.view, self.first_batch = epoch, first_batch
+
+    def places(self, batch: int) -> range:
+        """A number for each image of one batch of this rank, none twice in an epoch."""
+        start = (batch * utils.world_size() + utils.rank()) * self.batch_size
+        return range(start, start + self.batch_size)
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        # A shard may hold more images than the stream's length says; the schedule has no steps for
+        # them.
+        stop = self.batches_in_epoch if self.is_train else None
+        return itertools.islice(self.loader, self.first_batch, stop)
+
+
+# --------------------------------------------------------------------------------- the loader
+
+
+class DeviceLoader:
+    """Batches as networks take them: on the device, normalised, erased and mixed.
+
+    Every batch carries its own key, so a caller may fetch batches ahead of their use.
+
+    Args:
+        order: tells the places of each batch (EpochBatches, EvalBatches, Stream).
+        host_batches: yields the HostBatches in that order.
+        to_network: pixels -> network input, on the device.
+        mixup: mixes images and targets; None for no mixing.
+    """
+
+    def __init__(
+        self,
+        order: BatchOrder,
+        host_batches: "DataLoader | Stream",
+        to_network: ToNetwork,
+        mixup: BlockMixup | PairMixup | None = None,
+    ) -> None:
+        self.order, self.host_batches = order, host_batches
+        self.to_network, self.mixup = to_network, mixup
+
+    @property
+    def batches_in_epoch(self) -> int:
+        """Batches of this process in a whole epoch."""
+        return self.order.batches_in_epoch
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin with where part of the epoch is done."""
+        self.order.set_epoch(epoch, first_batch)
+
+    def __len__(self) -> int:
+        return self.order.batches_in_epoch - self.order.first_batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        view, first_batch = self.order.view, self.order.first_batch
+        device = self.to_network.device
+        try:
+            for number, host in enumerate(self.host_batches, start=first_batch):
+                images = self.to_network(host)
+                targets = host.targets.to(device, non_blocking=True)
+                places = self.order.places(number)
+                if self.mixup is not None:
+                    images, targets = self.mixup(images, targets, view, places.start)
+                yield Batch(images, targets, view, places)
+        except UserError as error:
+            # A worker hands its error over as a whole traceback, whose last line is the message.
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
+
+
+@dataclass
+class Data:
+    """The loaders of a run, and what its checkpoints record of the data."""
+
+    train_loader: DeviceLoader
+    val_loader: DeviceLoader | None  # None where nothing is evaluated
+    train: Any  # an ImageSource or a stream
+    val: Any
+    classes: list[str]
+    config: dict[str, Any]
+
+
+def build_data(
+    args: argparse.Namespace, device: torch.device, views: int | None = None, fill: bool = False
+) -> Data:
+    """Open both splits, check that they belong together, and make the loaders.
+
+    Args:
+        views: number of views of the training images; None for a new view every epoch.
+        fill: let the training loader show every image that a later run may show, whatever the batch
+            size and the number of processes of that run: to fill a teacher cache.
+    Raises: UserError for data that is missing, empty, mismatched or too small.
+    """
+    train, val = datasets.open_splits(args)
+    config = transforms.data_config(args) | {"classes": train.classes}
+    to_network = ToNetwork(config, device)
+    loader_keywords = {
+        "num_workers": args.num_workers,
+        "pin_memory": args.pin_mem and device.type == "cuda",
+        "persistent_workers": args.num_workers > 0,
+        "worker_init_fn": utils.leave_signals_to_the_trainer,
+        "collate_fn": collate,
+    }
+    _check_shared_memory(args)
+    train_loader = _train_loader(train, args, config, to_network, loader_keywords, views, fill)
+    val_loader = None
+    if val is not None:
+        batch_size = 2 * args.batch_size  # no activations are kept for a backward pass
+        val_loader = _eval_loader(
+            val, batch_size, args.dist_eval, config, to_network, loader_keywords
+        )
+    return Data(train_loader, val_loader, train, val, train.classes, config)
+
+
+def _eval_loader(
+    val: Dataset,
+    batch_size: int,
+    shared: bool,
+    config: dict[str, Any],
+    to_network: ToNetwork,
+    loader_keywords: dict[str, Any],
+) -> DeviceLoader:
+    transform = transforms.eval_transform(config)
+    if isinstance(val, IterableDataset):
+        val.transform = transform
+        stream = Stream(val, loader_keywords | {"batch_size": batch_size}, is_train=False)
+        return DeviceLoader(stream, stream, to_network)
+    order = EvalBatches(len(val), batch_size, shared)
+    images = TransformedImages(val, transform, seed=None)
+    host_batches = DataLoader(images, batch_sampler=order, **loader_keywords)
+    return DeviceLoader(order, host_batches, to_network)
+
+
+def _train_loader(
+    train: Dataset,
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    to_network: ToNetwork,
+    loader_keywords: dict[str, Any],
+    views: int | None,
+    fill: bool,
+) -> DeviceLoader:
+    transform = transforms.train_transform(args, config)
+    mixup = transforms.make_mixup(args, len(train.classes), len(train))
+    if isinstance(train, IterableDataset):
+        if views:
+            raise UserError(
+                f"--teacher_views {views}: needs images in a fixed order, which the stream "
+                f"{args.data_set} does not have; use a folder, or leave the flag out"
+            )
+        train.transform = transform
+        stream = Stream(train, loader_keywords | {"batch_size": args.batch_size}, is_train=True)
+        return DeviceLoader(stream, stream, to_network, mixup)
+    count, batch_size, unit = len(train), args.batch_size, None
+    if fill:
+        # Cover every image that a later run may show, whatever its batch size; no activations are
+        # kept for a backward pass, so twice the batch fits.
+        batch_size, unit = 2 * batch_size, mixup.unit if mixup else 1
+    elif batch_size * utils.world_size() > count and not args.eval:
+        raise UserError(
+            f"--batch_size {batch_size} on {utils.world_size()} process(es) is more than the "
+            f"{count} training images; pass at most {count // utils.world_size()}"
+        )
+    order = EpochBatches(count, batch_size, args.seed, views, unit)
+    images = TransformedImages(train, transform, args.seed)
+    host_batches = DataLoader(images, batch_sampler=order, **loader_keywords)
+    return DeviceLoader(order, host_batches, to_network, mixup)
+
+
+def image_sample(loader: DeviceLoader, most: int = 16) -> list[float]:
+    """A few numbers that tell how the first images of view 0 look: the means of their quarters.
+
+    Two set-ups with the same flags may still differ in their pixels, or in the version of a library
+    that augments them.
+
+    Args:
+        loader: training batches of an ImageSource.
+        most: number of images.
+    """
+    order, host_batches = loader.order, loader.host_batches
+    assert isinstance(order, EpochBatches) and isinstance(host_batches, DataLoader)
+    count = min(max(most, loader.mixup.unit if loader.mixup else 1), order.end)
+    indices = view_order(order.seed, 0, order.count)[:count].tolist()
+    batch = collate([host_batches.dataset[0, index] for index in indices])
+    shown = loader.to_network(batch)
+    if loader.mixup is not None:
+        shown, _ = loader.mixup(shown, batch.targets.to(shown.device), 0, 0)
+    means = F.adaptive_avg_pool2d(shown[:most].float(), 2).flatten()
+    return [round(value, 3) for value in means.tolist()]
+
+
+def _check_shared_memory(args: argparse.Namespace) -> None:
+    """Workers pass batches through /dev/shm; a small one (Docker: 64 MB) ends in 'Bus error'."""
+    if not args.num_workers or not os.path.isdir("/dev/shm"):
+        return
+    status = os.statvfs("/dev/shm")
+    free = status.f_bavail * status.f_frsize
+    batch = 3 * args.input_size**2 * 2 * args.batch_size  # 8-bit pixels of an evaluation batch
+    needed = 2 * args.num_workers * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if needed > free:
+        raise UserError(
+            f"--num_workers {args.num_workers}: their batches may take {needed / 2**20:.0f} MiB of "
+            f"/dev/shm, which has {free / 2**20:.0f}; pass --num_workers 0, or docker "
+            "--shm-size=8g"
+        )

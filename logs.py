@@ -1,0 +1,338 @@
+"""Everything that a run reports: lines in the terminal, `log.txt` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import utils
+from utils import UserError, log
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+WAITING_BYTES = 2**24  # logits and targets kept on the device until their scalars are computed
+
+
+def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Percent of rows whose largest logit is their class; for soft targets, their main class.
+
+    Args:
+        logits: (…, B, C).
+        targets: (…, B) int64, or (…, B, C) probabilities.
+    Returns: (…) float32.
+    """
+    classes = targets.argmax(dim=-1) if targets.ndim == logits.ndim else targets
+    return 100 * (logits.argmax(dim=-1) == classes).mean(dim=-1, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------ within an epoch
+
+
+@dataclass
+class Progress:
+    """How far an epoch has come: what a checkpoint inside it must hold, plain values only."""
+
+    updates: int = 0  # optimizer steps done
+    batches: int = 0  # batches that count in the means
+    sums: dict[str, float] = field(default_factory=dict)  # of the loss and its parts over those
+    skipped: int = 0  # steps that the gradient scaler left out
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any] | None) -> Progress | None:
+        """Read from a checkpoint; None where that was not written inside an epoch."""
+        if not saved:
+            return None
+        sums = saved["sums"]
+        if isinstance(sums, list):  # checkpoints without a format number hold the values alone
+            names = ("loss", "ce", "kd", "teacher_acc1")
+            sums = dict(zip(names, sums, strict=False))
+        return cls(**{**saved, "sums": sums})
+
+
+class StepScalars(NamedTuple):
+    """What one batch leaves for the log; on the device, computed later."""
+
+    loss: torch.Tensor  # ()
+    parts: dict[str, torch.Tensor]  # () each
+    student_logits: torch.Tensor  # (B, C)
+    teacher_logits: torch.Tensor | None  # (B, C)
+    targets: torch.Tensor  # (B,) or (B, C)
+
+
+class History:
+    """Keeps the scalars of an epoch on the device and fetches them only when they are printed.
+
+    Fetching a scalar waits for the device, so a step that is not printed never waits.
+
+    Args:
+        epoch: number of the epoch, for the printed lines.
+        updates: optimizer steps of the epoch.
+        lr, weight_decay: (steps,) of every optimizer step of the run.
+        print_freq: optimizer steps between two printed lines.
+        is_scaled: a gradient scaler leaves out steps that are not finite.
+        progress: how far an interrupted run came in this epoch.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        updates: int,
+        lr: np.ndarray,
+        weight_decay: np.ndarray,
+        device: torch.device,
+        print_freq: int,
+        is_scaled: bool,
+        writer: SummaryWriter | None,
+        progress: Progress,
+    ) -> None:
+        self.epoch, self.updates, self.lr, self.weight_decay = epoch, updates, lr, weight_decay
+        self.device, self.print_freq, self.is_scaled = device, print_freq, is_scaled
+        self.writer = writer
+        self.waiting: list[StepScalars] = []  # batches whose scalars are still to be computed
+        self.waiting_bytes = 0
+        self.tables: list[torch.Tensor] = []  # (batches, metrics + 1) each, since the last fetch
+        self.norms: list[torch.Tensor] = []  # gradient norms, () each, one per optimizer step
+        self.batches_per_update: list[int] = []
+        self.batches_since_update = 0
+        self.images = 0  # since the last fetch, on this process
+        self.names = list(progress.sums)
+        self.sums = np.array(list(progress.sums.values()))
+        self.count = progress.batches
+        self.skipped = progress.skipped
+        self.stop = 0  # number of a signal that asks every process to stop, or 0
+        self.stopwatch = Stopwatch()
+
+    def add_batch(
+        self,
+        loss: torch.Tensor,
+        parts: dict[str, torch.Tensor],
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor | None,
+        targets: torch.Tensor,
+    ) -> None:
+        """Note a batch. Scalars of its logits are computed for many batches at once, since these
+        small kernels would cost the same for each batch."""
+        student_logits = student_logits.detach()
+        scalars = StepScalars(loss.detach(), parts, student_logits, teacher_logits, targets)
+        self.waiting.append(scalars)
+        self.waiting_bytes += 3 * student_logits.nbytes
+        if self.waiting_bytes >= WAITING_BYTES:
+            self._compute()
+        self.batches_since_update += 1
+        self.images += len(student_logits)
+
+    def _compute(self) -> None:
+        if not self.waiting:
+            return
+        losses, parts, students, teachers, targets = zip(*self.waiting, strict=True)
+        columns = {"loss": torch.stack(losses)}  # (batches,) each
+        columns |= {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        if teachers[0] is not None:
+            columns["teacher_acc1"] = accuracy(torch.stack(teachers), torch.stack(targets))
+        self.names = list(columns)
+        largest = torch.stack(students).flatten(1).abs().amax(dim=1).float()
+        self.tables.append(torch.stack([*columns.values(), largest], dim=1))
+        self.waiting, self.waiting_bytes = [], 0
+
+    def end_update(self, update: int, grad_norm: torch.Tensor) -> None:
+        """Note an optimizer step; print a line where one is due."""
+        self.norms.append(grad_norm.detach())
+        self.batches_per_update.append(self.batches_since_update)
+        self.batches_since_update = 0
+        if utils.world_size() == 1:
+            self.stop = utils.stop_requested(self.device)  # free: there is no other process to ask
+        if (update + 1) % self.print_freq == 0 or update + 1 == self.updates:
+            self._fetch(update)
+
+    def flush(self, updates: int) -> Progress:
+        """Fetch and print what is waiting; returns what a checkpoint after `updates` must hold.
+
+        Raises: UserError where a loss or gradient was not finite.
+        """
+        if self.norms:
+            self._fetch(updates - 1)
+        sums = dict(zip(self.names, self.sums.tolist(), strict=True))
+        return Progress(updates, self.count, sums, self.skipped)
+
+    def _fetch(self, update: int) -> None:
+        self._compute()
+        first = self.epoch * self.updates + update + 1 - len(self.norms)
+        table = torch.cat(self.tables)  # (batches, metrics + 1)
+        norms = torch.stack(self.norms).float()  # (optimizer steps,)
+        largest = table[:, -1].clone()
+        utils.all_reduce_(table)
+        utils.all_reduce_(largest, dist.ReduceOp.MAX)
+        rows = (table[:, :-1] / utils.world_size()).cpu().numpy()
+        step_norms, largest_logits = norms.cpu().numpy(), largest.cpu().numpy()
+        images = self.images * utils.world_size()
+
+        step_of_row = np.repeat(np.arange(len(step_norms)), self.batches_per_update)
+        is_finite = np.isfinite(rows[:, 0]) & np.isfinite(step_norms[step_of_row])
+        if self.is_scaled:
+            # The scaler leaves such steps out and lowers its scale; a whole window is too much.
+            self.skipped += len(set(step_of_row[~is_finite]))
+            stops = len(step_norms) >= self.print_freq and not is_finite.any()
+        else:
+            stops = not is_finite.all()
+        if stops:
+            row = int(np.argmin(is_finite))
+            index = step_of_row[row]
+            raise self._not_finite(
+                first + index, rows[row][0], largest_logits[row], step_norms[index]
+            )
+        if not len(self.sums):
+            self.sums = np.zeros(len(self.names))
+        for values in rows[is_finite]:  # one by one, so that no sum depends on when it is fetched
+            self.sums += values
+        self.count += int(is_finite.sum())
+        if self.writer is not None:
+            self._write(self.writer, first, rows, step_of_row, step_norms)
+        means = dict(zip(self.names, rows.mean(axis=0), strict=True))
+        if list(means) == ["loss", "ce"]:
+            del means["ce"]  # the same number: nothing is distilled
+        log(
+            f"Epoch {self.epoch} [{update + 1:>{len(str(self.updates))}}/{self.updates}]  "
+            + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+            + f"  lr {self.lr[first + len(step_norms) - 1]:.2e}"
+            + f"  {self.stopwatch.rate(images):.0f} images/s"
+        )
+        self.tables, self.norms, self.batches_per_update, self.images = [], [], [], 0
+        self.stop = utils.stop_requested(self.device)
+
+    def _write(
+        self,
+        writer: SummaryWriter,
+        first: int,
+        rows: np.ndarray,
+        step_of_row: np.ndarray,
+        norms: np.ndarray,
+    ) -> None:
+        for index, norm in enumerate(norms):
+            step = first + index
+            means = rows[step_of_row == index].mean(axis=0, dtype=np.float64)
+            for name, mean in zip(self.names, means, strict=True):
+                writer.add_scalar(f"train/{name}", mean, step)
+            writer.add_scalar("opt/lr", self.lr[step], step)
+            writer.add_scalar("opt/weight_decay", self.weight_decay[step], step)
+            writer.add_scalar("opt/grad_norm", norm, step)
+
+    def _not_finite(self, step: int, loss: float, largest: float, norm: float) -> UserError:
+        return UserError(
+            f"loss {loss} with gradient norm {norm:.3g} at step {step} (epoch {self.epoch}), "
+            f"learning rate {self.lr[step]:.3g}, largest logit {largest:.3g}. No checkpoint was "
+            "written after this happened; lower --lr, pass --clip_grad 1.0, or use "
+            "--amp_dtype bfloat16"
+        )
+
+    def means(self) -> dict[str, float]:
+        """Means over the batches that counted, and the last learning rate of the epoch."""
+        means = dict(zip(self.names, (self.sums / max(1, self.count)).tolist(), strict=True))
+        means["lr"] = float(self.lr[(self.epoch + 1) * self.updates - 1])
+        return means | ({"skipped_steps": self.skipped} if self.is_scaled else {})
+
+
+class Stopwatch:
+    """Images per second since the last reading."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+
+    def rate(self, images: int) -> float:
+        """Images per second since this was last called."""
+        now = time.perf_counter()
+        rate, self.started = images / (now - self.started), now
+        return rate
+
+
+# ------------------------------------------------------------------------- after each epoch
+
+
+def scores_of(record: Mapping[str, float]) -> dict[str, float]:
+    """The part of an epoch's record that was measured on the validation images."""
+    return {n: value for n, value in record.items() if n.startswith(("test_", "teacher_"))}
+
+
+class Recorder:
+    """Reports every epoch: a printed line, `log.txt` and TensorBoard; does nothing above rank 0.
+
+    Args:
+        path: log.txt, which holds one JSON object per epoch; None for no file.
+        writer: TensorBoard, or None.
+    """
+
+    def __init__(self, path: Path | None, writer: SummaryWriter | None) -> None:
+        self.path, self.writer = path, writer
+
+    @classmethod
+    def open(
+        cls, output_dir: str, log_dir: str | None, start_epoch: int, first_step: int
+    ) -> Recorder:
+        """Open the files of a run that starts at this epoch and optimizer step.
+
+        What an interrupted run wrote of later epochs is dropped, since they will be run again; so
+        log.txt is the same whether or not the run was interrupted.
+        """
+        path = writer = None
+        if output_dir and utils.is_main_process():
+            path = Path(output_dir) / "log.txt"
+            drop_lines_from(path, start_epoch)
+        if log_dir and utils.is_main_process():
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            utils.make_folder(log_dir)
+            writer = SummaryWriter(log_dir, purge_step=first_step)
+        return cls(path, writer)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Print the scores of an epoch and keep its record."""
+        scores = scores_of(record)
+        if any(name.startswith("test_") for name in scores):
+            log(f"Epoch {record['epoch']}  " + "  ".join(f"{n} {v:.4f}" for n, v in scores.items()))
+        if self.path is not None:
+            append_line(self.path, json.dumps(record))
+        if self.writer is not None:
+            for name, value in scores.items():
+                self.writer.add_scalar(name.replace("_", "/", 1), value, record["epoch"])
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line and flush it to the disk. Raises: UserError where the file system refuses."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise utils.could_not_write(path, error) from error
+
+
+def drop_lines_from(path: Path, epoch: int) -> None:
+    """Keep only the lines of log.txt of epochs before `epoch`."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    kept = []
+    for line in text.splitlines():
+        try:
+            is_kept = json.loads(line)["epoch"] < epoch
+        except json.JSONDecodeError:
+            is_kept = False  # cut short by a kill: its epoch will be run again
+        if is_kept:
+            kept.append(line + "\n")
+    temporary = path.with_name(".log.txt.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,26 @@
+"""Divergences between student and teacher logits, each with the paper that it comes from."""
+
+import torch
+import torch.nn.functional as F
+
+
+def kl_divergence(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """T^2 * KL(softmax(teacher/T) || softmax(student/T)), summed over classes, mean over the batch.
+
+    T^2 keeps the size of the gradient the same for every temperature. Hinton, Vinyals and Dean,
+    'Distilling the Knowledge in a Neural Network', 2015, section 2.1.
+
+    Args:
+        student_logits, teacher_logits: (B, C), any floating dtype; computed in float32.
+        temperature: T > 0.
+    Returns: () float32.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student_logits.float() / temperature, dim=-1),
+        F.log_softmax(teacher_logits.float() / temperature, dim=-1),
+        reduction="sum",
+        log_target=True,  # with probabilities, p * log p would be NaN where p rounds to 0
+    )
+    return divergence * (temperature**2 / len(student_logits))
