@@ -420,7 +420,7 @@ class RunState:
             save_checkpoint(state, self.folder / f"checkpoint-{name}.pth")
         if is_due:
             save_checkpoint(state, self.folder / f"checkpoint-{self.epoch}.pth")
-            # Count only epochs up to this one: files of an earlier, longer run must not push it out.
+            # Only epochs up to this one count: an earlier, longer run must not push it out.
             written = [p for p in epoch_checkpoints(self.folder) if _epoch_of(p) <= self.epoch]
             for old in written[keep:]:
                 old.unlink(missing_ok=True)

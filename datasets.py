@@ -90,7 +90,7 @@ def _image_of_reader(reader: Any, index: int) -> np.ndarray:
 
 
 def decode(file: Any, name: object) -> np.ndarray:
-    """A file, its path or a PIL image -> (H, W, 3) uint8. Raises: UserError with the image's name."""
+    """A file, its path or a PIL image -> (H, W, 3) uint8. Raises: UserError that names it."""
     try:
         if isinstance(file, Image.Image):
             return _rgb(file)
@@ -154,8 +154,8 @@ def image_folder(folder: str) -> ImageSource:
         found = torchvision.datasets.ImageFolder(folder)
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder}: holds no images, or a class folder in it is empty ({first_line(error)}); it "
-            "must hold one folder of images per class",
+            f"{folder}: holds no images, or a class folder in it is empty ({first_line(error)}); "
+            "it must hold one folder of images per class",
             "folder",
         ) from error
     paths = np.array([os.fsencode(path) for path, _ in found.samples])  # bytes: see ImageSource

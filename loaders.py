@@ -90,10 +90,10 @@ class TransformedImages(Dataset):
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """The shuffled batches of one rank in an epoch, as lists of (view, index).
 
-    A view is one augmentation and one order of all training images; epoch e shows view
-    e mod `views`. Batch b of rank r is block b * world + r of the order of the view, so an optimizer
-    step sees the same images however a global batch is divided among processes and accumulation.
-    The last incomplete global batch is left out, as in the ConvNeXt script; those images differ
+    A view is one augmentation and one order of all training images; epoch e shows view e mod
+    `views`. Batch b of rank r is block b * world + r of the order of the view, so an optimizer step
+    sees the same images however a global batch is divided among processes and accumulation. The
+    last incomplete global batch is left out, as in the ConvNeXt script; those images differ
     between views.
 
     Args:
@@ -113,9 +113,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.count, self.batch_size, self.seed, self.views = count, batch_size, seed, views
         self.rank, self.world = utils.rank(), utils.world_size()
         self.view, self.first_batch = 0, 0
-        self.end = count - count % (
-            unit or batch_size * self.world
-        )  # places from here are not shown
+        self.end = count - count % (unit or batch_size * self.world)  # the first place not shown
         blocks = math.ceil(self.end / batch_size)
         self.batches_in_epoch = len(range(self.rank, blocks, self.world))
 

@@ -53,7 +53,7 @@ class RowFormat:
             self.dtype = np.dtype((self.value, num_classes))
 
     def encode(self, logits: torch.Tensor) -> np.ndarray:
-        """(N, C) float, on any device -> (N,) rows. Raises: UserError for logits that do not fit."""
+        """(N, C) float, on any device -> (N,) rows. Raises: UserError for logits beyond range."""
         logits = logits.float()
         if self.topk:
             largest = logits.topk(self.topk, dim=1)
@@ -70,9 +70,9 @@ class RowFormat:
                 rows = values = logits.cpu().numpy().astype(self.value)
         if not np.isfinite(values).all():
             raise UserError(
-                f"the teacher's logits are not finite, or too large for {self.value}, the data type "
-                "of the teacher cache; these logits were not stored. Try float32, and look at the "
-                "teacher's score"
+                f"the teacher's logits are not finite, or too large for {self.value}, the data "
+                "type of the teacher cache; these logits were not stored. Try float32, and look at "
+                "the teacher's score"
             )
         return rows
 

@@ -186,10 +186,8 @@ class History:
             stops = not is_finite.all()
         if stops:
             row = int(np.argmin(is_finite))
-            index = step_of_row[row]
-            raise self._not_finite(
-                first + index, rows[row][0], largest_logits[row], step_norms[index]
-            )
+            step, norm = first + step_of_row[row], step_norms[step_of_row[row]]
+            raise self._not_finite(step, rows[row][0], largest_logits[row], norm)
         if not len(self.sums):
             self.sums = np.zeros(len(self.names))
         for values in rows[is_finite]:  # one by one, so that no sum depends on when it is fetched

@@ -3,7 +3,7 @@
 import arguments
 
 if __name__ == "__main__":
-    # --help, a wrong flag and a mistyped file are answered here, before torch takes seconds to import.
+    # --help and mistyped flags are answered here: the imports below take seconds.
     arguments.parse_args()
 
 import argparse

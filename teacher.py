@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import utils
-from arguments import AUGMENTATION, MIXING, flags_of_group, is_mixed, teachers_of, views_of
+from arguments import is_mixed, teachers_of, views_of
 from checkpoints import local_file
 from datasets import ImageSource
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
 from engine import LoopSettings, evaluate
+from flags import AUGMENTATION, MIXING, flags_of_group
 from loaders import Data, image_sample
 from logit_store import (
     LogitFile,
@@ -181,8 +182,8 @@ def open_teacher_cache(
     """The store that --teacher_cache names, created or proven to belong to this run. Collective."""
     if not isinstance(data.train, ImageSource):
         raise UserError(
-            f"--teacher_cache {args.teacher_cache}: needs images in a fixed order, which the stream "
-            f"{args.data_set} does not have; use a folder, or leave the flag out"
+            f"--teacher_cache {args.teacher_cache}: needs images in a fixed order, which the "
+            f"stream {args.data_set} does not have; use a folder, or leave the flag out"
         )
     num_classes = len(data.classes)
     if args.teacher_cache_topk and args.teacher_cache_topk > num_classes:
@@ -207,7 +208,7 @@ def manifest_of(
     """Everything that the teacher's logits on a training image depend on, in plain values.
 
     Other flags may differ between runs that share a cache. A new flag that changes the images
-    belongs in one of the groups AUGMENTATION and MIXING of arguments.py, and is then compared.
+    belongs in one of the groups AUGMENTATION and MIXING of flags.py, and is then compared.
     """
     flags = ["seed", "input_size", "imagenet_default_mean_and_std", *flags_of_group(AUGMENTATION)]
     flags += ["teacher_arch", "teacher_norm", "teacher_input_size", "teacher_dtype"]

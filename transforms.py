@@ -282,7 +282,7 @@ class BlockMixup:
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor, view: int, start: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image in the view"""
+        """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image"""
         mixed = []
         for first in range(0, len(images), self.unit):
             utils.seed_rng(torch.device("cpu"), self.seed, view, (start + first) // self.unit)
@@ -360,7 +360,7 @@ class PairMixup:
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor, view: int, start: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image in the view"""
+        """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image"""
         if view != self.view:
             self._draw(view)
         pairs = slice(start // 2, (start + len(images)) // 2)

@@ -37,7 +37,7 @@ def create_model(
         model = timm.create_model(arch, **keywords)
     except TypeError as error:
         raise UserError(
-            f"{arch}: does not take {', '.join(keywords)} ({error}); train without stochastic depth (drop_path 0)",
+            f"{arch}: does not take {', '.join(keywords)} ({error}); set drop_path to 0",
             "architecture",
         ) from error
     except (AssertionError, ValueError, RuntimeError) as error:

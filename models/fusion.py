@@ -15,8 +15,8 @@ def fuse_layers(network: nn.Module, size: int) -> nn.Module:
     and others). In evaluation a BatchNorm scales and shifts each channel by constants, which fit
     into the weights and bias of the convolution before it (Jacob et al. 2018, section 3.2).
 
-    Which convolution feeds which BatchNorm is seen in one forward pass: each convolution marks its
-    output, and each BatchNorm looks for the mark on its input. Unlike torch.fx, this traces nothing,
+    One forward pass shows which convolution feeds which BatchNorm: each convolution marks its
+    output, and each BatchNorm looks for the mark on its input. Unlike torch.fx this traces nothing,
     so it works for every timm network. The result is then compared with the original.
 
     Args:

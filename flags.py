@@ -1,0 +1,437 @@
+"""Every flag of main.py with its type, its default and its help.
+
+Nothing here imports torch, so that `--help` and a mistyped flag are answered at once.
+"""
+
+import argparse
+
+# The groups of flags that decide which pixels the networks see. A teacher cache depends on every
+# flag in them, so a new flag that changes training images belongs in one of these groups.
+AUGMENTATION = "augmentation of training images"
+MIXING = "mixup and cutmix (student and teacher see the same mixed images)"
+
+
+def str2bool(value: str) -> bool:
+    """'true' and 'false', and their usual other spellings."""
+    if value.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if value.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{value}' is neither true nor false")
+
+
+class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds '(default: …)' to the help of every flag that does not state its default in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        help_text = action.help or ""
+        is_told = "(default" in help_text or action.default is None
+        return help_text if is_told else super()._get_help_string(action)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Every flag with its type, its default and its help."""
+    parser = argparse.ArgumentParser(
+        "main.py",
+        usage="%(prog)s [--flag value ...]",
+        description="Train and evaluate image classifiers, with knowledge distillation.",
+        formatter_class=ShowDefaults,
+        allow_abbrev=False,
+    )
+    _add_distillation_flags(parser)
+    _add_run_flags(parser)
+    _add_student_flags(parser)
+    _add_optimizer_flags(parser)
+    _add_image_flags(parser)
+    _add_data_flags(parser)
+    _add_output_flags(parser)
+    return parser
+
+
+def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("knowledge distillation").add_argument
+    add("--kd", type=str2bool, default=False, help="enable knowledge distillation")
+    add("--teacher_path", help="checkpoint file of the teacher (required with --kd true)")
+    add("--teacher_arch", help="timm architecture of the teacher (required with --kd true)")
+    add(
+        "--kd_alpha",
+        type=float,
+        default=0.7,
+        help="weight of the distillation loss, from 0 (labels only) to 1 (teacher only)",
+    )
+    add(
+        "--kd_temperature",
+        type=float,
+        default=4.0,
+        help="temperature that softens the outputs of student and teacher, above 0",
+    )
+
+    add = parser.add_argument_group("teacher").add_argument
+    add(
+        "--teacher_weights",
+        help="weight of each teacher where several are given, such as 2,1 (default: equal)",
+    )
+    add(
+        "--teacher_norm",
+        default="auto",
+        choices=("auto", "student", "arch"),
+        help="how to normalise the teacher's input: from its checkpoint or else timm (auto), "
+        "like the student's (student), or timm's for the architecture (arch)",
+    )
+    add(
+        "--teacher_input_size",
+        type=int,
+        help="side of the teacher's input in pixels (default: from its checkpoint or else timm)",
+    )
+    add(
+        "--teacher_classes",
+        help="text file with the teacher's class names, one per line in the order of its outputs "
+        "(default: the names in its checkpoint)",
+    )
+    add(
+        "--teacher_eval",
+        type=str2bool,
+        default=True,
+        help="score the teacher on the validation images before training",
+    )
+    add(
+        "--teacher_min_acc1",
+        type=float,
+        default=0.0,
+        help="stop if the teacher's accuracy is below this, in percent",
+    )
+    add(
+        "--teacher_device",
+        help="device that runs the teacher, such as cpu or cuda:1 (default: the same as --device)",
+    )
+    add(
+        "--teacher_dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="data type of the teacher's weights and computation",
+    )
+
+    add = parser.add_argument_group("teacher cache (teacher logits on disk)").add_argument
+    add(
+        "--teacher_cache",
+        help="cache folder for teacher logits; filled by the first run and read by later ones",
+    )
+    add(
+        "--teacher_views",
+        type=int,
+        help="number of distinct augmented epochs; later epochs repeat them "
+        "(default: as many as epochs)",
+    )
+    add(
+        "--teacher_cache_dtype",
+        default="float16",
+        choices=("float16", "float32"),
+        help="data type of cached logits",
+    )
+    add(
+        "--teacher_cache_topk",
+        type=int,
+        help="cache only the k largest logits per image (default: all)",
+    )
+    add(
+        "--teacher_cache_only",
+        type=str2bool,
+        default=False,
+        help="fill the teacher cache and exit without training",
+    )
+    add(
+        "--teacher_cache_range",
+        help="fill only these views with --teacher_cache_only, such as 0:50 (default: all)",
+    )
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--batch_size", type=int, default=64, help="images per process and forward pass")
+    add("--epochs", type=int, default=300, help="number of passes over the training images")
+    add(
+        "--update_freq",
+        type=int,
+        default=1,
+        help="number of batches accumulated into one optimizer step",
+    )
+    add("--seed", type=int, default=0, help="random seed")
+    add(
+        "--device",
+        help="device to train on: cuda, cuda:1, mps or cpu (default: the first that is available)",
+    )
+    add("--compile", type=str2bool, default=False, help="compile student and teacher with torch")
+    add("--use_amp", type=str2bool, default=False, help="train with automatic mixed precision")
+    add(
+        "--amp_dtype",
+        choices=("float16", "bfloat16"),
+        help="data type of mixed precision; float16 also scales the loss "
+        "(default: bfloat16 on the CPU, float16 elsewhere)",
+    )
+    add(
+        "--start_epoch",
+        type=int,
+        default=0,
+        help="number of the first epoch; a resumed run takes it from the checkpoint",
+    )
+
+    add = parser.add_argument_group("processes (set by torchrun)").add_argument
+    add("--dist_url", default="env://", help="address at which the processes meet")
+    add(
+        "--local_rank",
+        "--local-rank",
+        type=int,
+        help="accepted for old launchers and ignored; the variable LOCAL_RANK is used instead",
+    )
+
+
+def _add_student_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("student").add_argument
+    add(
+        "--model",
+        help="timm architecture to train "
+        "(default: convnext_tiny, or cifar_resnet20 for images below 64 pixels)",
+    )
+    add("--drop_path", type=float, default=0.0, help="stochastic depth rate")
+    add(
+        "--input_size",
+        type=int,
+        help="side of the input images in pixels "
+        "(default: 224, or the size of the data set's images for cifar_* models)",
+    )
+    add("--finetune", default="", help="checkpoint file whose weights the student starts from")
+    add(
+        "--head_init_scale",
+        type=float,
+        default=1.0,
+        help="factor on the classifier's initial weights",
+    )
+    add(
+        "--model_key",
+        default="model|module",
+        help="keys under which --finetune looks for weights, separated by |",
+    )
+    add("--model_prefix", default="", help="load only the weights of --finetune with this prefix")
+
+    add = parser.add_argument_group("exponential moving average (EMA)").add_argument
+    add(
+        "--model_ema",
+        type=str2bool,
+        default=False,
+        help="keep an exponential moving average of the student's weights",
+    )
+    add("--model_ema_decay", type=float, default=0.9999, help="EMA decay per optimizer step")
+    add(
+        "--model_ema_warmup",
+        type=str2bool,
+        default=True,
+        help="let the EMA decay grow from 0, so that the average follows a short run",
+    )
+    add("--model_ema_force_cpu", type=str2bool, default=False, help="keep the EMA in host memory")
+    add(
+        "--model_ema_eval",
+        type=str2bool,
+        default=False,
+        help="also evaluate the EMA after each epoch",
+    )
+
+
+def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimizer and label loss").add_argument
+    add("--opt", default="adamw", help="any optimizer of timm's create_optimizer_v2")
+    add("--opt_eps", type=float, default=1e-8, help="epsilon of the optimizer")
+    add(
+        "--opt_betas",
+        type=float,
+        nargs="+",
+        help="betas of the optimizer, such as 0.9 0.999 (default: those of the optimizer)",
+    )
+    add(
+        "--clip_grad",
+        type=float,
+        help="maximum gradient norm; larger gradients are scaled down (default: no clipping)",
+    )
+    add("--momentum", type=float, default=0.9, help="SGD momentum")
+    add(
+        "--weight_decay",
+        type=float,
+        default=0.05,
+        help="weight decay; not applied to biases and normalisation layers",
+    )
+    add(
+        "--weight_decay_end",
+        type=float,
+        help="final weight decay of a cosine schedule (default: constant weight decay)",
+    )
+    add(
+        "--lr",
+        type=float,
+        help="peak learning rate (default: 4e-3 at a total batch of 4096, scaled by the square "
+        "root of the total batch)",
+    )
+    add(
+        "--layer_decay",
+        type=float,
+        default=1.0,
+        help="factor on the learning rate from each layer to the layer below",
+    )
+    add("--min_lr", type=float, default=1e-6, help="learning rate at the end of the cosine")
+    add(
+        "--warmup_epochs",
+        type=int,
+        help="epochs of linear warm-up (default: 20, or a fifth of a short run)",
+    )
+    add(
+        "--warmup_steps",
+        type=int,
+        default=-1,
+        help="optimizer steps of warm-up, instead of --warmup_epochs; -1 for unset",
+    )
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+
+
+def _add_image_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(AUGMENTATION).add_argument
+    add(
+        "--color_jitter",
+        type=float,
+        default=0.4,
+        help="strength of colour jitter; used only where --aa is empty",
+    )
+    add(
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        help="AutoAugment or RandAugment policy in timm's notation; empty for none",
+    )
+    add(
+        "--hflip",
+        type=float,
+        help="probability of a horizontal flip (default: 0.5; 0 for DIGITS and MNIST)",
+    )
+    add(
+        "--train_interpolation",
+        default="bicubic",
+        choices=("random", "bilinear", "bicubic"),
+        help="interpolation of the random crop",
+    )
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add(
+        "--remode",
+        default="pixel",
+        choices=("const", "rand", "pixel"),
+        help="fill for random erasing: zeros, one random colour, or random pixels",
+    )
+    add("--recount", type=int, default=1, help="maximum number of erased rectangles per image")
+
+    add = parser.add_argument_group(MIXING).add_argument
+    add("--mixup", type=float, default=0.8, help="alpha of mixup; 0 for none")
+    add("--cutmix", type=float, default=1.0, help="alpha of cutmix; 0 for none")
+    add(
+        "--cutmix_minmax",
+        type=float,
+        nargs=2,
+        help="minimum and maximum cut ratio; replaces --cutmix",
+    )
+    add("--mixup_prob", type=float, default=1.0, help="probability that images are mixed at all")
+    add(
+        "--mixup_switch_prob",
+        type=float,
+        default=0.5,
+        help="probability of cutmix instead of mixup where both are on",
+    )
+    add(
+        "--mixup_mode",
+        default="batch",
+        choices=("batch", "pair", "elem"),
+        help="draw the mix once per batch, per pair or per image; pair mixes neighbours in the "
+        "order of the epoch, where timm's pair mode mixes mirrored positions of the batch",
+    )
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data_set",
+        help="DIGITS (included), IMNET (a folder with train/ and val/), image_folder (one folder "
+        "of class folders), CIFAR (100 classes), CIFAR10, MNIST, FashionMNIST, or a name for "
+        "timm's create_dataset such as hfds/… (default: IMNET with --data_path, else DIGITS)",
+    )
+    add("--data_path", help="folder of the data set")
+    add("--eval_data_path", help="folder of the validation images of --data_set image_folder")
+    add("--nb_classes", type=int, help="expected number of classes (default: counted)")
+    add(
+        "--train_samples",
+        type=int,
+        help="train on a random subset of this many images, with every class in its proportion "
+        "(default: all)",
+    )
+    add(
+        "--holdout",
+        type=int,
+        help="hold out this many training images and evaluate on them instead of the validation "
+        "images; for tuning (default: none)",
+    )
+    add(
+        "--imagenet_default_mean_and_std",
+        type=str2bool,
+        default=True,
+        help="normalise with the mean and standard deviation of ImageNet; false for 0.5 and 0.5",
+    )
+    add(
+        "--num_workers",
+        type=int,
+        help="loader workers per process (default: the cores per process, at most 10)",
+    )
+    add(
+        "--pin_mem",
+        type=str2bool,
+        default=True,
+        help="copy batches through page-locked memory on CUDA",
+    )
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add(
+        "--output_dir",
+        default="",
+        help="folder for checkpoints and log.txt; nothing is saved where this is empty",
+    )
+    add("--log_dir", help="folder for TensorBoard files (default: none)")
+    add("--resume", default="", help="checkpoint to resume from, or to score with --eval true")
+    add(
+        "--auto_resume",
+        type=str2bool,
+        default=True,
+        help="resume from the newest checkpoint in --output_dir",
+    )
+    add("--save_ckpt", type=str2bool, default=True, help="save checkpoints")
+    add("--save_ckpt_freq", type=int, default=1, help="epochs between two checkpoints")
+    add("--save_ckpt_num", type=int, default=3, help="number of epoch checkpoints to keep")
+    add(
+        "--save_ckpt_steps",
+        type=int,
+        help="optimizer steps between two checkpoints within an epoch (default: none within)",
+    )
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval", type=str2bool, default=False, help="score the checkpoint of --resume and exit")
+    add(
+        "--crop_pct",
+        type=float,
+        help="fraction of the resized image that evaluation crops (default: 0.875; 1 for images "
+        "below 64 pixels or from 384 pixels up)",
+    )
+    add(
+        "--dist_eval",
+        type=str2bool,
+        default=True,
+        help="divide the validation images among the processes",
+    )
+    add("--disable_eval", type=str2bool, default=False, help="train without evaluation")
+
+
+def flags_of_group(title: str) -> list[str]:
+    """Names of the flags in one group of the parser, without dashes, as attributes of `args`."""
+    groups = get_args_parser()._action_groups
+    return [a.dest for group in groups if group.title == title for a in group._group_actions]
