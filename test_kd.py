@@ -2,7 +2,8 @@
 
     python test_kd.py
 
-No pytest, no data, no GPU. Prints a line per component; the exit code is 1 when one fails.
+needs no pytest, no data and no GPU. It prints one line per component; the exit code is 1 when a
+check fails. `pytest test_kd.py` runs the same checks.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import math
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -21,9 +21,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import utils
+import checkpoints
 from distillation import DistillationLoss, StudentWithDistillation, load_teacher
 from engine import LoopSettings, Schedule, train_one_epoch
+from loaders import Batch
 
 CLASSES, SIZE, BATCH = 10, 16, 8
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def make_teacher() -> nn.Module:
     weights = timm.create_model("cifar_resnet20", num_classes=CLASSES).state_dict()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "teacher.pth"
-        utils.save_checkpoint({"model": weights}, path)
+        checkpoints.save_checkpoint({"model": weights}, path)
         return load_teacher("cifar_resnet20", str(path), CLASSES, CPU)
 
 
@@ -49,13 +50,15 @@ class DummyLoader(list):
 
     def __init__(self, batches: int, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(batches):
+        for number in range(batches):
             images = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator)
-            self.append((images, torch.randint(CLASSES, (BATCH,), generator=generator)))
+            targets = torch.randint(CLASSES, (BATCH,), generator=generator)
+            places = range(number * BATCH, (number + 1) * BATCH)
+            self.append(Batch(images, targets, view=0, places=places))
         self.batches_in_epoch = batches
 
-    def set_epoch(self, epoch: int, first_batch: int) -> None:
-        """The order is fixed."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Every epoch has the same batches."""
 
 
 def train_two_steps(model: StudentWithDistillation, ema: ModelEmaV3 | None = None) -> None:
@@ -78,28 +81,28 @@ def is_same(module: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def teacher_is_loaded_and_frozen() -> None:
+def test_teacher_is_loaded_and_frozen() -> None:
     teacher = make_teacher()
     torch.manual_seed(1)
     saved = timm.create_model("cifar_resnet20", num_classes=CLASSES)
     assert is_same(teacher, saved.state_dict()), "weights differ from the file's"
-    assert not any(p.requires_grad for p in teacher.parameters()), "a parameter wants a gradient"
+    assert not any(p.requires_grad for p in teacher.parameters()), "a parameter is trainable"
     assert not any(module.training for module in teacher.modules()), "not in eval mode"
 
 
-def wrapper_in_training_returns_both_logits() -> None:
+def test_wrapper_in_training_returns_both_logits() -> None:
     student, teacher = make_student(), make_teacher()
     model = StudentWithDistillation(student, teacher).train()
     images = torch.randn(BATCH, 3, SIZE, SIZE)
     student_logits, teacher_logits = model(images)
     assert student_logits.shape == teacher_logits.shape == (BATCH, CLASSES)
     assert student_logits.requires_grad and not teacher_logits.requires_grad
-    assert torch.equal(teacher_logits, teacher(images)), "not the teacher's own answer"
+    assert torch.equal(teacher_logits, teacher(images)), "not the teacher's own logits"
     assert student.training and not teacher.training, "train() reached the teacher"
     assert len(list(model.parameters())) == len(list(student.parameters()))
 
 
-def wrapper_in_evaluation_returns_student_logits() -> None:
+def test_wrapper_in_evaluation_returns_student_logits() -> None:
     student = make_student()
     model = StudentWithDistillation(student, make_teacher()).eval()
     images = torch.randn(BATCH, 3, SIZE, SIZE)
@@ -107,7 +110,7 @@ def wrapper_in_evaluation_returns_student_logits() -> None:
         assert torch.equal(model(images), student(images))
 
 
-def loss_equals_closed_form() -> None:
+def test_loss_equals_closed_form() -> None:
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(BATCH, CLASSES, generator=generator)
     teacher = torch.randn(BATCH, CLASSES, generator=generator)
@@ -130,7 +133,7 @@ def loss_equals_closed_form() -> None:
     assert math.isclose(loss.item(), expected, rel_tol=1e-6), f"{loss.item()} is not {expected}"
 
 
-def step_changes_student_and_not_teacher() -> None:
+def test_step_changes_student_and_not_teacher() -> None:
     student, teacher = make_student(), make_teacher()
     student_before, teacher_before = copy_of(student), copy_of(teacher)
     train_two_steps(StudentWithDistillation(student, teacher))
@@ -138,7 +141,7 @@ def step_changes_student_and_not_teacher() -> None:
     assert is_same(teacher, teacher_before), "the teacher changed"
 
 
-def ema_follows_student_only() -> None:
+def test_ema_follows_student_only() -> None:
     student, teacher = make_student(), make_teacher()
     ema = ModelEmaV3(student, decay=0.5)
     names, before = set(student.state_dict()), copy_of(ema.module)
@@ -147,22 +150,22 @@ def ema_follows_student_only() -> None:
     assert not is_same(ema.module, before), "the average stood still"
 
 
-def checkpoint_holds_no_teacher() -> None:
+def test_checkpoint_holds_no_teacher() -> None:
     student = make_student()
     model = StudentWithDistillation(student, make_teacher())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     with tempfile.TemporaryDirectory() as folder:
-        state = utils.RunState(student, None, optimizer, scaler, {"output_dir": folder}, {})
+        state = checkpoints.RunState(student, None, optimizer, scaler, {"output_dir": folder}, {})
         state.finish_epoch(0, {})
         state.save(improved=[], is_due=True, keep=1)
-        saved = utils.read_checkpoint(f"{folder}/checkpoint-0.pth", "--resume")
+        saved = checkpoints.read_checkpoint(f"{folder}/checkpoint-0.pth")
     assert saved["model"].keys() == student.state_dict().keys()
     stored = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
     assert stored == len(list(student.parameters())), "the optimizer holds more than the student"
 
 
-def two_processes_stay_in_step() -> None:
+def test_two_processes_stay_in_step() -> None:
     with tempfile.TemporaryDirectory() as folder:
         meeting_point = (Path(folder) / "processes").as_uri()
         torch.multiprocessing.spawn(_distributed_worker, args=(meeting_point,), nprocs=2)
@@ -175,7 +178,7 @@ def _distributed_worker(rank: int, meeting_point: str) -> None:
     ddp = DistributedDataParallel(student)
     model = StudentWithDistillation(ddp, teacher)
     assert len(list(ddp.parameters())) == len(list(student.parameters())), "teacher inside DDP"
-    images, targets = DummyLoader(1, seed=rank)[0]
+    images, targets, *_ = DummyLoader(1, seed=rank)[0]
     loss, _ = DistillationLoss(nn.CrossEntropyLoss(), 0.7, 4.0)(*model.train()(images), targets)
     loss.backward()
     gradient = student.fc.weight.grad
@@ -185,29 +188,19 @@ def _distributed_worker(rank: int, meeting_point: str) -> None:
     dist.destroy_process_group()
 
 
-CHECKS: tuple[Callable[[], None], ...] = (
-    teacher_is_loaded_and_frozen,
-    wrapper_in_training_returns_both_logits,
-    wrapper_in_evaluation_returns_student_logits,
-    loss_equals_closed_form,
-    step_changes_student_and_not_teacher,
-    ema_follows_student_only,
-    checkpoint_holds_no_teacher,
-    two_processes_stay_in_step,
-)
-
-
 def main() -> int:
+    checks = [check for name, check in globals().items() if name.startswith("test_")]
     failed = 0
-    for check in CHECKS:
+    for check in checks:
+        name = check.__name__.removeprefix("test_").replace("_", " ")
         try:
             check()
-            print(f"ok      {check.__name__.replace('_', ' ')}", flush=True)
+            print(f"ok      {name}", flush=True)
         except Exception:
             failed += 1
-            print(f"FAILED  {check.__name__.replace('_', ' ')}", flush=True)
+            print(f"FAILED  {name}", flush=True)
             traceback.print_exc()
-    print(f"{len(CHECKS) - failed} passed, {failed} failed")
+    print(f"{len(checks) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 

@@ -1,19 +1,15 @@
-"""What several test files use: the command line in this process, small teachers, small folders."""
+"""Fixtures of several test files: the command line in this process, a teacher, a folder."""
 
 import gc
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from helpers import QUICK, SHORT, Run, teacher_flags, write_images
 
-import datasets
 import main
 import models  # noqa: F401
-import transforms
 
 
 @pytest.fixture(autouse=True)
@@ -23,42 +19,16 @@ def end_loader_workers():
     gc.collect()
 
 
-QUICK = [
-    "--device",
-    "cpu",
-    "--num_workers",
-    "0",
-    "--batch_size",
-    "16",
-    "--model",
-    "cifar_resnet8",
-]
-
-
-class Run:
-    """One finished run of main.py."""
-
-    def __init__(self, code: int, folder: Path | None, out: str, err: str) -> None:
-        self.code, self.folder, self.out, self.err = code, folder, out, err
-
-    @property
-    def log(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "log.txt").read_text().splitlines()]
-
-    def checkpoint(self, name: object) -> dict:
-        return torch.load(self.folder / f"checkpoint-{name}.pth", weights_only=True)
-
-
 @pytest.fixture
 def run_main(capsys):
-    """Runs main.py's command line; later flags win over the quick defaults."""
+    """Runs a command line of main.py; later flags replace the quick defaults."""
 
     def run(*flags: object, output_dir: Path | None = None) -> Run:
         argv = [*QUICK, *map(str, flags)]
         if output_dir is not None:
             argv += ["--output_dir", str(output_dir)]
         try:
-            code = main.main(main.parse_args(argv))
+            code = main.main(argv)
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()
@@ -70,7 +40,7 @@ def run_main(capsys):
 @pytest.fixture
 def short() -> list[str]:
     """Two epochs of four steps on 64 digits."""
-    return ["--train_samples", "64", "--epochs", "2"]
+    return SHORT
 
 
 @pytest.fixture
@@ -85,24 +55,7 @@ def teacher_file(tmp_path) -> Path:
 @pytest.fixture
 def kd(teacher_file) -> list[str]:
     """The flags that distil from `teacher_file`."""
-    return ["--kd", "true", "--teacher_arch", "cifar_resnet8", "--teacher_path", str(teacher_file)]
-
-
-def evaluation_images(images: list[np.ndarray], config: dict) -> torch.Tensor:
-    """Images as a network of this data configuration is shown them in an evaluation."""
-    transform = transforms.eval_transform(config)
-    batch = datasets.collate([(transform(image), 0) for image in images])
-    return datasets.DeviceLoader(None, None, config, torch.device("cpu"))._images(batch)
-
-
-def write_images(folder: Path, classes: list[str], count: int = 8, size=(40, 32)) -> None:
-    """Write `count` noisy JPEGs a class, brighter for each class."""
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        for index in range(count):
-            noise = rng.integers(0, 64, (*size, 3), dtype=np.uint8) + 60 * number
-            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{index}.jpg")
+    return teacher_flags(teacher_file)
 
 
 @pytest.fixture

@@ -5,27 +5,24 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from helpers import CPU, write_images
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
+import arguments
 import datasets
-import main
+import loaders
 import transforms
 from utils import UserError
 
-CPU = torch.device("cpu")
 
-
-def arguments(*flags: object) -> argparse.Namespace:
-    args = main.parse_args(["--num_workers", "0", "--batch_size", "16", *map(str, flags)])
-    main.follow_defaults(args, None)
-    return args
+def parsed(*flags: object) -> argparse.Namespace:
+    return arguments.parse_args(["--num_workers", "0", "--batch_size", "16", *map(str, flags)])
 
 
 def test_the_digits_are_1437_and_360_in_the_proportions_of_their_classes():
-    train, test = datasets._digits(True), datasets._digits(False)
+    train, test = datasets.digits(True), datasets.digits(False)
     assert (len(train), len(test)) == (1437, 360)
     share = np.bincount(train.targets) / len(train) - np.bincount(test.targets) / len(test)
     assert np.abs(share).max() < 0.005
@@ -34,7 +31,7 @@ def test_the_digits_are_1437_and_360_in_the_proportions_of_their_classes():
 
 
 def test_a_subset_of_a_subset_keeps_every_image_with_its_label():
-    source = datasets._digits(True)
+    source = datasets.digits(True)
     first = datasets.stratified(source.targets, 100, seed=1)
     second = datasets.stratified(source.targets[first], 30, seed=2)
     nested = datasets.subset(datasets.subset(source, first), second)
@@ -46,7 +43,7 @@ def test_a_subset_of_a_subset_keeps_every_image_with_its_label():
 
 @pytest.mark.parametrize("count", [10, 37, 200, 1437])
 def test_stratified_samples_are_distinct_and_proportional(count):
-    targets = datasets._digits(True).targets
+    targets = datasets.digits(True).targets
     chosen = datasets.stratified(targets, count, seed=5)
     assert len(set(chosen.tolist())) == count
     wanted = np.bincount(targets) * count / len(targets)
@@ -54,7 +51,7 @@ def test_stratified_samples_are_distinct_and_proportional(count):
 
 
 def test_stratified_samples_follow_the_seed_alone():
-    targets = datasets._digits(True).targets
+    targets = datasets.digits(True).targets
     same = [datasets.stratified(targets, 50, seed=3) for _ in range(2)]
     assert np.array_equal(*same)
     assert not np.array_equal(same[0], datasets.stratified(targets, 50, seed=4))
@@ -64,9 +61,9 @@ def test_stratified_samples_follow_the_seed_alone():
 def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypatch):
     steps = {}
     for rank in range(world):
-        monkeypatch.setattr(datasets.utils, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(datasets.utils, "world_size", lambda: world)
-        batches = datasets.EpochBatches(100, 24 // world, seed=7)
+        monkeypatch.setattr(loaders.utils, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(loaders.utils, "world_size", lambda: world)
+        batches = loaders.EpochBatches(100, 24 // world, seed=7)
         batches.set_epoch(3)
         for step, keys in enumerate(batches):
             assert all(view == 3 for view, _ in keys)
@@ -81,9 +78,9 @@ def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypat
 def test_evaluation_batches_hold_every_image_once(world, monkeypatch):
     seen = []
     for rank in range(world):
-        monkeypatch.setattr(datasets.utils, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(datasets.utils, "world_size", lambda: world)
-        for batch in datasets.EvalBatches(101, 16, shared=True):
+        monkeypatch.setattr(loaders.utils, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(loaders.utils, "world_size", lambda: world)
+        for batch in loaders.EvalBatches(101, 16, shared=True):
             seen += [index for _, index in batch]
     assert sorted(seen) == list(range(101))
 
@@ -91,18 +88,20 @@ def test_evaluation_batches_hold_every_image_once(world, monkeypatch):
 def test_augmented_images_do_not_depend_on_the_number_of_workers():
     epochs = []
     for workers in (0, 1, 3):
-        args = arguments("--train_samples", 64, "--num_workers", workers)
-        loader = datasets.build_data(args, CPU).train_loader
+        args = parsed("--train_samples", 64, "--num_workers", workers)
+        loader = loaders.build_data(args, CPU).train_loader
         loader.set_epoch(2)
-        epochs.append([images for images, _ in loader])
+        epochs.append([batch.images for batch in loader])
     for other in epochs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(epochs[0], other, strict=True))
     loader.set_epoch(3)
-    assert not torch.equal(epochs[0][0], next(iter(loader))[0])
+    assert not torch.equal(epochs[0][0], next(iter(loader)).images)
 
 
 def test_full_strength_posterize_does_not_end_an_epoch():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    args = parsed()
+    transforms.train_transform(args, transforms.data_config(args))
     augment = rand_augment_transform("rand-m10-n2-inc1", {"translate_const": 3})
     posterize = [op for op in augment.ops if op.name.startswith("Posterize")]
     assert posterize
@@ -113,7 +112,7 @@ def test_full_strength_posterize_does_not_end_an_epoch():
 
 @pytest.mark.parametrize("size", [8, 28, 32, 48, 64, 96])
 def test_both_transforms_give_the_size_asked_for(size):
-    args = arguments("--input_size", size, "--model", "cifar_resnet8")
+    args = parsed("--input_size", size, "--model", "cifar_resnet8")
     config = transforms.data_config(args)
     for shape in ((8, 8), (70, 50)):
         image = Image.new("RGB", shape, (120, 30, 200))
@@ -127,9 +126,9 @@ def test_both_transforms_give_the_size_asked_for(size):
 
 
 def test_small_images_are_evaluated_whole_and_normalised():
-    data = datasets.build_data(arguments(), CPU)
-    shown, targets = next(iter(data.val_loader))
-    source = datasets._digits(False)
+    data = loaders.build_data(parsed(), CPU)
+    shown, targets, *_ = next(iter(data.val_loader))
+    source = datasets.digits(False)
     mean, std = (torch.tensor(data.config[key]).view(3, 1, 1) for key in ("mean", "std"))
     for row in (0, 7, 31):
         image, target = source[row]
@@ -139,12 +138,12 @@ def test_small_images_are_evaluated_whole_and_normalised():
 
 
 def test_digits_are_not_mirrored_by_default_and_photographs_are():
-    assert arguments().hflip == 0
-    assert arguments("--data_set", "CIFAR10").hflip == 0.5
+    assert parsed().hflip == 0
+    assert parsed("--data_set", "CIFAR10").hflip == 0.5
 
 
 def test_an_image_folder_gives_each_image_its_folders_class(imnet):
-    source = datasets._folder(str(imnet / "train"), "--data_path")
+    source = datasets.image_folder(str(imnet / "train"))
     assert source.classes == ["ant", "bee", "cat"] and len(source) == 24
     for index in (0, 9, 23):
         image, target = source[index]
@@ -152,8 +151,7 @@ def test_an_image_folder_gives_each_image_its_folders_class(imnet):
 
 
 def test_timms_own_readers_give_images_and_classes(imnet):
-    args = arguments("--data_set", "", "--data_path", imnet)
-    args.data_set = "folder"
+    args = parsed("--data_set", "folder", "--data_path", imnet)
     source = datasets.open_split(args, is_train=False)
     assert source.classes == ["ant", "bee", "cat"] and len(source) == 9
     assert np.bincount(source.targets).tolist() == [3, 3, 3]
@@ -163,8 +161,8 @@ def test_timms_own_readers_give_images_and_classes(imnet):
 def test_a_corrupt_image_is_named_even_from_a_worker(imnet):
     broken = imnet / "train" / "bee" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
-    args = arguments("--data_path", imnet, "--input_size", 32, "--num_workers", 1)
-    loader = datasets.build_data(args, CPU).train_loader
+    args = parsed("--data_path", imnet, "--input_size", 32, "--num_workers", 1)
+    loader = loaders.build_data(args, CPU).train_loader
     loader.set_epoch(0)
     with pytest.raises(UserError) as caught:
         for _ in range(3):
@@ -174,10 +172,10 @@ def test_a_corrupt_image_is_named_even_from_a_worker(imnet):
 
 
 def test_holdout_images_are_not_trained_on():
-    data = datasets.build_data(arguments("--holdout", 100), CPU)
+    data = loaders.build_data(parsed("--holdout", 100), CPU)
     assert len(data.train) == 1337 and len(data.val) == 100
     train, val = data.train, data.val
-    source = datasets._digits(True)
+    source = datasets.digits(True)
     held_out = datasets.stratified(source.targets, 100, seed=0)
     assert np.array_equal(val.targets, source.targets[held_out])
     assert len(train) == 1337 and np.array_equal(val[0][0], source[held_out[0]][0])
@@ -187,7 +185,7 @@ def test_classes_that_differ_between_train_and_val_are_told(tmp_path):
     write_images(tmp_path / "train", ["ant", "bee"])
     write_images(tmp_path / "val", ["ant", "wasp"])
     with pytest.raises(UserError, match="only in training: bee; only in validation: wasp"):
-        datasets.build_data(arguments("--data_path", tmp_path), CPU)
+        loaders.build_data(parsed("--data_path", tmp_path), CPU)
 
 
 def test_every_kind_of_picture_becomes_rgb_and_right(tmp_path):
@@ -205,14 +203,14 @@ def test_every_kind_of_picture_becomes_rgb_and_right(tmp_path):
     for name, (picture, expected) in pictures.items():
         picture.save(tmp_path / name)
         with Image.open(tmp_path / name) as image, open(tmp_path / name, "rb") as file:
-            answers = [datasets._decode(given, name) for given in (tmp_path / name, image, file)]
+            answers = [datasets.decode(given, name) for given in (tmp_path / name, image, file)]
         assert all(np.array_equal(answer, answers[0]) for answer in answers), name
         shown = answers[0].astype(int)
         expected = expected if expected.ndim == 3 else np.repeat(expected[:, :, None], 3, axis=2)
         assert np.abs(shown - expected).max() <= (12 if "palette" in name else 1), name
     frames = [Image.fromarray(color), Image.fromarray(255 - color)]
     frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
-    shown = datasets._decode(str(tmp_path / "moving.png"), "moving.png")
+    shown = datasets.decode(str(tmp_path / "moving.png"), "moving.png")
     assert np.array_equal(shown, color)
 
 
@@ -223,7 +221,7 @@ def test_a_jpeg_shows_pillows_pixels(mode, options, tmp_path):
     photograph(3).convert(mode).save(path, quality=90, **options)
     with Image.open(path) as image:
         expected = np.array(image.convert("RGB"))
-    assert np.array_equal(datasets._decode(str(path), path), expected)
+    assert np.array_equal(datasets.decode(str(path), path), expected)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
@@ -236,8 +234,8 @@ def test_a_picture_that_can_not_be_read_is_named(kind, ending, tmp_path, monkeyp
     else:
         whole = path.read_bytes()
         path.write_bytes({"empty": b"", "text": b"hello", "cut": whole[: len(whole) // 2]}[kind])
-    with pytest.raises(UserError, match=f"can't read the image .*{kind}.{ending}"):
-        datasets._decode(str(path), str(path))
+    with pytest.raises(UserError, match=f"cannot read the image .*{kind}.{ending}"):
+        datasets.decode(str(path), str(path))
 
 
 def photograph(seed: int, size: tuple[int, int] = (300, 220)) -> Image.Image:
@@ -268,15 +266,15 @@ def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor
         std=config["std"],
     )
     transform = transforms.train_transform(args, config)
-    loader = datasets.DeviceLoader(None, None, config, CPU)
+    to_network = transforms.ToNetwork(config, CPU)
     ours, expected = [], []
     for seed in seeds:
         image = photograph(seed)
-        datasets.utils.seed_rng(CPU, seed)
+        loaders.utils.seed_rng(CPU, seed)
         ours.append((transform(np.array(image)), 0))
-        datasets.utils.seed_rng(CPU, seed)
+        loaders.utils.seed_rng(CPU, seed)
         expected.append(theirs(image))
-    return loader._images(datasets.collate(ours)), torch.stack(expected)
+    return to_network(transforms.collate(ours)), torch.stack(expected)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
@@ -284,7 +282,7 @@ def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor
 def test_training_images_are_timms_to_rounding(interpolation, remode):
     """Without colour operations, whose thresholds turn one grey level into many."""
     flags = ["--aa=", "--color_jitter", 0, "--reprob", 0.5, "--remode", remode, "--recount", 2]
-    args = arguments("--input_size", 96, *flags, "--train_interpolation", interpolation)
+    args = parsed("--input_size", 96, *flags, "--train_interpolation", interpolation)
     args.hflip = 0.5
     ours, theirs = both_pipelines(args, range(24))
     assert ours.is_contiguous(memory_format=torch.channels_last)
@@ -295,7 +293,7 @@ def test_training_images_are_timms_to_rounding(interpolation, remode):
 @pytest.mark.parametrize("shape", [(16, 16), (16, 24), (40, 32), (9, 30)])
 @pytest.mark.parametrize("hflip", [0.0, 0.5])
 def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
-    args = arguments("--input_size", 16, "--aa=", "--color_jitter", 0, "--reprob", 0)
+    args = parsed("--input_size", 16, "--aa=", "--color_jitter", 0, "--reprob", 0)
     args.hflip = hflip
     config = transforms.data_config(args)
     train = (
@@ -312,16 +310,16 @@ def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
         array = np.array(photograph(seed).resize(shape[::-1]))
         picture = Image.fromarray(array)
         for ours, theirs in (train, val):
-            datasets.utils.seed_rng(CPU, seed)
+            loaders.utils.seed_rng(CPU, seed)
             expected = np.asarray(theirs(picture))
             expected = expected if expected.shape[-1] == 3 else expected.transpose(1, 2, 0)
             for image in (array, picture):
-                datasets.utils.seed_rng(CPU, seed)
+                loaders.utils.seed_rng(CPU, seed)
                 np.testing.assert_array_equal(ours(image)[0], expected)
 
 
 def test_training_images_have_timms_distribution_with_every_augmentation():
-    ours, theirs = both_pipelines(arguments("--input_size", 96), range(200))
+    ours, theirs = both_pipelines(parsed("--input_size", 96), range(200))
     difference = (ours - theirs).abs()
     assert difference.median() < 1e-5 and (difference > 2.5 / 255 / 0.224).float().mean() < 0.01
     for moment in (torch.mean, torch.std):
@@ -333,7 +331,7 @@ def test_training_images_have_timms_distribution_with_every_augmentation():
 
 
 def pair_mixup(*flags: object, images: int = 64) -> transforms.PairMixup:
-    return transforms.PairMixup(arguments("--mixup_mode", "pair", *flags), 10, images)
+    return transforms.make_mixup(parsed("--mixup_mode", "pair", *flags), 10, images)
 
 
 IMAGES = torch.randn(64, 3, 12, 10, generator=torch.Generator().manual_seed(0))
@@ -391,17 +389,14 @@ def test_a_pairs_mix_does_not_depend_on_its_batch_and_a_views_does_on_the_view()
 )
 def test_pairs_are_mixed_as_timm_does_on_average(flags):
     """Share of an image's own label: quantiles over 4,000 pairs within 0.03 of timm's pair mode."""
-    args = arguments("--mixup_mode", "pair", "--smoothing", 0, *flags)
+    args = parsed("--mixup_mode", "pair", "--smoothing", 0, *flags)
     images, labels = torch.zeros(8000, 1, 32, 32), torch.arange(8000) % 2
-    _, ours = transforms.PairMixup(args, 2, 8000)(images, labels, 0, 0)
+    _, ours = transforms.make_mixup(args, 2, 8000)(images, labels, 0, 0)
     args.batch_size, args.mixup_mode = 8000, "elem"
     timm_mixup = transforms.make_mixup(args, 2, 8000).mixup
     timm_mixup.mode = "pair"
     np.random.seed(0)
-    _, theirs = timm_mixup(
-        images,
-        labels,
-    )
+    _, theirs = timm_mixup(images, labels)
     quantiles = torch.linspace(0, 1, 21)
     a, b = (soft[torch.arange(8000), labels].quantile(quantiles) for soft in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=0, atol=0.03)
@@ -409,11 +404,11 @@ def test_pairs_are_mixed_as_timm_does_on_average(flags):
 
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_a_blocks_mix_is_timms_and_does_not_depend_on_what_came_before(mode):
-    args = arguments("--mixup_mode", mode, "--batch_size", 16)
+    args = parsed("--mixup_mode", mode, "--batch_size", 16)
     mixup = transforms.make_mixup(args, 10, 64)
     whole, labels = mixup(IMAGES.clone(), LABELS, 3, 0)
     third, soft = mixup(IMAGES[32:48].clone(), LABELS[32:48], 3, 32)
     assert torch.equal(whole[32:48], third) and torch.equal(labels[32:48], soft)
-    datasets.utils.seed_rng(CPU, 0, 3, 2)
+    loaders.utils.seed_rng(CPU, 0, 3, 2)
     expected, wanted = mixup.mixup(IMAGES[32:48].clone(), LABELS[32:48])
     assert torch.equal(expected, third) and torch.equal(wanted, soft)

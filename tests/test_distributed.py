@@ -1,20 +1,16 @@
 """Real torchrun, two processes, against one process on the same global batch."""
 
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import read_log, start, teacher_flags, torchrun
 
-import main
 import models  # noqa: F401
 
-ROOT = Path(main.__file__).parent
 # LayerNorm, since BatchNorm's statistics are those of a process's own images.
 FLAGS = """--device cpu --num_workers 1 --model convnext_atto --input_size 32 --train_samples 96
 --epochs 2 --opt sgd --lr 0.02 --warmup_epochs 0 --mixup 0 --cutmix 0
@@ -23,15 +19,7 @@ FLAGS = """--device cpu --num_workers 1 --model convnext_atto --input_size 32 --
 
 def begin(processes: int, *argv: object) -> subprocess.Popen:
     """Start a script under torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.Popen(
-        [*torchrun, f"--nproc_per_node={processes}", *map(str, argv)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start([*torchrun(processes), *map(str, argv)], stderr=subprocess.PIPE)
 
 
 def launch(processes: int, *argv: object) -> str:
@@ -56,14 +44,7 @@ def runs_folder(tmp_path_factory) -> Path:
 def runs(runs_folder):
     """The same training as 1 × 16, 2 × 8 and 2 × 4 with accumulation, with a teacher."""
     folder = runs_folder
-    kd = [
-        "--kd",
-        "true",
-        "--teacher_arch",
-        "cifar_resnet8",
-        "--teacher_path",
-        folder / "teacher.pth",
-    ]
+    kd = teacher_flags(folder / "teacher.pth")
     out = {}
     for name, processes, flags in (
         ("one", 1, ["--batch_size", 16]),
@@ -73,9 +54,8 @@ def runs(runs_folder):
         stdout = launch(
             processes, "main.py", *FLAGS.split(), *kd, *flags, "--output_dir", folder / name
         )
-        lines = (folder / name / "log.txt").read_text().splitlines()
         saved = torch.load(folder / name / "checkpoint-1.pth", weights_only=True)
-        out[name] = (stdout, [json.loads(line) for line in lines], saved)
+        out[name] = (stdout, read_log(folder / name), saved)
     return out
 
 
@@ -103,7 +83,7 @@ def test_evaluation_counts_each_of_the_360_images_once(runs):
 
 def test_only_rank_0_prints(runs):
     stdout = runs["two"][0]
-    assert stdout.count("Student convnext_atto") == 1
+    assert stdout.count("Model convnext_atto") == 1
     assert stdout.count("Teacher cifar_resnet8") == 1 and "2 process(es)" in stdout
 
 
@@ -117,8 +97,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_two_processes_and_two_runs_at_once_fill_one_store(runs_folder):
     """Under torchrun, then as two runs of the same command side by side; then a run reads it."""
-    kd = ["--kd", "true", "--teacher_arch", "cifar_resnet8"]
-    kd += ["--teacher_path", runs_folder / "teacher.pth", "--teacher_cache_dtype", "float32"]
+    kd = [*teacher_flags(runs_folder / "teacher.pth"), "--teacher_cache_dtype", "float32"]
     common = ["main.py", *STORE.split(), "--batch_size", 8, *kd, "--teacher_cache"]
     fill = ["--teacher_cache_only", "true"]
     one, two, both = (runs_folder / f"cache-{name}" for name in ("one", "two", "both"))
@@ -138,11 +117,8 @@ def test_two_processes_and_two_runs_at_once_fill_one_store(runs_folder):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
     done = launch(2, *common, one, "--output_dir", runs_folder / "cached")
-    assert "the teacher itself is not loaded" in done
+    assert "the teacher is not loaded" in done
     launch(2, *common[:-1], "--output_dir", runs_folder / "online")
-    cached, online = (
-        [json.loads(x) for x in (runs_folder / n / "log.txt").read_text().splitlines()]
-        for n in ("cached", "online")
-    )
+    cached, online = (read_log(runs_folder / name) for name in ("cached", "online"))
     for a, b in zip(cached, online, strict=True):
         assert a == pytest.approx(b, rel=1e-4)

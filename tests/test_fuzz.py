@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save as save_tensors
 
+import checkpoints
 import datasets
-import utils
 from utils import UserError
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -78,11 +78,7 @@ def read_or_refused(data: bytes, name: str, read: Callable[[str], object]) -> ob
 @given(data=damaged(CHECKPOINTS))
 def test_a_damaged_checkpoint_is_refused_by_name_or_read(data):
     def read(path: str) -> None:
-        checkpoint = utils.read_checkpoint(path, "--resume")
-        try:
-            utils.find_state_dict(checkpoint, ("model",))
-        except ValueError as error:  # read, but no weights in it: the callers name flag and file
-            assert "holds" in str(error)
+        checkpoints.find_weights(checkpoints.read_checkpoint(path), path, ("model",))
 
     read_or_refused(data, "c.pth", read)
 
@@ -90,14 +86,12 @@ def test_a_damaged_checkpoint_is_refused_by_name_or_read(data):
 @MANY
 @given(data=damaged([save_tensors(WEIGHTS["model"])]))
 def test_a_damaged_safetensors_file_is_refused_by_name_or_read(data):
-    state = read_or_refused(
-        data, "c.safetensors", lambda path: utils.read_checkpoint(path, "--teacher_path")
-    )
+    state = read_or_refused(data, "c.safetensors", checkpoints.read_checkpoint)
     assert state is None or all(isinstance(value, torch.Tensor) for value in state.values())
 
 
 @MANY
 @given(data=damaged(PICTURES))
 def test_a_damaged_picture_is_refused_by_name_or_shown(data):
-    picture = read_or_refused(data, "p.img", lambda path: datasets._decode(path, path))
+    picture = read_or_refused(data, "p.img", lambda path: datasets.decode(path, path))
     assert picture is None or (picture.ndim == 3 and picture.shape[2] == 3)

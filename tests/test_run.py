@@ -5,19 +5,16 @@ import platform
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from kill_test import is_same
+from helpers import ROOT, is_same, teacher_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoints
 import engine
+import logs
 import utils
-
-
-def weights_equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_plain_training_makes_a_teacher_that_teaches(run_main, short, tmp_path):
@@ -25,8 +22,7 @@ def test_plain_training_makes_a_teacher_that_teaches(run_main, short, tmp_path):
         "--train_samples", 320, "--epochs", 6, "--lr", "5e-3", output_dir=tmp_path / "t"
     )
     assert teacher.code == 0, teacher.err
-    flags = ["--kd", "true", "--teacher_arch", "cifar_resnet8"]
-    flags += ["--teacher_path", tmp_path / "t" / "checkpoint-best.pth"]
+    flags = teacher_flags(tmp_path / "t" / "checkpoint-best.pth")
     student = run_main(*short, *flags, output_dir=tmp_path / "s")
     assert student.code == 0, student.err
     assert "Teacher cifar_resnet8" in student.out and "78,042 parameters" in student.out
@@ -82,7 +78,7 @@ def test_a_file_whose_epoch_is_a_word_gives_its_weights(run_main, short, tmp_pat
     torch.save(first | {"epoch": "best"}, tmp_path / "b.pth")
     still = ["--lr", 0, "--min_lr", 0]
     run = run_main(*short, *still, "--resume", tmp_path / "b.pth", output_dir=tmp_path / "second")
-    assert run.code == 0 and "the schedule starts anew" in run.out, run.err
+    assert run.code == 0 and "the schedule starts from the beginning" in run.out, run.err
     assert torch.equal(run.checkpoint(1)["model"]["fc.weight"], first["model"]["fc.weight"])
 
 
@@ -130,8 +126,8 @@ def test_a_truncated_newest_checkpoint_is_passed_over(run_main, short, tmp_path)
     newest = tmp_path / "checkpoint-1.pth"
     newest.write_bytes(newest.read_bytes()[:20_000])
     again = run_main(*short, output_dir=tmp_path)
-    assert again.code == 0 and "trying the one before it" in again.out
-    assert weights_equal(again.checkpoint(1)["model"], final["model"])
+    assert again.code == 0 and "trying the checkpoint before it" in again.out
+    assert is_same(again.checkpoint(1)["model"], final["model"])
     assert [line["epoch"] for line in again.log] == [0, 1]
 
 
@@ -139,7 +135,7 @@ def test_a_truncated_newest_checkpoint_is_passed_over(run_main, short, tmp_path)
 def test_weights_do_not_depend_on_the_number_of_workers(run_main, short, tmp_path, workers):
     alone = run_main(*short, output_dir=tmp_path / "alone")
     other = run_main(*short, "--num_workers", workers, output_dir=tmp_path / "other")
-    assert weights_equal(alone.checkpoint(1)["model"], other.checkpoint(1)["model"])
+    assert is_same(alone.checkpoint(1)["model"], other.checkpoint(1)["model"])
 
 
 def test_accumulated_batches_are_one_large_batch(run_main, tmp_path):
@@ -159,10 +155,10 @@ def test_accumulated_batches_are_one_large_batch(run_main, tmp_path):
 
 def test_alpha_zero_is_plain_training_and_never_loads_the_teacher(run_main, short, tmp_path):
     plain = run_main(*short, output_dir=tmp_path / "plain")
-    kd = ["--kd", "true", "--teacher_arch", "resnet18", "--teacher_path", "nowhere.pth"]
+    kd = teacher_flags("nowhere.pth", arch="resnet18")
     zero = run_main(*short, *kd, "--kd_alpha", 0, output_dir=tmp_path / "zero")
     assert zero.code == 0, zero.err
-    assert weights_equal(plain.checkpoint(1)["model"], zero.checkpoint(1)["model"])
+    assert is_same(plain.checkpoint(1)["model"], zero.checkpoint(1)["model"])
 
 
 def test_eval_gives_the_score_that_training_logged(run_main, short, tmp_path):
@@ -188,23 +184,12 @@ def test_the_student_is_finetuned_from_a_file_of_other_classes(run_main, short, 
     run = run_main(
         *short, "--finetune", tmp_path / "f.pth", "--lr", 0, "--min_lr", 0, output_dir=tmp_path
     )
-    assert "fc.bias, fc.weight start anew" in run.out
+    assert "newly initialised: fc.bias, fc.weight" in run.out
     assert torch.equal(run.checkpoint(1)["model"]["conv1.weight"], model.conv1.weight)
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run_main, tmp_path):
-    flags = [
-        "--train_samples",
-        64,
-        "--epochs",
-        3,
-        "--opt",
-        "sgd",
-        "--lr",
-        "1e30",
-        "--warmup_epochs",
-        0,
-    ]
+    flags = "--train_samples 64 --epochs 3 --opt sgd --lr 1e30 --warmup_epochs 0".split()
     run = run_main(*flags, output_dir=tmp_path)
     assert run.code == 2
     assert "at step 1 (epoch 0)" in run.err and "learning rate 9.83e+29" in run.err
@@ -257,7 +242,7 @@ def test_an_average_of_decay_zero_is_the_student_and_nothing_of_the_teacher(
 ):
     run = run_main(*short, *kd, "--model_ema", "true", "--model_ema_decay", 0, output_dir=tmp_path)
     saved = run.checkpoint(1)
-    assert weights_equal(saved["model_ema"], saved["model"])
+    assert is_same(saved["model_ema"], saved["model"])
 
 
 def test_tensorboard_has_the_scalars_of_every_step(run_main, short, kd, tmp_path):
@@ -272,31 +257,31 @@ def test_tensorboard_has_the_scalars_of_every_step(run_main, short, kd, tmp_path
 
 def test_a_full_disk_keeps_the_older_checkpoint_whole(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint-0.pth"
-    utils.save_checkpoint({"model": torch.ones(3)}, path)
+    checkpoints.save_checkpoint({"model": torch.ones(3)}, path)
 
     def no_space(state, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(utils.torch, "save", no_space)
-    with pytest.raises(utils.UserError, match="No space left.*older checkpoints are whole"):
-        utils.save_checkpoint({"model": torch.zeros(3)}, path)
+    monkeypatch.setattr(checkpoints.torch, "save", no_space)
+    with pytest.raises(utils.UserError, match="No space left.*older checkpoints are complete"):
+        checkpoints.save_checkpoint({"model": torch.zeros(3)}, path)
     assert torch.equal(torch.load(path, weights_only=True)["model"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-0.pth"]
 
 
 def test_the_schedule_warms_up_and_ends_at_the_minimum():
-    lr = utils.cosine_schedule(1.0, 0.1, 100, warmup_steps=20)
+    lr = engine.cosine_schedule(1.0, 0.1, 100, warmup_steps=20)
     assert len(lr) == 100 and lr[0] == 0 and lr[10] == pytest.approx(0.5) and lr[20] == 1.0
     assert lr[60] == pytest.approx(0.55) and 0.1 < lr[99] < 0.102
-    assert utils.cosine_schedule(1.0, 0.1, 3, warmup_steps=3).tolist() == pytest.approx(
+    assert engine.cosine_schedule(1.0, 0.1, 3, warmup_steps=3).tolist() == pytest.approx(
         [0, 1 / 3, 2 / 3]
     )
 
 
 def test_log_lines_are_json_and_a_cut_line_is_dropped(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
-    utils.Recorder(str(tmp_path), None, start_epoch=1, first_step=1)
+    logs.Recorder.open(str(tmp_path), None, start_epoch=1, first_step=1)
     assert [json.loads(x) for x in (tmp_path / "log.txt").read_text().splitlines()] == [
         {"epoch": 0}
     ]
@@ -361,7 +346,7 @@ def test_the_log_does_not_depend_on_when_its_scalars_are_computed(
     run_main, short, kd, tmp_path, monkeypatch
 ):
     together = run_main(*short, *kd, "--update_freq", 2, output_dir=tmp_path / "together")
-    monkeypatch.setattr(engine, "WAITING_BYTES", 0)  # each batch's at once
+    monkeypatch.setattr(logs, "WAITING_BYTES", 0)  # of each batch at once
     one_by_one = run_main(*short, *kd, "--update_freq", 2, output_dir=tmp_path / "one")
     assert together.log == one_by_one.log and len(together.log) == 2
 
@@ -370,13 +355,13 @@ def test_the_log_does_not_depend_on_when_its_scalars_are_computed(
 def test_on_the_cpu_freed_memory_is_kept_for_the_next_step():
     faults = """
 import resource, sys, torch, utils
-utils.init_process(sys.argv[1], "env://")
+utils.keep_freed_memory()
 for turn in range(9):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)  # 64 MiB, 16,384 pages
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    argv = [sys.executable, "-c", faults, "cpu"]
-    out = subprocess.run(argv, cwd=Path(utils.__file__).parent, capture_output=True, text=True)
+    argv = [sys.executable, "-c", faults]
+    out = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     counts = list(map(int, out.stdout.split()))
     assert len(counts) == 9 and statistics.median(counts) < 1000, out.stdout + out.stderr

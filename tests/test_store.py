@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_run import weights_equal
+from helpers import is_same, teacher_flags
 
+import datasets
 import logit_store
-import main
 import teacher
 from logit_store import LogitFile, RowFormat
 from utils import UserError
@@ -30,7 +30,7 @@ def kd(tmp_path_factory) -> list[str]:
         teacher.fc.weight.mul_(10)
     path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     torch.save(teacher.state_dict(), path)
-    return ["--kd", "true", "--teacher_arch", "cifar_resnet8", "--teacher_path", str(path)]
+    return teacher_flags(path)
 
 
 SHORT = ["--train_samples", "72", "--epochs", "2", "--model_ema", "true"]  # 4 batches and a half
@@ -67,10 +67,10 @@ def test_a_run_from_the_store_is_the_online_run_in_the_same_bits(
             cached = run_main(
                 *SHORT, *kd, *mix, *flags, *cache, output_dir=tmp_path / f"{name}-cached"
             )
-        assert cached.code == 0 and "the teacher itself is not loaded" in cached.out, cached.err
+        assert cached.code == 0 and "the teacher is not loaded" in cached.out, cached.err
         assert cached.log == online.log
         for key in ("model", "model_ema"):
-            assert weights_equal(cached.checkpoint(1)[key], online.checkpoint(1)[key])
+            assert is_same(cached.checkpoint(1)[key], online.checkpoint(1)[key])
 
 
 def test_half_precision_changes_the_losses_by_less_than_a_thousandth(run_main, kd, tmp_path):
@@ -95,7 +95,7 @@ def test_a_store_serves_other_batch_sizes_unless_images_mix_over_the_batch(
         flags = [*SHORT, *kd, *mix, "--batch_size", size]
         online = run_main(*flags, output_dir=tmp_path / f"online-{size}")
         cached = run_main(*flags, *cache, output_dir=tmp_path / f"cached-{size}")
-        assert "the teacher itself is not loaded" in cached.out
+        assert "the teacher is not loaded" in cached.out
         for a, b in zip(online.log, cached.log, strict=True):
             assert a == pytest.approx(b, rel=1e-4)
 
@@ -104,7 +104,7 @@ def test_a_store_of_batch_mixing_is_refused_at_another_batch_size(run_main, kd, 
     cache = ["--teacher_cache", tmp_path / "cache"]
     assert run_main(*SHORT, *kd, *cache).code == 0
     refused = run_main(*SHORT, *kd, *cache, "--batch_size", 8)
-    assert refused.code == 2 and "made with batch_size 16, this run has 8" in refused.err
+    assert refused.code == 2 and "created with batch_size 16, but this run uses 8" in refused.err
 
 
 def test_views_come_round_again(run_main, kd, tmp_path):
@@ -147,7 +147,7 @@ def test_what_is_missing_of_a_view_is_made_again(run_main, kd, tmp_path):
     rows[[3, 40]] = 7  # what a kill may leave behind
     rows.flush()
     second = run_main(*SHORT, *kd, *cache, output_dir=tmp_path / "second")
-    assert second.log == first.log and "126 of 128 rows are there" in second.out
+    assert second.log == first.log and "126 of 128 rows are cached" in second.out
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
 
 
@@ -156,24 +156,24 @@ def test_rows_that_vanish_during_a_run_are_an_error_with_its_remedy(run_main, kd
     run_main(*SHORT, *kd, *cache)
     (tmp_path / "cache" / "view-00001.valid").write_bytes(bytes(72))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logit_store.LogitStore, "lacking", lambda self, views: 0)
+        patch.setattr(logit_store.LogitStore, "missing", lambda self, views: 0)
         run = run_main(*SHORT, *kd, *cache)
-    assert run.code == 2 and "rows 0 to 15 of view 1 went while the run was on" in run.err
+    assert run.code == 2 and "cached logits 0-15 of view 1 disappeared during training" in run.err
 
 
 @pytest.mark.parametrize(
     ("flags", "field"),
     [
-        (["--seed", 3], "seed 0, this run has 3"),
-        (["--aa", ""], 'aa "rand-m9-mstd0.5-inc1", this run has ""'),
-        (["--mixup", 0.5], "mixup 0.8, this run has 0.5"),
-        (["--mixup_mode", "pair"], 'mixup_mode "batch", this run has "pair"'),
+        (["--seed", 3], "seed 0, but this run uses 3"),
+        (["--aa", ""], 'aa "rand-m9-mstd0.5-inc1", but this run uses ""'),
+        (["--mixup", 0.5], "mixup 0.8, but this run uses 0.5"),
+        (["--mixup_mode", "pair"], 'mixup_mode "batch", but this run uses "pair"'),
         (["--mixup", 0, "--cutmix", 0, "--smoothing", 0], "augmented"),
-        (["--input_size", 16], "input_size 8, this run has 16"),
-        (["--teacher_cache_dtype", "float32"], 'teacher_cache_dtype "float16", this run'),
-        (["--teacher_cache_topk", 3], "teacher_cache_topk null, this run has 3"),
-        (["--train_samples", 80], "images 72, this run has 80"),
-        (["--use_amp", "true"], 'amp_dtype "None", this run has "bfloat16"'),
+        (["--input_size", 16], "input_size 8, but this run uses 16"),
+        (["--teacher_cache_dtype", "float32"], 'teacher_cache_dtype "float16", but this run'),
+        (["--teacher_cache_topk", 3], "teacher_cache_topk null, but this run uses 3"),
+        (["--train_samples", 80], "images 72, but this run uses 80"),
+        (["--use_amp", "true"], 'amp_dtype "None", but this run uses "bfloat16"'),
     ],
 )
 def test_a_store_of_something_else_is_refused(run_main, kd, tmp_path, flags, field):
@@ -192,12 +192,11 @@ def test_a_store_of_another_teacher_or_other_pixels_is_refused(run_main, kd, tmp
     other["fc.bias"][0] += 1
     torch.save(other, tmp_path / "other.pth")
     run = run_main(*SHORT, *kd, "--teacher_path", tmp_path / "other.pth", *cache)
-    assert run.code == 2 and 'made with teacher_path ["sha256 ' in run.err
-    real = main.datasets._digits
-    inverted = lambda is_train: invert(real(is_train))  # noqa: E731
-    monkeypatch.setattr(main.datasets, "_digits", inverted)
+    assert run.code == 2 and 'created with teacher_path ["sha256 ' in run.err
+    real = datasets.digits
+    monkeypatch.setattr(datasets, "digits", lambda is_train: invert(real(is_train)))
     run = run_main(*SHORT, *kd, *cache)
-    assert run.code == 2 and "the augmented images are not: other pixels" in run.err
+    assert run.code == 2 and "the augmented images differ: other pixels" in run.err
 
 
 def invert(source):
@@ -210,32 +209,32 @@ def test_a_manifest_cut_short_is_told(run_main, kd, tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text('{"seed": ')
     monkeypatch.setattr(logit_store.time, "sleep", lambda seconds: None)
     run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path)
-    assert run.code == 2 and "manifest.json is not whole" in run.err
+    assert run.code == 2 and "manifest.json: is incomplete" in run.err
 
 
 def test_a_disk_too_small_is_told_before_anything_is_computed(run_main, kd, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2000)
     monkeypatch.setattr(logit_store.shutil, "disk_usage", lambda folder: usage)
     run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path / "cache")
-    assert run.code == 2 and "needs 2.56 kB more, and 2 kB are free" in run.err
+    assert run.code == 2 and "needs 2.56 kB more, but only 2 kB are free" in run.err
     assert "Teacher cifar_resnet8" not in run.out
 
 
 def test_a_disk_full_in_the_middle_keeps_what_is_whole(run_main, kd, tmp_path, monkeypatch):
     cache = ["--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
-    real = LogitFile._put
+    real = LogitFile._write_at
 
     def full(self, file, position, content):
         if self.stem.name == "view-00001":
             raise OSError(28, "No space left on device")
         real(self, file, position, content)
 
-    monkeypatch.setattr(LogitFile, "_put", full)
+    monkeypatch.setattr(LogitFile, "_write_at", full)
     run = run_main(*SHORT, *kd, *cache)
-    assert run.code == 2 and "No space left" in run.err and "is whole" in run.err
-    monkeypatch.setattr(LogitFile, "_put", real)
+    assert run.code == 2 and "No space left" in run.err and "is complete" in run.err
+    monkeypatch.setattr(LogitFile, "_write_at", real)
     run = run_main(*SHORT, *kd, *cache, output_dir=tmp_path / "after")
-    assert "64 of 128 rows are there" in run.out
+    assert "64 of 128 rows are cached" in run.out
     assert run.log == run_main(*SHORT, *kd, output_dir=tmp_path / "online").log
 
 
@@ -248,7 +247,7 @@ def test_a_store_without_a_teacher_is_refused(run_main, flags):
 def test_a_range_that_is_none_is_refused(run_main, kd, tmp_path, part):
     flags = [*SHORT, *kd, "--teacher_cache", tmp_path, "--teacher_cache_only", "true"]
     run = run_main(*flags, f"--teacher_cache_range={part}")
-    assert run.code == 2 and f"--teacher_cache_range {part}: give" in run.err
+    assert run.code == 2 and f"--teacher_cache_range {part}: needs" in run.err
 
 
 # ------------------------------------------------------------------------------------- rows
@@ -301,13 +300,13 @@ def row_of(places: range) -> torch.Tensor:
 
 
 def fill_until_killed(stem: Path, order: list[range]) -> None:
-    file = LogitFile(stem, 4000, RowFormat(10, "float32"))
+    file = LogitFile.open(stem, 4000, RowFormat(10, "float32"))
     for places in order:
         file.write([(places, row_of(places))])
 
 
 def assert_no_false_row(stem: Path) -> int:
-    file = LogitFile(stem, 4000, RowFormat(10, "float32"))
+    file = LogitFile.open(stem, 4000, RowFormat(10, "float32"))
     is_there = np.asarray(file.valid) == 1
     expected = row_of(range(4000)).numpy()
     assert np.array_equal(file.rows[is_there], expected[is_there])
@@ -347,7 +346,7 @@ def test_twenty_kills_while_two_fill_one_view_leave_no_false_row(tmp_path):
 
 
 def test_rows_with_gaps_between_them_are_kept_where_they_belong(tmp_path):
-    file = LogitFile(tmp_path / "v", 100, RowFormat(10, "float32"))
+    file = LogitFile.open(tmp_path / "v", 100, RowFormat(10, "float32"))
     file.write([(range(1, 40, 3), row_of(range(1, 40, 3))), (range(60, 70), row_of(range(60, 70)))])
     assert torch.equal(file.read(range(4, 30, 3)), row_of(range(4, 30, 3)))
     assert file.read(range(4, 30)) is None and file.first_missing(100) == 0

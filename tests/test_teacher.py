@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import evaluation_images, write_images
+from helpers import evaluation_images, teacher_flags, write_images
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform
 
+import arguments
 import datasets
-import main
 import models
 import transforms
-from distillation import Teacher, TeacherEnsemble, fuse_layers, load_teacher
+from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
+from models.fusion import fuse_layers
 from utils import UserError
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -110,10 +111,10 @@ def test_what_the_teacher_was_trained_on_is_taken_from_the_best_source(tmp_path)
     trained = argparse.Namespace(mean=[0.3] * 3, std=[0.2] * 3, img_size=40)
     assert config({"state_dict": GOOD, "args": trained}) == (0.3, 40)  # timm's train.py
     teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
-    assert "as the file's arguments say" in teacher.origin
+    assert "input from the checkpoint's arguments" in teacher.origin
     torch.save({"model": GOOD, "args": argparse.Namespace(lr=1.0)}, tmp_path / "t.pth")
     teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
-    assert "as the architecture's pretrained_cfg say" in teacher.origin
+    assert "input from timm's pretrained_cfg" in teacher.origin
     by_hand = {"mean": [0.4] * 3, "input_size": 8}
     assert config({"model": GOOD, "data": data}, input_config=by_hand) == (0.4, 8)
 
@@ -124,13 +125,13 @@ def test_a_teacher_of_other_statistics_and_size_answers_as_in_its_own_pipeline(t
     torch.save({"model": GOOD, "data": teacher_config}, tmp_path / "t.pth")
     loaded = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
 
-    args = main.parse_args(["--input_size", "16"])
+    args = arguments.parse_args(["--input_size", "16"])
     student_config = transforms.data_config(args)
-    source = datasets._digits(False)
+    source = datasets.digits(False)
     statistics = {"mean": teacher_config["mean"], "std": teacher_config["std"]}
     own = create_transform(16, interpolation="bicubic", crop_pct=1.0, **statistics)
     images = [source[index][0] for index in range(8)]
-    teacher = Teacher(loaded, student_config)
+    teacher = TeacherAdapter(loaded, student_config)
     with torch.no_grad():
         expected = loaded(torch.stack([own(Image.fromarray(image)) for image in images]))
         seen = teacher(evaluation_images(images, student_config))
@@ -140,7 +141,7 @@ def test_a_teacher_of_other_statistics_and_size_answers_as_in_its_own_pipeline(t
     args.input_size = 32
     student_config = transforms.data_config(args)
     big = evaluation_images(images, student_config)
-    small = Teacher(loaded, student_config).convert(big)
+    small = TeacherAdapter(loaded, student_config).convert(big)
     mean, std = (torch.tensor(teacher_config[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
     pixels = (small * std + mean) * 255
     pictures = [Image.fromarray(image) for image in images]
@@ -231,9 +232,11 @@ def test_classes_in_another_order_are_matched_by_name(tmp_path):
     loaded = load_teacher(
         "cifar_resnet8", str(tmp_path / "t.pth"), 3, "cpu", classes=["ant", "bee", "cat"]
     )
-    assert "3 of them matched by name" in loaded.origin
+    assert "3 matched by name" in loaded.origin
     with torch.no_grad():
-        torch.testing.assert_close(Teacher(loaded, config)(IMAGES), model(IMAGES)[:, [1, 2, 0]])
+        torch.testing.assert_close(
+            TeacherAdapter(loaded, config)(IMAGES), model(IMAGES)[:, [1, 2, 0]]
+        )
 
 
 def test_a_teacher_of_more_classes_is_mapped_by_a_file_of_names(run_main, imnet, tmp_path):
@@ -241,23 +244,19 @@ def test_a_teacher_of_more_classes_is_mapped_by_a_file_of_names(run_main, imnet,
     torch.save(network(num_classes=5).state_dict(), tmp_path / "t.pth")
     (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
     flags = ["--data_path", imnet, "--input_size", 32, "--epochs", 1, "--batch_size", 8]
-    flags += [
-        "--kd",
-        "true",
-        "--teacher_arch",
-        "cifar_resnet8",
-        "--teacher_path",
-        tmp_path / "t.pth",
-    ]
-    assert "tells 5 classes apart, not 3" in run_main(*flags).err
+    flags += teacher_flags(tmp_path / "t.pth")
+    assert "classifier has 5 outputs, but 3 classes are expected" in run_main(*flags).err
     run = run_main(*flags, "--teacher_classes", tmp_path / "names.txt")
-    assert run.code == 0 and "3 of them matched by name" in run.out, run.err
+    assert run.code == 0 and "3 matched by name" in run.out, run.err
     (tmp_path / "names.txt").write_text("dog\ncat\nwasp\nANT\nbee\n")
     run = run_main(*flags, "--teacher_classes", tmp_path / "names.txt")
     assert run.code == 2 and "does not know 1 of the data's classes (ant)" in run.err
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
-    assert "must name each" in run_main(*flags, "--teacher_classes", tmp_path / "names.txt").err
-    assert "can't read it" in run_main(*flags, "--teacher_classes", tmp_path / "none").err
+    assert (
+        "name each of its outputs"
+        in run_main(*flags, "--teacher_classes", tmp_path / "names.txt").err
+    )
+    assert "cannot read this file" in run_main(*flags, "--teacher_classes", tmp_path / "none").err
 
 
 def test_the_teachers_score_is_printed_logged_and_kept(run_main, short, kd, tmp_path):
@@ -265,7 +264,7 @@ def test_the_teachers_score_is_printed_logged_and_kept(run_main, short, kd, tmp_
     printed = float(re.search(r"Teacher on the validation images: acc1 ([\d.]+)", run.out)[1])
     assert run.log[0]["teacher_acc1"] == pytest.approx(printed, abs=0.01)
     assert run.checkpoint(1)["scores"]["teacher_acc1"] == run.log[1]["teacher_acc1"]
-    assert "WARNING: the teacher is near chance (10.00 %)" in run.out  # its weights are random
+    assert "Warning: the teacher is near chance (10.00 %)" in run.out  # its weights are random
     quiet = run_main(*short, *kd, "--teacher_eval", "false", output_dir=tmp_path / "quiet")
     assert "Teacher on" not in quiet.out and "test_kl" not in quiet.log[0]
 
@@ -286,10 +285,10 @@ def test_fidelity_is_logged_and_right(run_main, short, kd, teacher_file, tmp_pat
     student = models.create_model("cifar_resnet8", 10, 8).eval()
     student.load_state_dict(run.checkpoint(1)["model"])
     loaded = load_teacher("cifar_resnet8", str(teacher_file), 10, "cpu")
-    args = main.parse_args(["--input_size", "8"])
+    args = arguments.parse_args(["--input_size", "8"])
     config = transforms.data_config(args)
-    teacher = Teacher(loaded, config)
-    source = datasets._digits(False)
+    teacher = TeacherAdapter(loaded, config)
+    source = datasets.digits(False)
     images = evaluation_images([source[index][0] for index in range(360)], config)
     with torch.no_grad():
         s, t = student(images).double().softmax(1), teacher(images).double().softmax(1)
@@ -320,7 +319,7 @@ def test_several_teachers_on_the_command_line(run_main, short, teacher_file, tmp
     assert run.code == 0 and run.out.count("Teacher cifar_resnet") == 2
     assert "names 2 and --teacher_path 1" in run_main(*flags, "--teacher_path", other).err
     run = run_main(*flags, "--teacher_path", both, "--teacher_weights", "1,2,3")
-    assert "--teacher_weights 1,2,3: give 2 number(s)" in run.err
+    assert "--teacher_weights 1,2,3: pass 2 number(s)" in run.err
 
 
 @pytest.mark.parametrize(
@@ -347,18 +346,19 @@ def test_a_smaller_dtype_changes_the_answer_by_its_rounding_only(teacher_file):
     for dtype in (torch.float32, torch.bfloat16):
         loaded = load_teacher("cifar_resnet8", str(teacher_file), 10, "cpu")
         with torch.no_grad():
-            answers.append(Teacher(loaded, config, dtype)(IMAGES).float())
+            answers.append(TeacherAdapter(loaded, config, dtype)(IMAGES).float())
     assert not torch.equal(*answers)
     torch.testing.assert_close(*answers, rtol=0.05, atol=0.05 * answers[0].abs().max().item())
 
 
 def test_a_distilled_student_is_the_next_teacher(run_main, short, kd, tmp_path):
     run_main(*short, *kd, "--model_ema", "true", output_dir=tmp_path / "first")
-    flags = ["--kd", "true", "--teacher_arch", "cifar_resnet8"]
-    flags += ["--teacher_path", tmp_path / "first" / "checkpoint-best.pth"]
+    flags = teacher_flags(tmp_path / "first" / "checkpoint-best.pth")
     run = run_main(*short, *flags)
     assert (
-        run.code == 0 and "'model_ema' (EMA)" in run.out and "(input as the file says)" in run.out
+        run.code == 0
+        and "'model_ema' (EMA)" in run.out
+        and "(input from the checkpoint)" in run.out
     )
 
 
@@ -367,7 +367,6 @@ def test_class_names_travel_in_the_checkpoint(run_main, imnet, tmp_path):
     run_main("--data_path", imnet, *flags, output_dir=tmp_path / "t")
     write_images(tmp_path / "two" / "train", ["cat", "ant"])
     write_images(tmp_path / "two" / "val", ["cat", "ant"])
-    kd = ["--kd", "true", "--teacher_arch", "cifar_resnet8"]
-    kd += ["--teacher_path", tmp_path / "t" / "checkpoint-0.pth"]
+    kd = teacher_flags(tmp_path / "t" / "checkpoint-0.pth")
     run = run_main("--data_path", tmp_path / "two", *flags, *kd)
-    assert run.code == 0 and "2 of them matched by name" in run.out, run.err
+    assert run.code == 0 and "2 matched by name" in run.out, run.err

@@ -7,7 +7,12 @@ from torch import nn
 from torchvision import transforms
 
 import models  # noqa: F401
-from distillation import InputConversion, StudentWithDistillation, Teacher, load_teacher
+from distillation import (
+    InputConversion,
+    StudentWithDistillation,
+    TeacherAdapter,
+    load_teacher,
+)
 
 
 @pytest.fixture
@@ -62,7 +67,7 @@ def test_the_teacher_sees_the_normalisation_it_was_trained_with():
     for_teacher = transforms.Normalize(teacher_config["mean"], teacher_config["std"])(pixels)
     network = Mean()
     network.data_config, network.class_index = teacher_config, None
-    model = StudentWithDistillation(nn.Identity(), Teacher(network, student_config)).train()
+    model = StudentWithDistillation(nn.Identity(), TeacherAdapter(network, student_config)).train()
     torch.testing.assert_close(model(for_student)[1], network(for_teacher), rtol=1e-5, atol=1e-5)
 
 

@@ -1,9 +1,9 @@
 """Kill training with SIGKILL at random moments, start it again, and compare with a run left alone.
 
-    python tests/kill_test.py --kills 20                  # one process
-    python tests/kill_test.py --kills 20 --processes 2    # torchrun
-    python tests/kill_test.py --elastic true              # torchrun restarts a killed worker itself
-    python tests/kill_test.py --fill true                 # filling --teacher_cache, not training
+    python tools/kill_test.py --kills 20                  # one process
+    python tools/kill_test.py --kills 20 --processes 2    # torchrun
+    python tools/kill_test.py --elastic true              # torchrun restarts a killed worker itself
+    python tools/kill_test.py --fill true                 # filling --teacher_cache, not training
 
 Weights, EMA, optimizer state and log.txt must be the same bits. EMA, accumulation, mixup and a
 teacher are on, and a checkpoint is written at every step, so that many kills fall into a write.
@@ -26,7 +26,9 @@ import timm
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from helpers import children_of, is_same, torchrun  # noqa: E402
+
 import models  # noqa: E402, F401
 
 FLAGS = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 320 --batch_size 8
@@ -35,14 +37,9 @@ FLAGS = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 32
 
 
 def command(processes: int, output_dir: Path, teacher: Path, restarts: int = 0) -> list[str]:
-    argv = [sys.executable]
-    if processes > 1:
-        argv += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        argv += [f"--max_restarts={restarts}"]
-    return [
-        *(*argv, "main.py", *FLAGS.split()),
-        *("--teacher_path", str(teacher), "--output_dir", str(output_dir)),
-    ]
+    argv = torchrun(processes, restarts) if processes > 1 else [sys.executable]
+    argv += ["main.py", *FLAGS.split(), "--teacher_path", str(teacher)]
+    return [*argv, "--output_dir", str(output_dir)]
 
 
 def start(argv: list[str]) -> subprocess.Popen:
@@ -51,16 +48,6 @@ def start(argv: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         argv, cwd=ROOT, env=environment, stdout=quiet, stderr=quiet, start_new_session=True
     )
-
-
-def is_same(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(is_same, a, b))
-    return a == b
 
 
 def difference(alone: Path, killed: Path) -> str:
@@ -78,10 +65,10 @@ def difference(alone: Path, killed: Path) -> str:
 def family(pid: int) -> list[int]:
     """A process and all below it, torchrun's workers and their loader workers too (Linux)."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        children = children_of(pid)
     except OSError:
         return [pid]
-    return [pid] + [below for child in children for below in family(int(child))]
+    return [pid] + [below for child in children for below in family(child)]
 
 
 def kill(pid: int) -> None:
@@ -115,8 +102,7 @@ def kill_a_worker(argv: list[str], seconds: float) -> None:
     """Kill one worker of torchrun's group half-way; the group must restart and finish."""
     process = start(argv)
     time.sleep(0.7 * seconds)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     if process.wait() != 0:
         sys.exit(f"torchrun ended with {process.returncode} after one worker was killed")
 

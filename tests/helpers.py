@@ -1,0 +1,95 @@
+"""What several test files and tools share: comparisons, torchrun, folders of images."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import transforms
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+# The flags that every quick run shares; flags given later replace them.
+QUICK = "--device cpu --num_workers 0 --batch_size 16 --model cifar_resnet8".split()
+SHORT = "--train_samples 64 --epochs 2".split()  # four steps per epoch
+
+
+class Run:
+    """One finished run of main.py."""
+
+    def __init__(self, code: int, folder: Path | None, out: str, err: str) -> None:
+        self.code, self.folder, self.out, self.err = code, folder, out, err
+
+    @property
+    def log(self) -> list[dict]:
+        return read_log(self.folder)
+
+    def checkpoint(self, name: object) -> dict:
+        return torch.load(self.folder / f"checkpoint-{name}.pth", weights_only=True)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The records of log.txt, one per epoch."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def teacher_flags(path: object, arch: str = "cifar_resnet8") -> list[str]:
+    """The flags that distil from a file."""
+    return ["--kd", "true", "--teacher_arch", arch, "--teacher_path", str(path)]
+
+
+def is_same(a: object, b: object) -> bool:
+    """Whether two checkpoints, or parts of them, are equal to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(is_same, a, b))
+    return a == b
+
+
+def torchrun(processes: int, restarts: int = 0) -> list[str]:
+    """The beginning of a command line that runs a script in several processes."""
+    argv = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone"]
+    return [*argv, f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
+
+
+def start(argv: list[str], stderr: int = subprocess.STDOUT) -> subprocess.Popen:
+    """Start a command in the project's folder, with one thread and a process group of its own."""
+    return subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started (Linux)."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def evaluation_images(images: list[np.ndarray], config: dict) -> torch.Tensor:
+    """Images as a network with this data configuration sees them in an evaluation."""
+    transform = transforms.eval_transform(config)
+    batch = transforms.collate([(transform(image), 0) for image in images])
+    return transforms.ToNetwork(config, CPU)(batch)
+
+
+def write_images(folder: Path, classes: list[str], count: int = 8, size=(40, 32)) -> None:
+    """Write `count` noisy JPEGs per class, brighter from class to class."""
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            noise = rng.integers(0, 64, (*size, 3), dtype=np.uint8) + 60 * number
+            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{index}.jpg")
