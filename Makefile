@@ -1,8 +1,8 @@
-# make demo: train a teacher, a student without it and one with it, on real digits.
+# make demo: train a teacher, a student without it and a student with it, on real digits.
 # make test: everything that must hold.
-# Each sets up a virtual environment in .venv first, unless it is there already.
+# Each sets up a virtual environment in .venv first, unless it exists already.
 
-PYTHON ?= python3.11
+PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test setup clean
@@ -13,18 +13,20 @@ demo: .venv/run
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python test_kd.py
 	$(BIN)/python -m pytest tests
 
 setup: .venv/run
 
-.venv/run: requirements.txt
+.venv/run: requirements.txt constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 clean:

@@ -17,6 +17,7 @@ from torch import nn
 
 from arguments import is_url, missing_file
 from logs import Progress, scores_of
+from models import classifier_of
 from utils import (
     UserError,
     could_not_write,
@@ -228,7 +229,7 @@ def describe_mismatch(wanted: dict[str, torch.Tensor], found: dict[str, torch.Te
 
 def classifier_name(model: nn.Module) -> str | None:
     """The name of a timm model's classifier among its modules; None where it has none."""
-    classifier = model.get_classifier()
+    classifier = classifier_of(model)
     return next((name for name, module in model.named_modules() if module is classifier), None)
 
 

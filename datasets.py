@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from timm.data import create_dataset
-from torch.utils.data import Dataset, IterableDataset
+from timm.data import IterableImageDataset, create_dataset
+from torch.utils.data import Dataset
 from torchvision.io import decode_jpeg
 
 import utils
@@ -73,6 +74,24 @@ class ImageSource(Dataset):
         }
 
 
+@dataclass
+class StreamSource:
+    """One of timm's streams (wds/…, tfds/…, hfids/…), which can only be read in its own order.
+
+    Args:
+        classes: names of the classes, in the order of the labels.
+    """
+
+    stream: IterableImageDataset
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+
+Source = ImageSource | StreamSource
+
+
 def _image_of_array(images: np.ndarray, index: int) -> np.ndarray:
     image = images[index]
     return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
@@ -99,6 +118,7 @@ def decode(file: Any, name: object) -> np.ndarray:
                 return _rgb(image)
             # The same library as Pillow's and the same pixels, without Pillow's copies: a fifth
             # faster.
+            assert image.fp is not None  # open until the end of the block
             image.fp.seek(0)
             content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
         return decode_jpeg(content).permute(1, 2, 0).numpy()
@@ -162,7 +182,7 @@ def image_folder(folder: str) -> ImageSource:
     return ImageSource(partial(_image_of_path, paths), found.targets, found.classes, paths)
 
 
-def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Dataset:
+def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
     """Any data set of timm's `create_dataset`: a folder or tar, hfds/…, hfids/…, tfds/…, wds/…"""
     if name.lower().startswith(("hfds/", "hfids/")):
         _let_timm_import_hugging_face_datasets()
@@ -181,13 +201,12 @@ def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Dataset:
             f"known are DIGITS, IMNET, image_folder, {', '.join(TORCHVISION_SETS)} and timm's "
             "readers hfds/…, hfids/…, tfds/…, wds/… (each with its own package installed)"
         ) from error
-    if isinstance(data, IterableDataset):
+    if isinstance(data, IterableImageDataset):
         if not args.nb_classes:
             raise UserError(
                 f"--data_set {name}: the classes of a stream cannot be counted; pass --nb_classes"
             )
-        data.classes = [str(label) for label in range(args.nb_classes)]
-        return data
+        return StreamSource(data, [str(label) for label in range(args.nb_classes)])
     reader = data.reader  # the attributes below are internal to timm's readers
     if hasattr(reader, "samples"):
         targets = [target for _, target in reader.samples]
@@ -222,7 +241,7 @@ def _let_timm_import_hugging_face_datasets() -> None:
         sys.path[:] = path
 
 
-def open_split(args: argparse.Namespace, is_train: bool) -> Dataset:
+def open_split(args: argparse.Namespace, is_train: bool) -> Source:
     """Open the training or the test images that --data_set and --data_path name."""
     if args.data_set == "DIGITS":
         return digits(is_train)
@@ -268,13 +287,13 @@ def _image_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> 
 # ------------------------------------------------------------------------- train and validation
 
 
-def open_splits(args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
     """The training images and, where something is evaluated, the validation images.
 
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
     train = open_split(args, is_train=True)
-    val = None
+    val: Source | None = None
     if isinstance(train, ImageSource):
         if args.holdout:
             _check_at_most("--holdout", args.holdout, len(train) - 1)

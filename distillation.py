@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data.constants import (
@@ -91,6 +90,9 @@ class InputConversion(nn.Module):
         source, target: data configurations: mean and std (of RGB in 0…1), input_size (pixels).
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(self, source: dict[str, Any], target: dict[str, Any]) -> None:
         super().__init__()
         self.size = target["input_size"] if target["input_size"] != source["input_size"] else None
@@ -119,12 +121,12 @@ class TeacherAdapter(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, source: dict[str, Any], dtype: torch.dtype = torch.float32
+        self, network: Any, source: dict[str, Any], dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         config, self.class_index = network.data_config, network.class_index
         network = fuse_layers(network, config["input_size"])
-        self.network = network.to(dtype=dtype, memory_format=torch.channels_last)
+        self.network = network.to(dtype).to(memory_format=torch.channels_last)
         self.convert = InputConversion(source, config).to(next(network.parameters()).device)
 
     def train(self, mode: bool = True) -> "TeacherAdapter":
@@ -225,8 +227,8 @@ class StudentWithDistillation(nn.Module):
 
     def no_sync(self) -> AbstractContextManager:
         """DistributedDataParallel's `no_sync` for accumulation steps; nothing on one process."""
-        is_ddp = isinstance(self.student, DistributedDataParallel)
-        return self.student.no_sync() if is_ddp else nullcontext()
+        student = self.student
+        return student.no_sync() if isinstance(student, DistributedDataParallel) else nullcontext()
 
 
 def load_teacher(
@@ -266,7 +268,7 @@ def load_teacher(
         config, config_from = config | dict(input_config), f"{config_from}, except the given values"
     names = teacher_classes or _class_names(checkpoint)
     outputs = len(names) if names and classes else num_classes
-    teacher = models.create_model(arch, outputs, config["input_size"])
+    teacher: Any = models.create_model(arch, outputs, config["input_size"])
     load_weights(
         teacher,
         weights,
@@ -291,7 +293,7 @@ def load_teacher(
 
 def _data_config(arch: str, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """What the teacher was trained to see, and where that is known from."""
-    cfg = timm.models.get_pretrained_cfg(arch)
+    cfg = models.pretrained_cfg(arch)
     config = {"mean": list(cfg.mean), "std": list(cfg.std), "input_size": cfg.input_size[-1]}
     if isinstance(saved := checkpoint.get("data"), dict):  # this project's
         return config | {name: saved[name] for name in config}, "the checkpoint"

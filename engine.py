@@ -1,7 +1,7 @@
 """The loops: one epoch of training, one evaluation. They do not know about distillation."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,6 +65,12 @@ class Schedule:
             group["lr"] = float(self.lr[step]) * group.get("lr_scale", 1.0)
             if group["weight_decay"] > 0:
                 group["weight_decay"] = float(self.weight_decay[step])
+
+
+class LogitsByPlaces(Protocol):
+    """A teacher's logits (B, C) by the places of a batch: a dict, or what is cached on disk."""
+
+    def __getitem__(self, places: range, /) -> torch.Tensor: ...
 
 
 class TrainedModel(Protocol):
@@ -187,7 +193,7 @@ def evaluate(
     model: nn.Module,
     settings: LoopSettings,
     shared: bool = True,
-    teacher_logits: Mapping[range, torch.Tensor] | None = None,
+    teacher_logits: LogitsByPlaces | None = None,
     collect: dict[range, torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """Score a classifier: sums over images divided by their number, for any world and batch size.

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from timm.data import IterableImageDataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 import datasets
 import transforms
 import utils
-from datasets import ImageSource
+from datasets import ImageSource, Source, StreamSource
 from transforms import BlockMixup, HostBatch, PairMixup, Patches, ToNetwork, ToPixels, collate
 from utils import UserError
 
@@ -171,7 +172,7 @@ class Stream:
     """
 
     def __init__(
-        self, stream: IterableDataset, loader_keywords: dict[str, Any], is_train: bool
+        self, stream: IterableImageDataset, loader_keywords: dict[str, Any], is_train: bool
     ) -> None:
         stream.set_loader_cfg(num_workers=loader_keywords["num_workers"])
         self.stream, self.is_train = stream, is_train
@@ -256,8 +257,8 @@ class Data:
 
     train_loader: DeviceLoader
     val_loader: DeviceLoader | None  # None where nothing is evaluated
-    train: Any  # an ImageSource or a stream
-    val: Any
+    train: Source
+    val: Source | None
     classes: list[str]
     config: dict[str, Any]
 
@@ -295,7 +296,7 @@ def build_data(
 
 
 def _eval_loader(
-    val: Dataset,
+    val: Source,
     batch_size: int,
     shared: bool,
     config: dict[str, Any],
@@ -303,9 +304,9 @@ def _eval_loader(
     loader_keywords: dict[str, Any],
 ) -> DeviceLoader:
     transform = transforms.eval_transform(config)
-    if isinstance(val, IterableDataset):
-        val.transform = transform
-        stream = Stream(val, loader_keywords | {"batch_size": batch_size}, is_train=False)
+    if isinstance(val, StreamSource):
+        val.stream.transform = transform
+        stream = Stream(val.stream, loader_keywords | {"batch_size": batch_size}, is_train=False)
         return DeviceLoader(stream, stream, to_network)
     order = EvalBatches(len(val), batch_size, shared)
     images = TransformedImages(val, transform, seed=None)
@@ -314,7 +315,7 @@ def _eval_loader(
 
 
 def _train_loader(
-    train: Dataset,
+    train: Source,
     args: argparse.Namespace,
     config: dict[str, Any],
     to_network: ToNetwork,
@@ -324,14 +325,16 @@ def _train_loader(
 ) -> DeviceLoader:
     transform = transforms.train_transform(args, config)
     mixup = transforms.make_mixup(args, len(train.classes), len(train))
-    if isinstance(train, IterableDataset):
+    if isinstance(train, StreamSource):
         if views:
             raise UserError(
                 f"--teacher_views {views}: needs images in a fixed order, which the stream "
                 f"{args.data_set} does not have; use a folder, or leave the flag out"
             )
-        train.transform = transform
-        stream = Stream(train, loader_keywords | {"batch_size": args.batch_size}, is_train=True)
+        train.stream.transform = transform
+        stream = Stream(
+            train.stream, loader_keywords | {"batch_size": args.batch_size}, is_train=True
+        )
         return DeviceLoader(stream, stream, to_network, mixup)
     count, batch_size, unit = len(train), args.batch_size, None
     if fill:

@@ -254,7 +254,7 @@ class LogitStore:
             self._file.write(self._pending)
             self._pending, self._pending_bytes = [], 0
 
-    def validation_file(self, fingerprint: dict[str, Any], images: int) -> LogitFile:
+    def validation_file(self, fingerprint: list[dict[str, Any]], images: int) -> LogitFile:
         """The file of logits on the validation images, complete and in float32.
 
         Args:

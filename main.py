@@ -28,7 +28,7 @@ from arguments import is_mixed, parse_args, views_of
 from checkpoints import RunState, load_finetune, load_student, read_checkpoint
 from distillation import DistillationLoss, StudentWithDistillation
 from engine import LoopSettings, Schedule, cosine_schedule, evaluate, train_one_epoch
-from loaders import Data, build_data
+from loaders import Data, DeviceLoader, build_data
 from logs import History, Recorder
 from teacher import RunTeacher, fill_store, prepare_teacher
 from utils import UserError, log, name_flags
@@ -88,7 +88,8 @@ def run(argv: list[str] | None) -> None:
     if scored is not None:
         with name_flags(checkpoint="--resume"):
             load_student(scored, args.resume, student, ema)
-        for name, value in evaluate_all(args, data, student, ema, settings).items():
+        assert data.val_loader is not None  # --eval always opens the validation images
+        for name, value in evaluate_all(args, data.val_loader, student, ema, settings).items():
             log(f"{name} {value:.4f}")
         return
 
@@ -156,7 +157,7 @@ def train(
         teacher.flush()
         record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
         if data.val_loader is not None:
-            record |= evaluate_all(args, data, student, ema, settings, teacher)
+            record |= evaluate_all(args, data.val_loader, student, ema, settings, teacher)
         record |= teacher.scores
         recorder.write(record | {"n_parameters": n_parameters})
         improved = state.finish_epoch(epoch, record)
@@ -175,7 +176,7 @@ def train(
 
 def evaluate_all(
     args: argparse.Namespace,
-    data: Data,
+    loader: DeviceLoader,
     student: nn.Module,
     ema: ModelEmaV3 | None,
     settings: LoopSettings,
@@ -190,7 +191,7 @@ def evaluate_all(
     def score(model: nn.Module) -> dict[str, float]:
         if utils.world_size() > 1:
             distribute_bn(model, utils.world_size())  # every rank scores what rank 0 will save
-        return evaluate(data.val_loader, model, settings, args.dist_eval, teacher_logits)
+        return evaluate(loader, model, settings, args.dist_eval, teacher_logits)
 
     record = {f"test_{name}": value for name, value in score(student).items()}
     if ema is not None and (args.model_ema_eval or args.eval):
@@ -226,13 +227,13 @@ def make_student(args: argparse.Namespace, device: torch.device, num_classes: in
         student = models.create_model(args.model, num_classes, args.input_size, args.drop_path)
         if args.head_init_scale != 1:
             with torch.no_grad():
-                for parameter in student.get_classifier().parameters():
+                for parameter in models.classifier_of(student).parameters():
                     parameter.mul_(args.head_init_scale)
         if args.finetune:
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix))
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters")
     # Never slower, and a quarter faster on convolutional networks.
-    return student.to(device=device, memory_format=torch.channels_last)
+    return student.to(device).to(memory_format=torch.channels_last)
 
 
 def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
+import models
 import utils
 from arguments import is_mixed, teachers_of, views_of
 from checkpoints import local_file
 from datasets import ImageSource
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
-from engine import LoopSettings, evaluate
+from engine import LogitsByPlaces, LoopSettings, evaluate
 from flags import AUGMENTATION, MIXING, flags_of_group
-from loaders import Data, image_sample
+from loaders import Data, DeviceLoader, EpochBatches, image_sample
 from logit_store import (
     LogitFile,
     LogitStore,
@@ -47,7 +47,7 @@ class RunTeacher:
     store: LogitStore | None = None
     scores: dict[str, float] = field(default_factory=dict)  # teacher_acc1, teacher_loss
     # Logits on the validation images by the places of each batch.
-    logits: Mapping[range, torch.Tensor] | ValidationLogits | None = None
+    logits: LogitsByPlaces | None = None
 
     def flush(self) -> None:
         """Write the logits that the store still holds in memory."""
@@ -74,32 +74,37 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     """
     if not teachers_of(args):
         return RunTeacher()
-    is_scored = data.val_loader is not None and args.teacher_eval
+    loader = data.val_loader if args.teacher_eval else None
     if not args.teacher_cache:
         network = make_teacher(args, settings.device, data)
-        scores, logits = _score(args, settings, data, network) if is_scored else ({}, None)
-        return RunTeacher(network, None, scores, logits)
+        if loader is None:
+            return RunTeacher(network)
+        scores, logits = _score(args, settings, data, loader, network)
+        # The order of a stream is not promised, so its logits cannot be found again.
+        is_indexable = isinstance(data.val, ImageSource)
+        return RunTeacher(network, None, scores, logits if is_indexable else None)
 
     store = open_teacher_cache(args, data, settings.amp_dtype)
     with name_flags(cache="--teacher_cache"):
         missing = store.check_space(views_of(args))
     cached = None
-    if is_scored:
-        fingerprint = [data.val.fingerprint(), data.config]
-        cached = store.validation_file(fingerprint, len(data.val))
+    if loader is not None and isinstance(data.val, ImageSource):
+        cached = store.validation_file([data.val.fingerprint(), data.config], len(data.val))
     counts = torch.tensor([missing, cached.missing() if cached else 0], device=settings.device)
     utils.all_reduce_(counts, torch.distributed.ReduceOp.MAX)  # one decision for all processes
     missing, unscored = counts.tolist()
-    network = make_teacher(args, settings.device, data) if missing or unscored else None
-    if network is None:
+    source: nn.Module | None = None
+    if missing or unscored:
+        source = make_teacher(args, settings.device, data)
+    else:
         log("All teacher logits are cached; the teacher is not loaded")
-    teacher = RunTeacher(StoredTeacher(store, network if missing else None), store)
-    if cached is not None and network is not None and unscored:
-        teacher.scores, logits = _score(args, settings, data, network)
-        cached.write(list(logits.items()))
-        teacher.logits = ValidationLogits(cached)
-    elif cached is not None:
-        teacher.scores, _ = _score(args, settings, data, cached)
+    teacher = RunTeacher(StoredTeacher(store, source if missing else None), store)
+    if cached is not None and loader is not None:
+        if source is not None and unscored:
+            teacher.scores, logits = _score(args, settings, data, loader, source)
+            cached.write(list(logits.items()))
+        else:
+            teacher.scores, _ = _score(args, settings, data, loader, cached)
         teacher.logits = ValidationLogits(cached)
     return teacher
 
@@ -119,7 +124,7 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
         if args.teacher_norm == "student":
             config |= {name: data.config[name] for name in ("mean", "std")}
         elif args.teacher_norm == "arch":
-            cfg = timm.models.get_pretrained_cfg(arch)
+            cfg = models.pretrained_cfg(arch)
             config |= {"mean": list(cfg.mean), "std": list(cfg.std)}
         with name_flags(architecture="--teacher_arch", checkpoint="--teacher_path"):
             network = load_teacher(
@@ -144,19 +149,22 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
 
 
 def _score(
-    args: argparse.Namespace, settings: LoopSettings, data: Data, source: nn.Module | LogitFile
-) -> tuple[dict[str, float], dict[range, torch.Tensor] | None]:
+    args: argparse.Namespace,
+    settings: LoopSettings,
+    data: Data,
+    loader: DeviceLoader,
+    source: nn.Module | LogitFile,
+) -> tuple[dict[str, float], dict[range, torch.Tensor]]:
     """Score the teacher on the validation images, through the student's own pipeline.
 
     Args:
         source: the network, or its cached logits.
-    Returns: teacher_acc1 and teacher_loss, and the network's logits by the places of each batch;
-        None for a stream, whose order is not promised.
+    Returns: teacher_acc1 and teacher_loss, and the network's logits by the places of each batch.
     Raises: UserError below --teacher_min_acc1.
     """
-    loader = data.val_loader
     logits: dict[range, torch.Tensor] = {}
     if isinstance(source, LogitFile):
+        assert isinstance(data.val, ImageSource)  # only their logits are cached
         batches = ValidationLogits(source).batches(loader.order, data.val.targets, settings.device)
         found = evaluate(batches, nn.Identity(), settings, args.dist_eval)
     else:
@@ -169,8 +177,7 @@ def _score(
         )
     if acc1 < 2 * chance:
         log(f"Warning: the teacher is near chance ({chance:.2f} %); {CAUSES}")
-    is_indexable = isinstance(data.val, ImageSource)
-    return {"teacher_acc1": acc1, "teacher_loss": loss}, logits if is_indexable else None
+    return {"teacher_acc1": acc1, "teacher_loss": loss}, logits
 
 
 # ------------------------------------------------------------------------------ the cache
@@ -185,6 +192,8 @@ def open_teacher_cache(
             f"--teacher_cache {args.teacher_cache}: needs images in a fixed order, which the "
             f"stream {args.data_set} does not have; use a folder, or leave the flag out"
         )
+    order = data.train_loader.order
+    assert isinstance(order, EpochBatches)  # as for every ImageSource
     num_classes = len(data.classes)
     if args.teacher_cache_topk and args.teacher_cache_topk > num_classes:
         raise UserError(
@@ -197,7 +206,7 @@ def open_teacher_cache(
             Path(args.teacher_cache),
             manifest_of(args, data, amp_dtype),
             images=len(data.train),
-            needed=data.train_loader.order.end,
+            needed=order.end,
             row_format=row_format,
         )
 
@@ -227,6 +236,7 @@ def manifest_of(
         names = utils.read_lines(args.teacher_classes) if args.teacher_classes else None
     fields["teacher_path"] = [f"sha256 {_hash_of_file(path)}" for path in files]
     fields["teacher_classes"] = names and hash_of(names)
+    assert isinstance(data.train, ImageSource)
     fields |= data.train.fingerprint()
     fields["augmented"] = image_sample(data.train_loader)
     versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "numpy", "pillow")}
@@ -239,27 +249,31 @@ def _hash_of_file(path: str) -> str:
 
 
 def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: range) -> None:
-    """Compute the teacher's logits for every image of the views that the store lacks.
+    """Compute the teacher's logits for every image of the views that the cache lacks.
 
+    Args:
+        teacher: from `prepare_teacher`, with a cache.
     Raises: utils.Interrupted where a signal asks to stop; what was computed is stored.
     """
-    loader, store = data.train_loader, teacher.store
+    loader, order, stored = data.train_loader, data.train_loader.order, teacher.model
+    assert isinstance(order, EpochBatches) and isinstance(stored, StoredTeacher)
+    store = stored.store
     stopwatch, images_since = Stopwatch(), 0
     for view in views:
         first = store.file_of(view).first_missing(store.needed)
         # Rows before `first` are cached. Ranks take batches in turn, hence the division by world
         # size.
-        loader.set_epoch(view, first // (loader.order.batch_size * utils.world_size()))
+        loader.set_epoch(view, first // (order.batch_size * utils.world_size()))
         for number, batch in enumerate(loader, start=1):
             with torch.inference_mode(), settings.autocast():
-                teacher.model(batch.images, batch.key)
+                stored(batch.images, batch.key)
             images_since += len(batch.images) * utils.world_size()
             if number % 50 == 0 or number == len(loader):
                 done = f"{batch.places.stop:,}/{store.needed:,}"
                 log(f"View {view} [{done}]  {stopwatch.rate(images_since):.0f} images/s")
                 images_since = 0
             if signal_number := utils.received_signal():
-                teacher.flush()
+                store.flush()
                 when = f"a batch of view {view}"
                 raise utils.Interrupted(signal_number, when, store.folder)
-        teacher.flush()
+        store.flush()

@@ -174,7 +174,8 @@ def train_transform(args: argparse.Namespace, config: dict[str, Any]) -> ToPixel
         is_training=True,
         use_prefetcher=True,  # leaves normalisation and erasing to us
         hflip=args.hflip,
-        color_jitter=args.color_jitter or None,  # with 0 the step would do nothing, slowly
+        # None, since with 0 the step would do nothing, slowly; timm's own annotation lacks None.
+        color_jitter=args.color_jitter or None,  # type: ignore[arg-type]
         auto_augment=args.aa or None,
         interpolation=args.train_interpolation,
         mean=config["mean"],  # the colour of what a rotation uncovers
@@ -370,20 +371,21 @@ class PairMixup:
         kept = np.where(self.is_cut[pairs], 0.0, self.lam[pairs])
         lam = 1 - (1 - kept) * (bottom - top) * (right - left) / (height * width)
         numbers = torch.from_numpy(np.stack([top, bottom, left, right, kept, lam]))  # (6, P)
-        numbers = numbers.to(images.device, torch.float32, non_blocking=True)
-        top, bottom, left, right, kept, lam = numbers[:, :, None].unbind()  # (P, 1) each
-        y, x = (torch.arange(side, device=images.device) for side in (height, width))
-        rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)  # (P, H), (P, W)
+        numbers = numbers.to(images.device, torch.float32, non_blocking=True)[:, :, None]
+        y = torch.arange(height, device=images.device)
+        x = torch.arange(width, device=images.device)
+        rows = (y >= numbers[0]) & (y < numbers[1])  # (P, H)
+        columns = (x >= numbers[2]) & (x < numbers[3])  # (P, W)
         box = (rows[:, :, None] & columns[:, None]).float()  # (P, H, W)
-        weight = (1 - box * (1 - kept[:, :, None]))[:, None, None]  # (P, 1, 1, H, W)
+        weight = 1 - box * (1 - numbers[4][:, :, None])  # (P, H, W)
 
         couples = images.unflatten(0, (-1, 2))  # (P, 2, 3, H, W)
-        mixed = torch.lerp(couples.flip(1), couples, weight).flatten(0, 1)
+        mixed = torch.lerp(couples.flip(1), couples, weight[:, None, None]).flatten(0, 1)
         off = self.label_smoothing / self.num_classes
         labels = torch.full((len(targets), self.num_classes), off, device=images.device)  # (B, C)
         labels = labels.scatter_(1, targets[:, None], 1 - self.label_smoothing + off)
         labels = labels.unflatten(0, (-1, 2))  # (P, 2, C)
-        soft = torch.lerp(labels.flip(1), labels, lam[:, None]).flatten(0, 1)
+        soft = torch.lerp(labels.flip(1), labels, numbers[5][:, None]).flatten(0, 1)
         return mixed.contiguous(memory_format=torch.channels_last), soft
 
 

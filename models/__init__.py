@@ -4,6 +4,8 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import PretrainedCfg
+from torch import nn
 
 from arguments import unknown_architecture
 from utils import UserError, first_line
@@ -17,9 +19,20 @@ def check_architecture(arch: str) -> None:
         raise UserError(unknown_architecture(arch, timm.list_models()), "architecture")
 
 
-def create_model(
-    arch: str, num_classes: int, input_size: int, drop_path: float = 0.0
-) -> torch.nn.Module:
+def pretrained_cfg(arch: str) -> PretrainedCfg:
+    """What timm knows of an architecture's released weights: mean, std, input_size and more."""
+    cfg = timm.models.get_pretrained_cfg(arch)
+    if cfg is None:
+        raise UserError(f"{arch}: timm has no description of this architecture", "architecture")
+    return cfg
+
+
+def classifier_of(model: nn.Module) -> nn.Module:
+    """The last layer of a timm model; nn.Identity where it has none."""
+    return model.get_classifier()  # type: ignore[operator]
+
+
+def create_model(arch: str, num_classes: int, input_size: int, drop_path: float = 0.0) -> nn.Module:
     """timm's `create_model` with only the keywords that this architecture takes.
 
     Returns: the network in training mode, for images (B, 3, input_size, input_size).
@@ -28,7 +41,7 @@ def create_model(
     """
     check_architecture(arch)
     keywords: dict[str, Any] = {"num_classes": num_classes}
-    cfg = timm.models.get_pretrained_cfg(arch)
+    cfg = pretrained_cfg(arch)
     if cfg.fixed_input_size and cfg.input_size[-1] != input_size:
         keywords["img_size"] = input_size
     if drop_path:

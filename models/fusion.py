@@ -30,7 +30,7 @@ def fuse_layers(network: nn.Module, size: int) -> nn.Module:
     weight = next(network.parameters())
     fused = reparameterize_model(network).to(weight).requires_grad_(False).eval()
     names = {module: name for name, module in fused.named_modules()}
-    pairs = []  # (convolution, the BatchNorm that takes its output)
+    pairs: list[tuple[Any, Any]] = []  # (convolution, the BatchNorm that takes its output)
 
     def mark(conv: nn.Module, inputs: Any, output: Any) -> None:
         output.made_by = conv

@@ -53,5 +53,5 @@ def test_a_vit_is_built_for_the_size_asked_for():
 
 
 def test_an_image_too_small_for_the_network_is_told_before_training():
-    with pytest.raises(UserError, match="input_size"):
+    with pytest.raises(UserError, match="larger input size"):
         models.create_model("convnext_atto", 10, 8)

@@ -44,6 +44,14 @@ def test_the_log_has_one_line_an_epoch_with_the_promised_keys(run_main, short, k
     assert run.log[0]["n_parameters"] == 78042
 
 
+def test_a_plain_run_has_no_distillation_column(run_main, short, kd, tmp_path):
+    plain = run_main(*short, output_dir=tmp_path / "plain")
+    assert " kd " not in plain.out and "Model cifar_resnet8: 78,042 parameters" in plain.out
+    assert "train_kd" not in plain.log[0] and plain.log[0]["train_ce"] > 0
+    distilled = run_main(*short, *kd, output_dir=tmp_path / "distilled")
+    assert " ce " in distilled.out and " kd " in distilled.out
+
+
 def test_checkpoints_hold_plain_values_and_no_teacher(run_main, short, kd, tmp_path):
     run = run_main(
         *short, *kd, "--model_ema", "true", "--model_ema_eval", "true", output_dir=tmp_path
@@ -51,6 +59,7 @@ def test_checkpoints_hold_plain_values_and_no_teacher(run_main, short, kd, tmp_p
     for name in (1, "best", "best-ema"):
         saved = run.checkpoint(name)
         assert {"model", "model_ema", "optimizer", "scaler", "epoch", "args"} <= saved.keys()
+        assert saved["format"] == checkpoints.FORMAT == 1
         assert saved["model"].keys() == saved["model_ema"].keys()
         assert sum(v.numel() for k, v in saved["model"].items() if "num_batches" not in k) < 80_000
         assert saved["args"]["kd_alpha"] == 0.7 and saved["data"]["classes"][3] == "3"
@@ -80,6 +89,44 @@ def test_a_file_whose_epoch_is_a_word_gives_its_weights(run_main, short, tmp_pat
     run = run_main(*short, *still, "--resume", tmp_path / "b.pth", output_dir=tmp_path / "second")
     assert run.code == 0 and "the schedule starts from the beginning" in run.out, run.err
     assert torch.equal(run.checkpoint(1)["model"]["fc.weight"], first["model"]["fc.weight"])
+
+
+@pytest.mark.parametrize("teacher", [False, True], ids=["plain", "distilled"])
+def test_a_checkpoint_from_before_the_format_number_is_resumed(
+    run_main, short, kd, tmp_path, monkeypatch, teacher
+):
+    """Inside an epoch too, where it held the sums of loss, ce and kd without their names."""
+    flags = [*short, *(kd if teacher else []), "--save_ckpt_steps", 2]
+    whole = run_main(*flags, output_dir=tmp_path / "whole")
+
+    def stop(*args, **kwargs):
+        raise utils.UserError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("main.evaluate_all", stop)
+        assert "stopped here" in run_main(*flags, output_dir=tmp_path / "old").err
+    path = tmp_path / "old" / checkpoints.INSIDE_EPOCH
+    saved = torch.load(path, weights_only=True)
+    del saved["format"]
+    sums = saved["progress"]["sums"]
+    values = [sums["loss"], sums["ce"], sums.get("kd", 0.0)]
+    saved["progress"]["sums"] = values + ([sums["teacher_acc1"]] if teacher else [])
+    torch.save(saved, path)
+    resumed = run_main(*flags, output_dir=tmp_path / "old")
+    assert resumed.code == 0 and "2 steps of the next" in resumed.out, resumed.err
+    assert resumed.log[1] == whole.log[1]
+    shared = whole.log[0].keys() - {"train_kd"} if not teacher else whole.log[0].keys()
+    assert {key: resumed.log[0][key] for key in shared} == {
+        key: whole.log[0][key] for key in shared
+    }
+    assert is_same(resumed.checkpoint(1)["model"], whole.checkpoint(1)["model"])
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(run_main, short, tmp_path):
+    saved = run_main(*short, output_dir=tmp_path).checkpoint(1)
+    torch.save(saved | {"format": 2}, tmp_path / "newer.pth")
+    run = run_main(*short, "--resume", tmp_path / "newer.pth")
+    assert run.code == 2 and "written by a newer version (format 2; this version reads" in run.err
 
 
 def test_nothing_is_saved_where_it_is_not_wanted(run_main, short, tmp_path):
@@ -166,7 +213,7 @@ def test_eval_gives_the_score_that_training_logged(run_main, short, tmp_path):
     scored = run_main(
         "--eval", "true", "--resume", tmp_path / "checkpoint-1.pth", "--batch_size", 7
     )
-    assert scored.code == 2 and "pairs" in scored.err  # 7 is odd, and mixup is the default
+    assert scored.code == 2 and "even batch size" in scored.err  # mixup is the default
     scored = run_main(
         "--eval", "true", "--resume", tmp_path / "checkpoint-1.pth", "--batch_size", 22
     )
@@ -356,7 +403,7 @@ def test_on_the_cpu_freed_memory_is_kept_for_the_next_step():
     faults = """
 import resource, sys, torch, utils
 utils.keep_freed_memory()
-for turn in range(9):
+for turn in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)  # 64 MiB, 16,384 pages
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -364,4 +411,5 @@ for turn in range(9):
     argv = [sys.executable, "-c", faults]
     out = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     counts = list(map(int, out.stdout.split()))
-    assert len(counts) == 9 and statistics.median(counts) < 1000, out.stdout + out.stderr
+    # The heap grows for some turns until a freed block fits; then nothing is fetched any more.
+    assert len(counts) == 40 and statistics.median(counts[20:]) < 1000, out.stdout + out.stderr

@@ -16,6 +16,7 @@ from helpers import is_same, teacher_flags
 
 import datasets
 import logit_store
+import main
 import teacher
 from logit_store import LogitFile, RowFormat
 from utils import UserError
@@ -133,6 +134,59 @@ def test_a_store_filled_in_parts_without_training_serves_a_run(run_main, kd, tmp
     cached = run_main(*flags, *cache, output_dir=tmp_path / "cached")
     for a, b in zip(online.log, cached.log, strict=True):
         assert a == pytest.approx(b, rel=1e-4)  # the filling had batches of another size
+
+
+class FetchesAhead:
+    """A loader that has always fetched one batch more than it has given."""
+
+    def __init__(self, loader) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        ahead = next(batches, None)
+        while ahead is not None:
+            batch, ahead = ahead, next(batches, None)
+            yield batch
+
+
+@pytest.mark.parametrize("fill", [True, False], ids=["filled alone", "filled while training"])
+def test_a_loader_that_fetches_ahead_writes_and_reads_the_right_rows(
+    run_main, kd, tmp_path, monkeypatch, fill
+):
+    """Views change between epochs, and batches are short of a whole view: 4 batches and a half."""
+    flags = [*SHORT, *kd, "--mixup_mode", "pair", "--teacher_cache_dtype", "float32"]
+    first = [*flags, "--teacher_cache_only", str(fill)]
+    cache, ahead = tmp_path / "cache", tmp_path / "ahead"
+    expected = run_main(*flags, "--teacher_cache", cache, output_dir=tmp_path / "expected")
+    if fill:
+        shutil.rmtree(cache)
+        run_main(*first, "--teacher_cache", cache)
+    real = main.build_data
+
+    def build_data(*args, **kwargs):
+        data = real(*args, **kwargs)
+        data.train_loader = FetchesAhead(data.train_loader)
+        data.val_loader = FetchesAhead(data.val_loader)
+        return data
+
+    monkeypatch.setattr(main, "build_data", build_data)
+    assert run_main(*first, "--teacher_cache", ahead).code == 0
+    names = sorted(path.name for path in cache.glob("v*"))
+    assert names == sorted(path.name for path in ahead.glob("v*")) and len(names) == 6
+    for name in names:
+        assert (cache / name).read_bytes() == (ahead / name).read_bytes()
+    read = run_main(*flags, "--teacher_cache", ahead, output_dir=tmp_path / "read")
+    assert "the teacher is not loaded" in read.out
+    for a, b in zip(read.log, expected.log, strict=True):
+        # A cache filled alone was computed in batches of another size.
+        assert a == (pytest.approx(b, rel=1e-4) if fill else b)
 
 
 def test_what_is_missing_of_a_view_is_made_again(run_main, kd, tmp_path):

@@ -13,6 +13,7 @@ from distillation import (
     TeacherAdapter,
     load_teacher,
 )
+from logit_store import StoredTeacher
 
 
 @pytest.fixture
@@ -46,6 +47,41 @@ def test_without_a_teacher_training_returns_none_for_it(pair):
     student, _ = pair
     logits, teacher_logits = StudentWithDistillation(student, None).train()(torch.randn(2, 3, 8, 8))
     assert logits.shape == (2, 10) and teacher_logits is None
+
+
+CASTS = {
+    "nothing": lambda model: model,
+    "train": lambda model: model.train(),
+    "eval and train": lambda model: model.eval().train(),
+    "to": lambda model: model.to("cpu", torch.float64),
+    "double": lambda model: model.double(),
+    "half": lambda model: model.half().float(),
+    "to channels_last": lambda model: model.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_raw_teacher_is_frozen_and_in_eval_mode_whatever_becomes_of_the_wrapper(cast):
+    """The teacher comes as any network does: in training mode, with gradients."""
+    student = timm.create_model("cifar_resnet8", num_classes=10)
+    teacher = timm.create_model("cifar_resnet20", num_classes=10)
+    assert teacher.training and next(teacher.parameters()).requires_grad
+    model = CASTS[cast](StudentWithDistillation(student, teacher)).train()
+    statistics = teacher.bn1.running_mean.clone()
+    dtype = next(model.parameters()).dtype
+    student_logits, teacher_logits = model(torch.randn(4, 3, 16, 16, dtype=dtype))
+    assert student_logits.dtype == teacher_logits.dtype == dtype
+    student_logits.sum().backward()
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not any(module.training for module in teacher.modules())
+    assert torch.equal(teacher.bn1.running_mean, statistics) and not teacher_logits.requires_grad
+    assert all(module.training for module in student.modules())
+
+
+def test_cached_logits_are_not_looked_up_without_the_key_of_a_batch():
+    model = StudentWithDistillation(nn.Identity(), StoredTeacher(None, None)).train()
+    with pytest.raises(ValueError, match="pass its key"):
+        model(torch.zeros(2, 3, 8, 8))
 
 
 class Mean(nn.Module):
