@@ -132,8 +132,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return self.batches_in_epoch - self.first_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = view_order(self.seed, self.view, self.count).tolist()
-        for batch in range(self.first_batch, self.batches_in_epoch):
+        batches = range(self.first_batch, self.batches_in_epoch)
+        order = view_order(self.seed, self.view, self.count).tolist() if batches else []
+        for batch in batches:
             yield [(self.view, order[place]) for place in self.places(batch)]
 
 
@@ -161,7 +162,7 @@ class EvalBatches(Sampler[list[tuple[int, int]]]):
         return self.batches_in_epoch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in range(len(self)):
+        for batch in range(self.first_batch, self.batches_in_epoch):
             yield [(0, index) for index in self.places(batch)]
 
 
@@ -232,6 +233,19 @@ class DeviceLoader:
         """Choose the epoch, and the batch to begin with where part of the epoch is done."""
         self.order.set_epoch(epoch, first_batch)
 
+    def start_workers(self) -> None:
+        """Fork the loader workers now, while this process has few threads.
+
+        Collectives leave threads behind that enter Python for a moment, to release a tensor. A fork
+        at that moment can leave the new worker waiting for a lock of the interpreter for ever
+        (CPython up to 3.11), and every process of the run with it.
+        """
+        if isinstance(self.host_batches, DataLoader) and self.host_batches.num_workers:
+            self.order.first_batch = self.order.batches_in_epoch  # an epoch without batches
+            for _ in self.host_batches:
+                pass
+            self.order.first_batch = 0
+
     def __len__(self) -> int:
         return self.order.batches_in_epoch - self.order.first_batch
 
@@ -292,6 +306,9 @@ def build_data(
         val_loader = _eval_loader(
             val, batch_size, args.dist_eval, config, to_network, loader_keywords
         )
+        val_loader.start_workers()
+    if not args.eval:
+        train_loader.start_workers()
     return Data(train_loader, val_loader, train, val, train.classes, config)
 
 

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 import argparse
 import copy
 import math
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -45,7 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     except utils.Interrupted as stop:
         log(f"Stopped: {stop}")
         return stop.exit_code
+    except KeyboardInterrupt:  # the second one: the first asks for a checkpoint
+        print("main.py: stopped at once; nothing more was saved", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     finally:
+        utils.end_workers()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0

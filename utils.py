@@ -1,6 +1,7 @@
 """What every other file may use: errors, processes, signals, randomness and small files."""
 
 import ctypes
+import multiprocessing
 import os
 import random
 import shutil
@@ -211,6 +212,22 @@ def leave_signals_to_the_trainer(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # SIGALRM ends the worker
+
+
+def end_workers() -> None:
+    """Kill the loader workers that are left at the end of a run.
+
+    After an error its traceback still refers to the loaders, so their workers go on, and Python's
+    exit would wait a minute for them: they ignore the signal that asks them to end (see above).
+    """
+    has_handler = hasattr(signal, "SIGCHLD")  # not on Windows
+    # torch's handler would take the end of a worker for a crash.
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if has_handler else None
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    if has_handler:
+        signal.signal(signal.SIGCHLD, previous)
 
 
 def received_signal() -> int:

@@ -1,4 +1,4 @@
-"""Images per second of the input pipeline on one core, stage by stage, and the ConvNeXt script's.
+"""Speed of the input pipeline on one core, stage by stage, next to that of the ConvNeXt script.
 
 Both read the same JPEG files with the full default augmentation: ours up to normalised images on
 the device, theirs as ImageFolder, timm's create_transform and the default collate make them.
@@ -7,7 +7,7 @@ the device, theirs as ImageFolder, timm's create_transform and the default colla
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,19 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import default_collate
 
+import arguments
 import datasets
-import main
+import loaders
 import transforms
 
 COUNT, BATCH = 64, 32
 CPU = torch.device("cpu")
+THEIRS = "all: ImageFolder + timm's transforms + collate"
+OURS = "all: this project"
 
 
-def photographs(folder: Path) -> None:
-    """Write JPEGs of ImageNet's usual size, 500 x 375 pixels and some 110 kB."""
+def write_photographs(folder: Path) -> None:
+    """Write synthetic JPEGs of ImageNet's usual size, 500 x 375 pixels."""
     rng = np.random.default_rng(0)
     for index in range(COUNT):
         pixels = np.zeros((375, 500, 3))
@@ -43,12 +46,12 @@ def photographs(folder: Path) -> None:
 
 
 def stages(folder: Path) -> dict[str, Callable[[int], None]]:
-    """What to time; each works through all images once, in the round that it is given."""
-    args = main.parse_args(["--data_path", str(folder), "--num_workers", "0"])
-    main.follow_defaults(args, None)
-    config = transforms.data_config(args) | {"classes": ["0", "1"]}
+    """What to time: each function works through all images once, given the number of the round."""
+    args = arguments.parse_args(["--data_path", str(folder), "--num_workers", "0"])
+    config = transforms.data_config(args)
     theirs = create_transform(
-        *(args.input_size, True),
+        args.input_size,
+        is_training=True,
         hflip=args.hflip,
         auto_augment=args.aa,
         interpolation=args.train_interpolation,
@@ -58,60 +61,60 @@ def stages(folder: Path) -> dict[str, Callable[[int], None]]:
         mean=config["mean"],
         std=config["std"],
     )
-    image_folder = torchvision.datasets.ImageFolder(str(folder), theirs)
-    source = datasets._folder(str(folder), "--data_path")
-    ours = datasets.TransformedImages(source, transforms.train_transform(args, config), 0)
-    finish = datasets.DeviceLoader(None, None, config, CPU)._images
-    crop, *rest = ours.transform.steps.transforms
+    their_images = torchvision.datasets.ImageFolder(str(folder), theirs)
+    source = datasets.image_folder(str(folder))
+    our_images = loaders.TransformedImages(source, transforms.train_transform(args, config), seed=0)
+    to_network = transforms.ToNetwork(config, CPU)
+    crop, *colour_steps = our_images.transform.steps.transforms
+    pillow_crop, *_ = theirs.transforms
 
     decoded = [source[index][0] for index in range(COUNT)]
     cropped = [crop(image) for image in decoded]
-    pillow_crop, *_ = theirs.transforms
     pictures = [Image.fromarray(image) for image in decoded]
-    items = [ours[0, index] for index in range(COUNT)]
+    items = [our_images[0, index] for index in range(COUNT)]
 
-    def each(function: Callable, values: Any) -> Callable[[int], None]:
+    def each(function: Callable, values: Sequence) -> Callable[[int], None]:
         def run(view: int) -> None:
             for value in values:
-                function(value)  # its result is let go, as a training loop does
+                function(value)  # its result is freed at once, as in a training loop
 
         return run
 
-    def batches(values: Any) -> list:
+    def in_batches(values: Sequence) -> list[Sequence]:
         return [values[start : start + BATCH] for start in range(0, COUNT, BATCH)]
 
-    def colours(image: Image.Image) -> Image.Image:
-        for step in rest:
+    def change_colours(image: Image.Image) -> Image.Image:
+        for step in colour_steps:
             image = step(image)
         return image
 
-    def whole(view: int) -> None:
-        for batch in batches(range(COUNT)):
-            finish(datasets.collate([ours[view, index] for index in batch]))
+    def run_ours(view: int) -> None:
+        for indices in in_batches(range(COUNT)):
+            to_network(transforms.collate([our_images[view, index] for index in indices]))
 
     return {
         "decode": each(lambda index: source[index], range(COUNT)),
         "crop and resize (torch)": each(crop, decoded),
-        "crop and resize (Pillow, timm's)": each(pillow_crop, pictures),
-        "flip and RandAugment": each(colours, cropped),
+        "crop and resize (Pillow, as in timm)": each(pillow_crop, pictures),
+        "flip and RandAugment": each(change_colours, cropped),
         "pixels, collate, normalise, erase": each(
-            lambda batch: finish(datasets.collate(batch)), batches(items)
+            lambda batch: to_network(transforms.collate(batch)), in_batches(items)
         ),
-        "ImageFolder + timm + collate": each(
-            lambda batch: default_collate([image_folder[index] for index in batch]),
-            batches(range(COUNT)),
+        THEIRS: each(
+            lambda indices: default_collate([their_images[index] for index in indices]),
+            in_batches(range(COUNT)),
         ),
-        "this project": whole,
+        OURS: run_ours,
     }
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Milliseconds an image of each stage, and the ratio of the two whole pipelines."""
+    """Milliseconds per image of each stage, and the ratio of the two whole pipelines."""
     torch.set_num_threads(1)
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        photographs(folder)
+        write_photographs(folder)
         size = statistics.mean(path.stat().st_size for path in folder.rglob("*.jpg"))
         timed = stages(folder)
         for round_number in range(-1, rounds):  # one to warm up
@@ -120,9 +123,9 @@ def measure(rounds: int) -> dict[str, Any]:
                 run(round_number + 1)  # each round draws anew
                 if round_number >= 0:
                     times.setdefault(stage, []).append((time.perf_counter() - started) / COUNT)
-    pairs = zip(times["ImageFolder + timm + collate"], times["this project"], strict=True)
+    pairs = zip(times[THEIRS], times[OURS], strict=True)
     return {
-        "kB a file": size / 1000,
+        "kB per file": size / 1000,
         "ms": {stage: 1000 * statistics.median(values) for stage, values in times.items()},
         "ratio": statistics.median(theirs / ours for theirs, ours in pairs),
     }

@@ -3,8 +3,8 @@
     python benchmarks/run.py                      # everything, some minutes
     python benchmarks/run.py steps --rounds 5     # one part: steps, pipeline or processes
 
-Every figure is a median over rounds that take all variants in turn; compare ratios, since machines
-differ.
+Every figure is a median over rounds, and each round runs all variants. Compare ratios, since
+machines differ.
 """
 
 import argparse
@@ -22,6 +22,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from benchmarks import pipeline, processes, steps  # noqa: E402
 
+PARTS = ("steps", "pipeline", "processes")
+
 
 def machine() -> str:
     """A line that names processor, GPU and versions."""
@@ -34,50 +36,60 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {processor}, {gpu}, {versions}"
 
 
+def print_row(*cells: object) -> None:
+    """Print a row of a table in Markdown."""
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
 def show_steps(rows: list[dict[str, Any]]) -> None:
-    ratios = [name for name in rows[0] if "/" in name]
-    print("\nTraining step, milliseconds; then ratios\n")
-    print("| student ← teacher | " + " | ".join([*steps.VARIANTS, *ratios]) + " |")
-    print("| --- |" + " --- |" * (len(steps.VARIANTS) + len(ratios)))
-    for row in rows:
-        name = f"{row['student']} ← {row['teacher']}, {row['pixels']} px, batch {row['batch_size']}"
-        name += "" if row["input"] == "in memory" else f", {row['input']}"
-        cells = [f"{row['ms'][variant]:.1f}" for variant in steps.VARIANTS]
-        cells += [f"{row[ratio]:.3f}" for ratio in ratios]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    """Print a table with a column per pair of student and teacher."""
+    print("\nTraining step, student ← teacher\n")
+    print_row("", *(f"{row['student']} ← {row['teacher']}" for row in rows))
+    print_row(*["---"] * (1 + len(rows)))
+    print_row("input", *(row["input"] for row in rows))
+    print_row("pixels, batch size", *(f"{row['pixels']}, {row['batch_size']}" for row in rows))
+    print_row("**milliseconds per step**", *[""] * len(rows))
+    for variant in steps.VARIANTS:
+        print_row(variant, *(f"{row['ms'][variant]:.1f}" for row in rows))
+    print_row("**ratios**", *[""] * len(rows))
+    for name in rows[0]["ratios"]:
+        print_row(name, *(f"{row['ratios'][name]:.3f}" for row in rows))
 
 
 def show_pipeline(result: dict[str, Any]) -> None:
-    print(f"\nInput, one core, 500 x 375 JPEGs of {result['kB a file']:.0f} kB to 224 pixels\n")
-    print("| stage | ms an image | images/s |\n| --- | --- | --- |")
+    """Print a table with a row per stage."""
+    size = result["kB per file"]
+    print(f"\nInput pipeline, one core, 500 x 375 JPEGs of {size:.0f} kB, to 224 pixels\n")
+    print_row("stage", "ms per image", "images per second")
+    print_row("---", "---", "---")
     for stage, ms in result["ms"].items():
-        print(f"| {stage} | {ms:.2f} | {1000 / ms:.0f} |")
-    print(f"\nRatio of the two pipelines, median of rounds: {result['ratio']:.2f}")
+        print_row(stage, f"{ms:.2f}", f"{1000 / ms:.0f}")
+    print(f"\nRatio of the two whole pipelines, median of rounds: {result['ratio']:.2f}")
 
 
-def show_processes(result: dict[str, Any]) -> None:
-    print("\nWhole processes\n\n| what | |\n| --- | --- |")
-    for name, value in result.items():
-        if isinstance(value, dict):
-            for variant, mib in value.items():
-                print(f"| {name}: {variant} | {mib:.0f} |")
-        else:
-            print(f"| {name} | {value:.2f} |")
+def show_processes(result: dict[str, dict[str, float]]) -> None:
+    """Print a table with a row per measurement."""
+    print("\nStart-up time and memory\n")
+    print_row("whole process of `main.py`", "")
+    print_row("---", "---")
+    for name, seconds in result["seconds"].items():
+        print_row(name, f"{seconds:.2f} s")
+    for name, mib in result["MiB"].items():
+        print_row(name, f"{mib:.0f} MiB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ("steps", "pipeline", "processes")
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", default="benchmarks.json", help="file to write")
     args = parser.parse_args()
-    if unknown := set(args.parts) - set(parts):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
-    chosen = args.parts or parts
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    chosen = args.parts or PARTS
     print(machine(), flush=True)
     result: dict[str, Any] = {"machine": machine(), "rounds": args.rounds}
     if "processes" in chosen:  # first: the others take memory and cores

@@ -1,12 +1,12 @@
-"""Time of a training step: alone, with the teacher, with its stored logits, and in timm's task.
+"""Time of a training step: alone, with the teacher, with cached logits, and in timm's task.
 
-Every variant runs in the project's own loop, engine.train_one_epoch, on images that lie in memory,
-the last pair also on digits as a run loads and augments them. Rounds go over the variants in
-changing order, and ratios are medians over rounds. "timm", with its defaults, has a process of its
-own, since it leaves the memory allocator as it is.
+Every variant runs in the project's own loop, engine.train_one_epoch, on images that lie in memory;
+for the last pair, on digits that are loaded and augmented as in a run. Each round runs all variants
+in an order of its own, and ratios are medians over rounds. "timm", with its defaults, has a process
+of its own, since it leaves the memory allocator as it is.
 
-Where a process's memory happens to lie makes 1 % of difference to steps of a few milliseconds, so
-the smallest pair is measured in several processes, one after another.
+The place of a process's memory changes steps of a few milliseconds by 1 %, so the smallest pair is
+measured in several processes, one after another.
 """
 
 import multiprocessing
@@ -15,11 +15,15 @@ import shlex
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
@@ -27,58 +31,85 @@ from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
 from torch import nn
 
-import datasets
+import arguments
 import engine
-import main
-from distillation import DistillationLoss, StudentWithDistillation, Teacher
+import loaders
+import logs
+import utils
+from distillation import DistillationLoss, StudentWithDistillation, TeacherAdapter
 from examples import digits_demo
+from loaders import Batch
 from logit_store import LogitStore, RowFormat, StoredTeacher
-from utils import keep_freed_memory
 
-# student, teacher, pixels, classes, batch size, steps a round (None: all digits); processes
+
+class Pair(NamedTuple):
+    """A student and a teacher, and what is measured of them."""
+
+    student: str
+    teacher: str
+    pixels: int
+    classes: int
+    batch_size: int
+    steps: int | None  # per round; None: as many as all digits make, loaded as in a run
+    processes: int = 1
+
+
 PAIRS = (
-    (("vit_tiny_patch16_224", "vit_small_patch16_224", 224, 1000, 8, 2), 1),
-    (("convnext_atto", "convnext_pico", 160, 1000, 8, 4), 1),
-    (("resnet18", "resnet50", 128, 1000, 16, 3), 1),
-    (("cifar_resnet8", "cifar_resnet20", 8, 10, 50, 50), 8),
-    (("cifar_resnet8", "cifar_resnet20", 8, 10, 50, None), 4),
+    Pair("vit_tiny_patch16_224", "vit_small_patch16_224", 224, 1000, batch_size=8, steps=2),
+    Pair("convnext_atto", "convnext_pico", 160, 1000, batch_size=8, steps=4),
+    Pair("resnet18", "resnet50", 128, 1000, batch_size=16, steps=3),
+    Pair("cifar_resnet8", "cifar_resnet20", 8, 10, batch_size=50, steps=50, processes=8),
+    Pair("cifar_resnet8", "cifar_resnet20", 8, 10, batch_size=50, steps=None, processes=4),
 )
-# "teacher" is timm's network as it is, "teacher, fused" the one that this project asks.
+# "teacher" is timm's network as it is; "teacher, fused" is the one that this project asks.
 VARIANTS = (
-    *("plain", "online", "cached", "teacher", "teacher, fused"),
-    *("timm", "timm, our settings"),
+    "plain",
+    "online",
+    "cached",
+    "teacher",
+    "teacher, fused",
+    "timm",
+    "timm, our settings",
 )
+ALPHA, TEMPERATURE = 0.7, 4.0
 
 
 class MemoryLoader:
-    """A few batches on the device; tells their places as datasets.DeviceLoader does."""
+    """A few random batches that lie on the device."""
 
     def __init__(
-        self, size: int, classes: int, batch: int, steps: int, device: torch.device, layout: Any
+        self, pair: Pair, steps: int, device: torch.device, layout: torch.memory_format
     ) -> None:
         generator = torch.Generator().manual_seed(0)
-        shape = (batch, 3, size, size)
-        self.images = [torch.randn(shape, generator=generator).to(device) for _ in range(steps)]
-        self.images = [images.to(memory_format=layout) for images in self.images]
-        labels = torch.rand((steps, batch, classes), generator=generator)
-        self.targets = labels.softmax(dim=2).to(device)  # soft, as after mixup
-        self.batches_in_epoch, self.view, self.places = steps, 0, range(0)
+        size, shape = pair.batch_size, (pair.batch_size, 3, pair.pixels, pair.pixels)
+        images = [torch.randn(shape, generator=generator).to(device) for _ in range(steps)]
+        labels = torch.rand((steps, size, pair.classes), generator=generator)
+        targets = labels.softmax(dim=2).to(device)  # soft, as after mixup
+        self.batches = [
+            Batch(
+                images=images[step].to(memory_format=layout),
+                targets=targets[step],
+                view=0,
+                places=range(step * size, (step + 1) * size),
+            )
+            for step in range(steps)
+        ]
 
-    def set_epoch(self, epoch: int, first_batch: int) -> None:
-        pass
+    @property
+    def batches_in_epoch(self) -> int:
+        return len(self.batches)
 
-    def __iter__(self):
-        for number, batch in enumerate(zip(self.images, self.targets, strict=True)):
-            start = number * len(batch[0])
-            self.places = range(start, start + len(batch[0]))
-            yield batch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Every epoch shows the same batches."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
 
 
-def digits(batch: int, device: torch.device) -> Any:
+def digits_loader(batch_size: int, device: torch.device) -> loaders.DeviceLoader:
     """All training digits as the demo shows them, by the project's own loader."""
-    args = main.parse_args([*shlex.split(digits_demo.COMMON), "--batch_size", str(batch)])
-    main.follow_defaults(args, None)
-    return datasets.build_data(args, device).train_loader
+    flags = [*shlex.split(digits_demo.COMMON), "--batch_size", str(batch_size)]
+    return loaders.build_data(arguments.parse_args(flags), device).train_loader
 
 
 class TimmTask(nn.Module):
@@ -86,76 +117,91 @@ class TimmTask(nn.Module):
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
+        self.student = student
         self.task = LogitDistillationTask(
-            *(student, teacher, SoftTargetCrossEntropy()),
-            task_loss_weight=0.3,
-            temperature=4.0,
+            student,
+            teacher,
+            SoftTargetCrossEntropy(),
+            task_loss_weight=1 - ALPHA,
+            temperature=TEMPERATURE,
             device=next(student.parameters()).device,
             verbose=False,
         )
-        self.teacher_is_frozen = teacher.requires_grad_(False)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, images: torch.Tensor, key: tuple[int, range]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.images = images
-        return images[0, 0, 0], None
+        return images[0, 0, 0], None  # in place of logits, which timm's task does not return
 
-    def loss(self, first: Any, none: None, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    def loss(
+        self, instead_of_logits: torch.Tensor, none: torch.Tensor | None, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         out = self.task(self.images, targets)
         return out["loss"], {"ce": out["task_loss"].detach(), "kd": out["kd_loss"].detach()}
+
+    def no_sync(self) -> AbstractContextManager:
+        return nullcontext()
 
 
 class Runner:
     """One variant of one pair, ready to be timed."""
 
-    def __init__(self, variant: str, pair: tuple, folder: Path, device: torch.device) -> None:
-        student_arch, teacher_arch, size, classes, batch, steps = pair
+    def __init__(self, variant: str, pair: Pair, folder: Path, device: torch.device) -> None:
+        self.variant, self.device = variant, device
         torch.manual_seed(0)
-        sized = {"img_size": size} if "vit" in student_arch else {}
-        student = timm.create_model(student_arch, num_classes=classes, **sized).to(device)
-        network = timm.create_model(teacher_arch, num_classes=classes, **sized).to(device).eval()
-        network.requires_grad_(False)
+        # timm's own defaults neither reorder the memory nor fuse the optimizer.
+        has_our_settings = variant != "timm"
+        layout = torch.channels_last if has_our_settings else torch.contiguous_format
+        sized: dict[str, Any] = {"img_size": pair.pixels} if "vit" in pair.student else {}
+        student: Any = timm.create_model(pair.student, num_classes=pair.classes, **sized)
+        network: Any = timm.create_model(pair.teacher, num_classes=pair.classes, **sized)
+        student = student.to(device).to(memory_format=layout)
+        network = network.to(device).to(memory_format=layout).eval().requires_grad_(False)
         cfg = student.pretrained_cfg
+        network.data_config = {"mean": cfg["mean"], "std": cfg["std"], "input_size": pair.pixels}
         network.class_index = None
-        network.data_config = {"mean": cfg["mean"], "std": cfg["std"], "input_size": size}
-        is_ours = variant != "timm"
-        layout = torch.channels_last if is_ours else torch.contiguous_format
-        student = student.to(memory_format=layout)
-        network = network.to(memory_format=layout)
-        self.variant, self.device, self.epoch = variant, device, 0
-        if steps:
-            self.loader = MemoryLoader(size, classes, batch, steps, device, layout)
+        self.loader: loaders.Loader
+        if pair.steps:
+            self.loader = MemoryLoader(pair, pair.steps, device, layout)
         else:
-            self.loader = digits(batch, device)
+            self.loader = digits_loader(pair.batch_size, device)
         self.steps = self.loader.batches_in_epoch
-        self.images = [images for images, _ in self.loader]  # the teacher alone waits for no loader
-        self.settings = engine.LoopSettings(device, None, 1, None, 0, print_freq=1000)
+        self.images = [batch.images for batch in self.loader]  # so that no teacher waits for them
+        fused: dict[str, Any] = {"fused": True} if has_our_settings else {}
         self.optimizer = create_optimizer_v2(
-            student, opt="adamw", lr=1e-4, weight_decay=0.05, **({"fused": True} if is_ours else {})
+            student, opt="adamw", lr=1e-4, weight_decay=0.05, **fused
         )
-        teacher: Any = Teacher(network, network.data_config)
+        self.model: engine.TrainedModel
+        self.loss: engine.Criterion
+        self.teacher = network  # asked as it is, where the variant is "teacher"
         if variant.startswith("timm"):
-            self.model = TimmTask(student, network)
-            self.model.student = student
-            self.loss = self.model.loss
-            self.model.no_sync = None
-        else:
-            alpha = 0.0 if variant == "plain" else 0.7
-            self.loss = DistillationLoss(SoftTargetCrossEntropy(), alpha, 4.0)
+            self.model = task = TimmTask(student, network)
+            self.loss = task.loss
+        elif variant == "plain":
+            self.model = StudentWithDistillation(student, None)
+            self.loss = DistillationLoss(SoftTargetCrossEntropy(), 0.0, TEMPERATURE)
+        elif variant == "teacher, fused":
+            self.teacher = TeacherAdapter(network, network.data_config)
+        elif variant != "teacher":
+            teacher: Any = TeacherAdapter(network, network.data_config)
             if variant == "cached":
-                images = batch * self.steps
-                form = folder, images, images, RowFormat(classes, "float16")
-                store = LogitStore(*form)
-                for inputs, _ in self.loader:
-                    with torch.inference_mode():
-                        store.keep(0, self.loader.places, teacher(inputs))
-                store.flush()
-                # Opened again, as by a later run, which finds the view whole.
-                teacher = StoredTeacher(LogitStore(*form), self.loader, None)
-            self.model = StudentWithDistillation(student, None if variant == "plain" else teacher)
-        self.teacher = network if variant == "teacher" else teacher
+                teacher = self._cached(teacher, pair, folder)
+            self.model = StudentWithDistillation(student, teacher)
+            self.loss = DistillationLoss(SoftTargetCrossEntropy(), ALPHA, TEMPERATURE)
+
+    def _cached(self, teacher: nn.Module, pair: Pair, folder: Path) -> StoredTeacher:
+        """The teacher's logits on disk, complete, as a later run finds them."""
+        images, row_format = pair.batch_size * self.steps, RowFormat(pair.classes, "float16")
+        store = LogitStore(folder, images, images, row_format)
+        for batch in self.loader:
+            with torch.inference_mode():
+                store.put(batch.view, batch.places, teacher(batch.images))
+        store.flush()
+        return StoredTeacher(LogitStore(folder, images, images, row_format), None)
 
     def seconds(self) -> float:
-        """Of one step, a round's mean."""
+        """Mean time of one step in a round."""
         started = time.perf_counter()
         if self.variant.startswith("teacher"):
             for images in self.images:
@@ -168,42 +214,64 @@ class Runner:
         return (time.perf_counter() - started) / self.steps
 
     def _train(self) -> None:
-        constant = engine.np.full((self.epoch + 1) * self.steps, 1e-4)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=False)
-        schedule = engine.Schedule(constant, constant)
+        constant = np.full(self.steps, 1e-4)
         engine.train_one_epoch(
-            *(self.model, self.loss, self.loader, self.optimizer, scaler, schedule),
-            *(self.epoch, self.settings),
+            model=self.model,
+            criterion=self.loss,
+            loader=self.loader,
+            optimizer=self.optimizer,
+            scaler=torch.amp.GradScaler(self.device.type, enabled=False),
+            schedule=engine.Schedule(constant, constant),
+            epoch=0,
+            settings=engine.LoopSettings(
+                device=self.device,
+                amp_dtype=None,
+                update_freq=1,
+                clip_grad=None,
+                seed=0,
+                print_freq=1000,
+            ),
         )
 
 
 class RunnerElsewhere:
     """A Runner in a process of its own, which waits while the others run."""
 
-    def __init__(self, *args: Any) -> None:
-        self.variant = args[0]
+    def __init__(self, variant: str, pair: Pair, folder: Path, device: torch.device) -> None:
+        self.variant = variant
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        context.Process(target=self.serve, args=(other, *args), daemon=True).start()
+        args = (other, variant, pair, folder, device)
+        context.Process(target=self.serve, args=args, daemon=True).start()
         other.close()  # the child's alone, so that its end is an error here and not a wait
 
     @staticmethod
-    def serve(pipe: Any, *args: Any) -> None:
-        engine.log = lambda *words: None
-        runner = Runner(*args)
+    def serve(
+        pipe: Connection, variant: str, pair: Pair, folder: Path, device: torch.device
+    ) -> None:
+        """Run rounds for as long as the other end of the pipe asks for them."""
+        silence_the_loop()
+        runner = Runner(variant, pair, folder, device)
         while pipe.recv():
             pipe.send(runner.seconds())
 
     def seconds(self) -> float:
+        """Mean time of one step in a round."""
         self.pipe.send(True)
         return self.pipe.recv()
 
     def stop(self) -> None:
+        """End the process."""
         self.pipe.send(False)
 
 
+def silence_the_loop() -> None:
+    """Keep the loop from printing its lines, in this process."""
+    logs.log = lambda *words: None
+
+
 def measure(rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """One row a pair: milliseconds of each variant, and the ratios that matter.
+    """One row per pair: milliseconds of each variant, and the ratios that matter.
 
     Args:
         rounds: in each process.
@@ -211,22 +279,24 @@ def measure(rounds: int, device: torch.device) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     one_process = partial(_times, rounds=rounds, device=device)
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
-        return [_row(pair, list(fresh.map(one_process, [pair] * n))) for pair, n in PAIRS]
+        return [_row(pair, list(fresh.map(one_process, [pair] * pair.processes))) for pair in PAIRS]
 
 
-def _times(pair: tuple, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of a step of each variant in each round."""
-    engine.log = lambda *words: None  # the loop's own lines
+def _times(pair: Pair, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds per step of each variant in each round."""
+    silence_the_loop()
     if device.type == "cpu":
-        keep_freed_memory()  # as utils.init_process does
-    with tempfile.TemporaryDirectory() as folder:
-        common = pair, Path(folder), device
-        runners = [Runner(variant, *common) for variant in VARIANTS if variant != "timm"]
-        elsewhere = RunnerElsewhere("timm", *common)
+        utils.keep_freed_memory()  # as main.run does
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runners: list[Runner | RunnerElsewhere] = [
+            Runner(variant, pair, folder, device) for variant in VARIANTS if variant != "timm"
+        ]
+        elsewhere = RunnerElsewhere("timm", pair, folder, device)
         runners.append(elsewhere)
         times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for round_number in range(-2, rounds):  # two to warm up
-            # Shuffled, since what ran before leaves the caches its own way.
+            # Shuffled, since what ran before leaves the processor's caches its own way.
             for runner in random.Random(round_number).sample(runners, len(runners)):
                 seconds = runner.seconds()
                 if round_number >= 0:
@@ -235,7 +305,7 @@ def _times(pair: tuple, rounds: int, device: torch.device) -> dict[str, list[flo
     return times
 
 
-def _row(pair: tuple, processes: list[dict[str, list[float]]]) -> dict[str, Any]:
+def _row(pair: Pair, processes: list[dict[str, list[float]]]) -> dict[str, Any]:
     def seconds(variant: str) -> list[float]:
         return [value for times in processes for value in times[variant]]
 
@@ -244,17 +314,19 @@ def _row(pair: tuple, processes: list[dict[str, list[float]]]) -> dict[str, Any]
         return statistics.median(first / sum(others) for first, *others in rounds)
 
     return {
-        "student": pair[0],
-        "teacher": pair[1],
-        "pixels": pair[2],
-        "classes": pair[3],
-        "batch_size": pair[4],
-        "input": "in memory" if pair[5] else "all digits, loaded and augmented as in a run",
+        "student": pair.student,
+        "teacher": pair.teacher,
+        "pixels": pair.pixels,
+        "classes": pair.classes,
+        "batch_size": pair.batch_size,
+        "input": "in memory" if pair.steps else "all digits, with loader",
         "processes": len(processes),
         "ms": {variant: 1000 * statistics.median(seconds(variant)) for variant in VARIANTS},
-        "cached / plain": ratio("cached", "plain"),
-        "online / parts": ratio("online", "plain", "teacher"),
-        "online / parts, fused": ratio("online", "plain", "teacher, fused"),
-        "online / timm": ratio("online", "timm"),
-        "online / timm, our settings": ratio("online", "timm, our settings"),
+        "ratios": {
+            "cached / plain": ratio("cached", "plain"),
+            "online / parts": ratio("online", "plain", "teacher"),
+            "online / parts, fused": ratio("online", "plain", "teacher, fused"),
+            "online / timm": ratio("online", "timm"),
+            "online / timm, our settings": ratio("online", "timm, our settings"),
+        },
     }
