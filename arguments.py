@@ -8,7 +8,7 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,16 @@ NATIVE_SIZE = {"DIGITS": 8, "MNIST": 28, "FashionMNIST": 28, "CIFAR": 32, "CIFAR
 MIRRORED_CHANGES_MEANING = {"DIGITS", "MNIST"}
 SMALL = 64  # below this side, images are padded and cropped as for CIFAR, at one scale
 TORCHVISION_SETS = ("CIFAR", "CIFAR10", "MNIST", "FashionMNIST")
+
+# Flags that say where and how a run computes and what it writes, not what it computes. They are
+# neither taken from a checkpoint nor compared with it.
+NOT_RECIPE = frozenset(
+    "given output_dir log_dir resume auto_resume start_epoch device teacher_device num_workers "
+    "pin_mem compile dist_url local_rank eval use_ema dist_eval save_ckpt save_ckpt_freq "
+    "save_ckpt_num save_ckpt_steps".split()
+)
+# Flags that name the data. A checkpoint knows its data by its contents, which may have moved.
+DATA_FLAGS = ("data_set", "data_path", "eval_data_path", "holdout", "nb_classes")
 
 
 def parse_args(
@@ -34,12 +44,39 @@ def parse_args(
     parser = get_args_parser()
     parser.set_defaults(**(saved or {}))
     args = parser.parse_args(argv)
+    args.given = given_flags(argv)
     check_distillation(parser, args)
     check_numbers(parser, args)
     fill_defaults(args)
     check_combinations(parser, args)
     check_names(parser, args)
     return args
+
+
+def given_flags(argv: list[str] | None) -> list[str]:
+    """Names of the flags that a command line sets, whatever their values."""
+    parser = get_args_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return sorted(vars(parser.parse_args(argv)))
+
+
+def follow_checkpoint(
+    saved_args: Mapping[str, Any], given: Collection[str], is_eval: bool
+) -> dict[str, Any]:
+    """What a run takes from the arguments in a checkpoint where the command line says nothing.
+
+    Args:
+        is_eval: take the model and the data, but not the recipe of training.
+    Returns: values for `parse_args(argv, saved=…)`.
+    """
+    skipped = set(NOT_RECIPE)
+    if {"data_set", "data_path"} & set(given):
+        skipped |= set(DATA_FLAGS)  # other data: none of the old flags belongs to it
+    known = {action.dest for action in get_args_parser()._actions} - skipped
+    if is_eval:
+        known &= {"model", "input_size", "batch_size", *DATA_FLAGS}
+    return {name: value for name, value in saved_args.items() if name in known}
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
@@ -194,7 +231,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         require("eval_data_path", bool(args.eval_data_path), remedy)
     remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"
     require("warmup_epochs", args.warmup_epochs <= args.epochs, remedy)
-    if is_mixed(args):
+    if is_mixed(args) and not args.eval:
         remedy = "mixup and cutmix need an even batch size, or pass --mixup 0 --cutmix 0"
         require("batch_size", args.batch_size % 2 == 0, remedy)
     require("resume", bool(args.resume) or not args.eval, "--eval true needs a checkpoint to score")

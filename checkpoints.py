@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from arguments import is_url, missing_file
+import utils
+from arguments import DATA_FLAGS, NOT_RECIPE, is_url, missing_file
 from logs import Progress, scores_of
 from models import classifier_of
 from utils import (
@@ -233,6 +235,34 @@ def classifier_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is classifier), None)
 
 
+RAW_KEYS = ("model", "state_dict")
+EMA_KEYS = ("model_ema", "state_dict_ema")
+
+
+def weight_keys(checkpoint: Any, use_ema: str = "auto") -> tuple[tuple[str, ...], str]:
+    """Where to look for a network's weights, best first, and why where there was a choice.
+
+    Args:
+        use_ema: 'true' for the EMA, 'false' for the raw weights, 'auto' for those with the better
+            recorded accuracy, else the EMA.
+    """
+    if use_ema != "auto":
+        return (EMA_KEYS if use_ema == "true" else RAW_KEYS), ""
+    saved: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
+    has_both = any(isinstance(saved.get(key), dict) for key in EMA_KEYS) and any(
+        isinstance(saved.get(key), dict) for key in RAW_KEYS
+    )
+    scores = saved.get("scores") or {}
+    raw, ema = scores.get("test_acc1"), scores.get("test_acc1_ema")
+    if not has_both:
+        return EMA_KEYS + RAW_KEYS, ""
+    if raw is None or ema is None:
+        return EMA_KEYS + RAW_KEYS, ", chosen without recorded accuracies; see use_ema"
+    if raw > ema:
+        return RAW_KEYS, f", recorded accuracy {raw:.2f} %, that of the EMA {ema:.2f} %"
+    return EMA_KEYS, f", recorded accuracy {ema:.2f} %, that of the raw weights {raw:.2f} %"
+
+
 def load_finetune(model: nn.Module, path: str, keys: str, prefix: str) -> str:
     """Load pre-trained weights into `model`; a classifier of other classes stays as initialised.
 
@@ -250,12 +280,14 @@ def load_finetune(model: nn.Module, path: str, keys: str, prefix: str) -> str:
     return f"Fine-tuning from {path}: {weights.description}{new}"
 
 
-def load_student(checkpoint: Any, path: str, student: nn.Module, ema: ModelEmaV3 | None) -> None:
-    """Load a checkpoint's student and, where it holds one, its moving average.
+def load_network(
+    checkpoint: Any, path: str, network: nn.Module, keys: tuple[str, ...] = RAW_KEYS
+) -> None:
+    """Load the weights of a run's checkpoint into a network of the same architecture.
 
     Raises: UserError for a checkpoint of another model or from a newer version of this project.
     """
-    weights = find_weights(checkpoint, path, ("model", "state_dict"))
+    weights = find_weights(checkpoint, path, keys)
     if checkpoint.get("format", 0) > FORMAT:
         raise UserError(
             f"{path}: written by a newer version (format {checkpoint['format']}; this version "
@@ -263,9 +295,7 @@ def load_student(checkpoint: Any, path: str, student: nn.Module, ema: ModelEmaV3
             "checkpoint",
         )
     remedy = "the checkpoint is of another model: pass its --model, or another --output_dir"
-    load_weights(student, weights, remedy=remedy)
-    if ema is not None:
-        ema.module.load_state_dict(checkpoint.get("model_ema") or student.state_dict())
+    load_weights(network, weights, remedy=remedy)
 
 
 # ---------------------------------------------------------------------- the files of a run
@@ -289,6 +319,26 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         raise could_not_write(path, error) from error
 
 
+def files_of_run(folder: Path) -> list[Path]:
+    """The checkpoints and the log of a run in a folder."""
+    found = [*sorted(folder.glob("checkpoint-*.pth")), folder / "log.txt"]
+    return [path for path in found if path.exists()]
+
+
+def move_aside(folder: Path) -> None:
+    """Move the files of an earlier run, where there are any, into a new folder `earlier-<n>`."""
+    files = files_of_run(folder)
+    if not files:
+        return
+    number = 1
+    while (aside := folder / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in files:
+        os.replace(path, aside / path.name)
+    log(f"Moved the {len(files)} files of an earlier run to {aside}")
+
+
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-<epoch>.pth` files of a folder, newest epoch first."""
     found = [p for p in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", p.stem)]
@@ -299,12 +349,31 @@ def _epoch_of(path: Path) -> int:
     return int(path.stem.removeprefix("checkpoint-"))
 
 
+def saved_args(checkpoint: Any) -> dict[str, Any]:
+    """The arguments in a checkpoint of this project; none for any other file."""
+    is_ours = isinstance(checkpoint, dict) and isinstance(checkpoint.get("data"), dict)
+    args = checkpoint.get("args") if is_ours else None
+    return args if isinstance(args, dict) else {}
+
+
+def _can_resume(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds a run, and not only weights as releases do."""
+    # The ConvNeXt script's best checkpoint has the word 'best' for its epoch.
+    return "optimizer" in checkpoint and isinstance(checkpoint.get("epoch"), int)
+
+
+def list_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """'--lr 0.001 → 0.002, --seed 0 → 1'"""
+    return ", ".join(f"--{name} {old} → {new}" for name, (old, new) in changes.items())
+
+
 class RunState:
     """Everything that a restart needs: collected into checkpoints, and restored from them.
 
     Args:
         args: the arguments of the run, plain values only, so that `weights_only=True` reads them.
         data_config: what the student is shown (see transforms.data_config), and the class names.
+        images: what tells the training images from others (ImageSource.identity).
     """
 
     def __init__(
@@ -315,9 +384,11 @@ class RunState:
         scaler: torch.amp.GradScaler,
         args: dict[str, Any],
         data_config: dict[str, Any],
+        images: dict[str, Any] | None = None,
     ) -> None:
         self.student, self.ema, self.optimizer, self.scaler = student, ema, optimizer, scaler
-        self.args, self.data_config = dict(args), data_config
+        self.args, self.data_config, self.images = dict(args), data_config, images or {}
+        self.changes: dict[str, tuple[Any, Any]] = {}  # of the recipe since the resumed checkpoint
         self.epoch = -1  # the last finished epoch
         self.best: dict[str, float] = {}  # checkpoint name -> accuracy it was saved with
         self.scores: dict[str, float] = {}  # of the last epoch
@@ -339,9 +410,12 @@ class RunState:
             checkpoint, path = self._newest(Path(output_dir))
         if checkpoint is None:
             return start_epoch
-        load_student(checkpoint, path, self.student, self.ema)
-        # Releases hold weights alone; the ConvNeXt script's best has the word 'best' for its epoch.
-        if "optimizer" not in checkpoint or not isinstance(checkpoint.get("epoch"), int):
+        self._compare(checkpoint, path)
+        load_network(checkpoint, path, self.student)
+        if self.ema is not None:
+            saved = checkpoint.get("model_ema") or self.student.state_dict()
+            self.ema.module.load_state_dict(saved)
+        if not _can_resume(checkpoint):
             log(
                 f"Weights of {path}: no optimizer state or epoch in the file; the schedule starts "
                 "from the beginning"
@@ -370,6 +444,58 @@ class RunState:
         scores = ", ".join(f"{name} {score:.2f} %" for name, score in self.best.items()) or "none"
         log(f"Resumed from {path}: epoch {self.epoch} is done{inside}; best so far: {scores}")
         return self.epoch + 1
+
+    def _compare(self, checkpoint: Any, path: str) -> None:
+        """Refuse a checkpoint of other data or another model; report another recipe once.
+
+        A finished run is refused under another recipe, since its scores belong to the old recipe.
+        """
+        was = saved_args(checkpoint)
+        if not was:
+            return  # a release, or a file of another project
+        remedy = "pass the same as before, or another --output_dir to start from the beginning"
+        data = utils.changes(checkpoint["data"], self.data_config)
+        if "classes" in data:
+            old, new = data["classes"]
+            other = sorted(set(old) ^ set(new)) or new
+            what = f"was trained on other classes ({few(other)})"
+            raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
+        for name, (old, new) in data.items():
+            what = f"was trained with {name} {old}, but this run uses {new}"
+            raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
+        recipe = utils.changes(was, self.args)
+        for name in ("model", "kd", "opt"):
+            if name in recipe:
+                old, new = recipe[name]
+                what = f"was trained with --{name} {old}, but this run uses {new}"
+                raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
+        skipped = NOT_RECIPE | set(DATA_FLAGS)
+        self.changes = {name: change for name, change in recipe.items() if name not in skipped}
+        if images := utils.changes(checkpoint.get("images", {}), self.images):
+            old, new = images.get("images", ("", ""))
+            count = f"{old} images, now {new}" if old != new else "as many, but not the same"
+            what = f"was trained on other images ({count})"
+            if self.changes:
+                what += f"; these flags differ: {list_changes(self.changes)}"
+            raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
+        if not _can_resume(checkpoint):
+            return
+        epochs = checkpoint["epoch"] + 1
+        is_finished = epochs >= self.args["epochs"] and not checkpoint.get("progress")
+        if is_finished and self.changes:
+            raise UserError(
+                f"{path}: this run is finished ({epochs} epochs) and was trained with another "
+                f"recipe ({list_changes(self.changes)}); pass another --output_dir, or the same "
+                "recipe",
+                "checkpoint",
+            )
+        if is_finished:
+            log(
+                f"This run was finished already ({epochs} epochs). To train again, pass another "
+                "--output_dir; to train longer, pass a larger --epochs"
+            )
+        elif self.changes:
+            log(f"Warning: resumed with another recipe: {list_changes(self.changes)}")
 
     def _newest(self, folder: Path) -> tuple[Any, str]:
         """The newest complete checkpoint of a folder and its path; (None, '') without any."""
@@ -449,6 +575,7 @@ class RunState:
             "world_size": world_size(),
             "args": self.args,
             "data": self.data_config,
+            "images": self.images,
             "best": self.best,
             "scores": self.scores,
         }

@@ -58,6 +58,11 @@ class ImageSource(Dataset):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.load(index), int(self.targets[index])
 
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the earlier one, wherever the files are."""
+        found = self.fingerprint()
+        return {name: found[name] for name in ("images", "labels", "image_names")}
+
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell two sources apart without reading their images."""
         names = np.arange(len(self)) if self.names is None else self.names
@@ -287,6 +292,33 @@ def _image_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> 
 # ------------------------------------------------------------------------- train and validation
 
 
+def open_validation(args: argparse.Namespace) -> Source:
+    """The validation images alone: the held-out training images with --holdout.
+
+    Raises: UserError for images that are missing.
+    """
+    if not args.holdout:
+        return open_split(args, is_train=False)
+    args = argparse.Namespace(**{**vars(args), "train_samples": None})
+    _, val = open_splits(args)
+    assert val is not None  # with --holdout
+    return val
+
+
+def match_classes(wanted: list[str], known: list[str]) -> list[int] | None:
+    """Positions of the wanted class names among the known names; None for all in order.
+
+    Raises: UserError that lists names that are not known.
+    """
+    if missing := [name for name in wanted if name not in known]:
+        raise UserError(
+            f"the data has classes that the checkpoint does not know ({few(missing)}); its classes "
+            f"are {few(known)}. Use data of the same classes",
+            "classes",
+        )
+    return None if wanted == known else [known.index(name) for name in wanted]
+
+
 def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
     """The training images and, where something is evaluated, the validation images.
 
@@ -308,7 +340,7 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
         raise UserError(
             f"--holdout and --train_samples need an indexable data set; {args.data_set} is a stream"
         )
-    if val is None and (args.eval or not args.disable_eval):
+    if val is None and not args.disable_eval:
         val = open_split(args, is_train=False)
         _check_same_classes(train.classes, val.classes)
     if args.nb_classes and args.nb_classes != len(train.classes):

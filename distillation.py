@@ -20,13 +20,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from checkpoints import find_weights, load_weights, read_checkpoint
+from checkpoints import find_weights, load_weights, read_checkpoint, weight_keys
 from losses import kl_divergence
 from models.fusion import fuse_layers
 from utils import UserError, few, unwrap
-
-# EMA weights first: whoever kept an average while training would deploy the average.
-TEACHER_KEYS = ("model_ema", "state_dict_ema", "model", "state_dict")
 
 
 class DistillationLoss(nn.Module):
@@ -109,6 +106,23 @@ class InputConversion(nn.Module):
         if self.size:
             images = F.interpolate(images, (self.size,) * 2, mode="bicubic", antialias=True)
         return images
+
+
+class SelectClasses(nn.Module):
+    """A network whose logits are put into the order of other classes.
+
+    Args:
+        index: which of its outputs stand for those classes; None for all in order.
+    """
+
+    def __init__(self, network: nn.Module, index: list[int] | None) -> None:
+        super().__init__()
+        self.network, self.index = network, index
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C)"""
+        logits = self.network(images)
+        return logits if self.index is None else logits[:, self.index]
 
 
 class TeacherAdapter(nn.Module):
@@ -240,11 +254,12 @@ def load_teacher(
     classes: Sequence[str] | None = None,
     teacher_classes: Sequence[str] | None = None,
     input_config: Mapping[str, Any] | None = None,
+    use_ema: str = "auto",
 ) -> nn.Module:
     """Create a timm architecture, load a checkpoint into it strictly, and freeze it.
 
     The file may come from this project, timm, a ConvNeXt, DeiT or RepDistiller release, or be a
-    bare state_dict or a .safetensors file. Where it holds EMA weights, those are loaded.
+    bare state_dict or a .safetensors file.
 
     Args:
         arch: a timm architecture name.
@@ -254,6 +269,8 @@ def load_teacher(
         classes: names of the data's classes in order, to match with the teacher's by name.
         teacher_classes: names of the teacher's classes, where the file does not hold them.
         input_config: any of mean, std and input_size, to overrule what the file or timm says.
+        use_ema: 'true' for the EMA weights in the file, 'false' for the raw weights, 'auto' for
+            those with the better recorded accuracy, else the EMA.
     Returns: the network in eval mode, its parameters without gradient, with three more attributes:
         `data_config` (mean, std and input_size that it was trained with), `class_index` (which of
         its outputs stand for the data's classes, None for all in order) and `origin` (a line that
@@ -261,7 +278,8 @@ def load_teacher(
     Raises: UserError for an unknown architecture or a file that does not fit it or the data.
     """
     checkpoint = read_checkpoint(path)
-    weights = find_weights(checkpoint, path, TEACHER_KEYS)
+    keys, reason = weight_keys(checkpoint, use_ema)
+    weights = find_weights(checkpoint, path, keys)
     models.check_architecture(arch)
     config, config_from = _data_config(arch, checkpoint)
     if input_config:
@@ -284,7 +302,7 @@ def load_teacher(
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))
     teacher.origin = (
-        f"Teacher {arch} from {path}: {weights.description}, {parameters:,} parameters, "
+        f"Teacher {arch} from {path}: {weights.description}{reason}, {parameters:,} parameters, "
         f"{outputs} classes ({order}), {config['input_size']} px, mean {mean}, std {std} "
         f"(input from {config_from})"
     )

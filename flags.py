@@ -398,12 +398,18 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="folder for checkpoints and log.txt; nothing is saved where this is empty",
     )
     add("--log_dir", help="folder for TensorBoard files (default: none)")
-    add("--resume", default="", help="checkpoint to resume from, or to score with --eval true")
+    add(
+        "--resume",
+        default="",
+        help="checkpoint to resume from, or to score with --eval true; flags that are not given "
+        "follow the checkpoint",
+    )
     add(
         "--auto_resume",
         type=str2bool,
         default=True,
-        help="resume from the newest checkpoint in --output_dir",
+        help="resume from the newest checkpoint in --output_dir; false moves the files of the "
+        "earlier run aside",
     )
     add("--save_ckpt", type=str2bool, default=True, help="save checkpoints")
     add("--save_ckpt_freq", type=int, default=1, help="epochs between two checkpoints")
@@ -416,6 +422,14 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval", type=str2bool, default=False, help="score the checkpoint of --resume and exit")
+    add(
+        "--use_ema",
+        default="auto",
+        choices=("auto", "true", "false"),
+        help="which weights of a checkpoint with an EMA to use as a teacher: the better ones by "
+        "their recorded accuracy, else the EMA (auto), the EMA (true) or the raw weights (false); "
+        "--eval true scores both with auto",
+    )
     add(
         "--crop_pct",
         type=float,

@@ -291,44 +291,47 @@ def build_data(
     train, val = datasets.open_splits(args)
     config = transforms.data_config(args) | {"classes": train.classes}
     to_network = ToNetwork(config, device)
-    loader_keywords = {
+    loader_keywords = _loader_keywords(args, device)
+    train_loader = _train_loader(train, args, config, to_network, loader_keywords, views, fill)
+    val_loader = None
+    if val is not None:
+        val_loader = build_eval_loader(args, val, config, device)
+    train_loader.start_workers()
+    return Data(train_loader, val_loader, train, val, train.classes, config)
+
+
+def _loader_keywords(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    _check_shared_memory(args)
+    return {
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and device.type == "cuda",
         "persistent_workers": args.num_workers > 0,
         "worker_init_fn": utils.leave_signals_to_the_trainer,
         "collate_fn": collate,
     }
-    _check_shared_memory(args)
-    train_loader = _train_loader(train, args, config, to_network, loader_keywords, views, fill)
-    val_loader = None
-    if val is not None:
-        batch_size = 2 * args.batch_size  # no activations are kept for a backward pass
-        val_loader = _eval_loader(
-            val, batch_size, args.dist_eval, config, to_network, loader_keywords
-        )
-        val_loader.start_workers()
-    if not args.eval:
-        train_loader.start_workers()
-    return Data(train_loader, val_loader, train, val, train.classes, config)
 
 
-def _eval_loader(
-    val: Source,
-    batch_size: int,
-    shared: bool,
-    config: dict[str, Any],
-    to_network: ToNetwork,
-    loader_keywords: dict[str, Any],
+def build_eval_loader(
+    args: argparse.Namespace, val: Source, config: dict[str, Any], device: torch.device
 ) -> DeviceLoader:
-    transform = transforms.eval_transform(config)
+    """Batches of the images of an evaluation, as a model of this data configuration expects them.
+
+    Over all processes every image comes once, or on each process with --dist_eval false.
+    """
+    batch_size = 2 * args.batch_size  # no activations are kept for a backward pass
+    transform, to_network = transforms.eval_transform(config), ToNetwork(config, device)
+    loader_keywords = _loader_keywords(args, device)
     if isinstance(val, StreamSource):
         val.stream.transform = transform
         stream = Stream(val.stream, loader_keywords | {"batch_size": batch_size}, is_train=False)
         return DeviceLoader(stream, stream, to_network)
-    order = EvalBatches(len(val), batch_size, shared)
+    order = EvalBatches(len(val), batch_size, args.dist_eval)
     images = TransformedImages(val, transform, seed=None)
-    host_batches = DataLoader(images, batch_sampler=order, **loader_keywords)
-    return DeviceLoader(order, host_batches, to_network)
+    loader = DeviceLoader(
+        order, DataLoader(images, batch_sampler=order, **loader_keywords), to_network
+    )
+    loader.start_workers()
+    return loader
 
 
 def _train_loader(
@@ -358,7 +361,7 @@ def _train_loader(
         # Cover every image that a later run may show, whatever its batch size; no activations are
         # kept for a backward pass, so twice the batch fits.
         batch_size, unit = 2 * batch_size, mixup.unit if mixup else 1
-    elif batch_size * utils.world_size() > count and not args.eval:
+    elif batch_size * utils.world_size() > count:
         raise UserError(
             f"--batch_size {batch_size} on {utils.world_size()} process(es) is more than the "
             f"{count} training images; pass at most {count // utils.world_size()}"

@@ -14,6 +14,9 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from io import FileIO
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -23,15 +26,27 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import datasets
 import models
 import utils
-from arguments import is_mixed, parse_args, views_of
-from checkpoints import RunState, load_finetune, load_student, read_checkpoint
-from distillation import DistillationLoss, StudentWithDistillation
+from arguments import follow_checkpoint, is_mixed, parse_args, teachers_of, views_of
+from checkpoints import (
+    EMA_KEYS,
+    RAW_KEYS,
+    RunState,
+    files_of_run,
+    load_finetune,
+    load_network,
+    move_aside,
+    read_checkpoint,
+    saved_args,
+)
+from distillation import DistillationLoss, SelectClasses, StudentWithDistillation
 from engine import LoopSettings, Schedule, cosine_schedule, evaluate, train_one_epoch
-from loaders import Data, DeviceLoader, build_data
+from loaders import Data, DeviceLoader, build_data, build_eval_loader
 from logs import History, Recorder
 from teacher import RunTeacher, fill_store, prepare_teacher
+from transforms import data_config
 from utils import UserError, log, name_flags
 
 
@@ -66,41 +81,96 @@ def run(argv: list[str] | None) -> None:
         device = utils.init_process(args.device, args.dist_url)
     if device.type == "cpu":
         utils.keep_freed_memory()
-    if args.output_dir:
-        with name_flags(folder="--output_dir"):
-            utils.make_folder(args.output_dir)
-    scored = None
-    if args.eval:  # what is not given on the command line follows the checkpoint
+    if args.resume:
         with name_flags(checkpoint="--resume"):
-            scored = read_checkpoint(args.resume)
-        args = parse_args(argv, saved=settings_of(scored))
+            checkpoint = read_checkpoint(args.resume)
+        args = parse_args(argv, follow_checkpoint(saved_args(checkpoint), args.given, args.eval))
+        if args.eval:
+            score_checkpoint(args, checkpoint, device)
+            return
+    with name_flags(folder="--output_dir"):
+        lock = claim_output_dir(args)  # held until the end of the run
+
     log(f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}, on {device}")
     data = build_data(args, device, args.teacher_views, fill=args.teacher_cache_only)
     log(
         f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
         f"{utils.world_size()} process(es) with {args.num_workers} loader worker(s) each"
     )
-    settings = LoopSettings(
-        device, amp_dtype(args, device), args.update_freq, args.clip_grad, args.seed
-    )
+    settings = loop_settings(args, device)
     if args.teacher_cache_only:
         teacher = prepare_teacher(args, settings, data)
         fill_store(teacher, data, settings, views_of(args))
         return
-
     student = make_student(args, device, len(data.classes))
     ema = make_ema(args, student)
-    if scored is not None:
-        with name_flags(checkpoint="--resume"):
-            load_student(scored, args.resume, student, ema)
-        assert data.val_loader is not None  # --eval always opens the validation images
-        for name, value in evaluate_all(args, data.val_loader, student, ema, settings).items():
-            log(f"{name} {value:.4f}")
-        return
-
     teacher = prepare_teacher(args, settings, data)
     with name_flags(output="--output_dir", cache="--teacher_cache"):
         train(args, settings, data, student, ema, teacher)
+    if lock is not None:
+        lock.close()
+
+
+def claim_output_dir(args: argparse.Namespace) -> FileIO | None:
+    """Prepare --output_dir for this run alone; returns the lock, or None without a folder."""
+    if not args.output_dir:
+        if not args.teacher_cache_only:
+            log("Nothing will be saved: pass --output_dir FOLDER to keep checkpoints and log.txt")
+        return None
+    folder = Path(args.output_dir)
+    utils.make_folder(folder)
+    files = [("teacher_path", teacher.path) for teacher in teachers_of(args)]
+    for flag, path in [*files, ("finetune", args.finetune)]:
+        if path and Path(path).resolve() in [f.resolve() for f in files_of_run(folder)]:
+            raise UserError(
+                f"--{flag} {path}: lies in --output_dir {folder}, where this run would overwrite "
+                "it; pass another --output_dir"
+            )
+    lock = utils.lock_folder(folder) if utils.is_main_process() else None
+    if not args.auto_resume and not args.resume and utils.is_main_process():
+        move_aside(folder)
+    utils.barrier()
+    return lock
+
+
+def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.device) -> None:
+    """`--eval true`: score the weights of a checkpoint as the checkpoint says.
+
+    Model, data, normalisation and crop are those of the training run where no flag says otherwise.
+    Classes are matched by name; data that has only some of the classes is scored on those.
+    """
+    saved = checkpoint.get("data") if isinstance(checkpoint, dict) else None
+    saved = saved if isinstance(saved, dict) else {}
+    if not saved and not {"data_set", "data_path"} & set(args.given):
+        raise UserError(
+            f"--eval true: {args.resume} does not say what it was trained on; pass --data_path"
+        )
+    config = data_config(args, saved)
+    val = datasets.open_validation(args)
+    classes = saved.get("classes") or val.classes
+    with name_flags(classes="--data_path"):
+        index = datasets.match_classes(val.classes, classes)
+    log(
+        f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}: {len(val)} "
+        f"images, {len(val.classes)} classes; {config['input_size']} pixels, on {device}"
+    )
+    for name, (old, new) in utils.changes(saved, config).items():
+        log(f"Warning: scored with {name} {new}, but the checkpoint was trained with {old}")
+    if len(val.classes) < len(classes):
+        log(f"Scored on {len(val.classes)} of the {len(classes)} classes of the checkpoint")
+
+    settings = loop_settings(args, device)
+    loader = build_eval_loader(args, val, config, device)
+    student = make_student(args, device, len(classes))
+    network = SelectClasses(student, index)
+    for suffix, keys in (("", RAW_KEYS), ("_ema", EMA_KEYS)):
+        is_ema, is_there = bool(suffix), any(checkpoint.get(key) for key in keys)
+        if args.use_ema == str(not is_ema).lower() or (is_ema and not is_there):
+            continue
+        with name_flags(checkpoint="--resume"):
+            load_network(checkpoint, args.resume, student, keys)
+        for name, value in evaluate(loader, network, settings, args.dist_eval).items():
+            log(f"test_{name}{suffix} {value:.4f}")
 
 
 def train(
@@ -118,9 +188,11 @@ def train(
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = math.ceil(data.train_loader.batches_in_epoch / args.update_freq)
     schedule = make_schedule(args, steps)
-    state = RunState(student, ema, optimizer, scaler, vars(args), data.config)
+    images = data.train.identity() if isinstance(data.train, datasets.ImageSource) else {}
+    state = RunState(student, ema, optimizer, scaler, vars(args), data.config, images)
     with name_flags(checkpoint="--resume" if args.resume else "--output_dir"):
         start = state.resume(args.output_dir, args.resume, args.auto_resume, args.start_epoch)
+    report_schedule(args, schedule, steps, start * steps, state.changes)
 
     ddp = student
     if utils.world_size() > 1:
@@ -199,7 +271,7 @@ def evaluate_all(
         return evaluate(loader, model, settings, args.dist_eval, teacher_logits)
 
     record = {f"test_{name}": value for name, value in score(student).items()}
-    if ema is not None and (args.model_ema_eval or args.eval):
+    if ema is not None and args.model_ema_eval:
         averaged = ema.module
         if args.model_ema_force_cpu:
             averaged = copy.deepcopy(averaged).to(settings.device)
@@ -207,12 +279,10 @@ def evaluate_all(
     return record
 
 
-def settings_of(checkpoint: object) -> dict[str, object]:
-    """What `--eval true` takes from a checkpoint where the command line says nothing."""
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("args"), Mapping):
-        return {}
-    saved = {name: checkpoint["args"].get(name) for name in ("model", "input_size")}
-    return saved | {"model_ema": checkpoint.get("model_ema") is not None}
+def loop_settings(args: argparse.Namespace, device: torch.device) -> LoopSettings:
+    """What stays the same over the epochs of a run."""
+    dtype = amp_dtype(args, device)
+    return LoopSettings(device, dtype, args.update_freq, args.clip_grad, args.seed)
 
 
 def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
@@ -288,18 +358,45 @@ def make_optimizer(
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
     """Learning rate and weight decay of every optimizer step of the run."""
-    steps = args.epochs * steps_per_epoch
-    warmup = args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
+    steps, warmup = args.epochs * steps_per_epoch, warmup_steps(args, steps_per_epoch)
     if warmup > steps:
         raise UserError(
             f"--warmup_steps {warmup}: longer than the run of {steps} steps; shorten it"
         )
     decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-    log(f"{steps} optimizer steps, {int(warmup)} of them warm-up; learning rate {args.lr:.3g}")
     return Schedule(
-        lr=cosine_schedule(args.lr, args.min_lr, steps, int(warmup)),
+        lr=cosine_schedule(args.lr, args.min_lr, steps, warmup),
         weight_decay=cosine_schedule(args.weight_decay, decay_end, steps),
     )
+
+
+def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
+    """Optimizer steps of linear warm-up."""
+    return int(
+        args.warmup_steps if args.warmup_steps >= 0 else args.warmup_epochs * steps_per_epoch
+    )
+
+
+def report_schedule(
+    args: argparse.Namespace,
+    schedule: Schedule,
+    steps_per_epoch: int,
+    first_step: int,
+    changes: Mapping[str, tuple[Any, Any]],
+) -> None:
+    """Print the schedule, and what another recipe does to it where a run is resumed."""
+    log(
+        f"{len(schedule.lr)} optimizer steps, {warmup_steps(args, steps_per_epoch)} of them "
+        f"warm-up; learning rate {args.lr:.3g}"
+    )
+    if changes.keys() & {"epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps"}:
+        old_values = {name: old for name, (old, _) in changes.items()}
+        before = make_schedule(argparse.Namespace(**{**vars(args), **old_values}), steps_per_epoch)
+        old = before.lr[first_step] if first_step < len(before.lr) else before.lr[-1]
+        log(
+            f"Warning: the learning rate goes on from {schedule.lr[first_step]:.3g} at step "
+            f"{first_step}; with the earlier flags it would be {old:.3g}"
+        )
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
                 classes=data.classes,
                 teacher_classes=names,
                 input_config=config,
+                use_ema=args.use_ema,
             )
         log(network.origin)
         dtype = getattr(torch, args.teacher_dtype)

@@ -6,7 +6,7 @@ timm's streams do.
 
 import argparse
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +31,13 @@ from arguments import SMALL, is_mixed
 # ------------------------------------------------------------------------ what a network sees
 
 
-def data_config(args: argparse.Namespace) -> dict[str, Any]:
+def data_config(args: argparse.Namespace, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a model trained with these arguments expects; kept in every checkpoint.
 
-    Returns: input_size (pixels), mean and std (of RGB in 0…1), crop_pct and crop_mode.
+    Args:
+        saved: the data configuration of a checkpoint, which holds where no flag was given.
+    Returns: input_size (pixels), mean and std (of RGB in 0…1), crop_pct, crop_mode and
+        interpolation.
     """
     size = args.input_size
     imagenet = args.imagenet_default_mean_and_std
@@ -44,14 +47,23 @@ def data_config(args: argparse.Namespace) -> dict[str, Any]:
         crop_pct = 1.0
     else:
         crop_pct = 224 / 256
-    return {
+    config = {
         "input_size": size,
         "mean": list(IMAGENET_DEFAULT_MEAN if imagenet else IMAGENET_INCEPTION_MEAN),
         "std": list(IMAGENET_DEFAULT_STD if imagenet else IMAGENET_INCEPTION_STD),
         "crop_pct": crop_pct,
         # As in the ConvNeXt script: from 384 pixels up the whole image is warped, not cropped.
         "crop_mode": "squash" if size >= 384 and not args.crop_pct else "center",
+        "interpolation": "bicubic",
     }
+    if saved:
+        names = {"interpolation"}
+        if "imagenet_default_mean_and_std" not in args.given:
+            names |= {"mean", "std"}
+        if "crop_pct" not in args.given and size == saved.get("input_size"):
+            names |= {"crop_pct", "crop_mode"}
+        config |= {name: saved[name] for name in names if name in saved}
+    return config
 
 
 # ------------------------------------------------------------- from an image to 8-bit pixels
@@ -200,7 +212,7 @@ def eval_transform(config: dict[str, Any]) -> ToPixels:
         size,
         is_training=False,
         use_prefetcher=True,
-        interpolation="bicubic",
+        interpolation=config["interpolation"],
         crop_pct=crop_pct,
         crop_mode=config["crop_mode"],
     ).transforms[:-1]

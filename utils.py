@@ -6,12 +6,15 @@ import os
 import random
 import shutil
 import signal
+import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from io import FileIO
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +51,14 @@ def name_flags(**flags: str) -> Iterator[None]:
         if error.subject not in flags:
             raise
         raise UserError(f"{flags[error.subject]} {error}") from error
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two sets of plain values: name -> (old, new).
+
+    Names that only `was` holds are left out, since an older or newer version wrote them.
+    """
+    return {name: (was[name], now[name]) for name in now if name in was and was[name] != now[name]}
 
 
 def first_line(error: BaseException) -> str:
@@ -305,6 +316,39 @@ def fsync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def lock_folder(folder: Path) -> FileIO | None:
+    """Take a folder for this run, until the returned file is closed or the process ends.
+
+    The lock is the kernel's (fcntl): it ends with its process, however that ends, and holds on a
+    network file system with a lock service too. The file names its holder for others to report.
+
+    Returns: the open file, to be kept; None where there are no such locks.
+    Raises: UserError where another run holds the folder.
+    """
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    file = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().decode(errors="replace") or "another process"
+        raise UserError(
+            f"{folder}: another run is using this folder ({holder}); wait until it ends, or pass "
+            "another folder",
+            "folder",
+        ) from error
+    except OSError as error:
+        log(f"Warning: {folder} cannot be locked ({error}); do not start two runs in this folder")
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file
 
 
 def could_not_write(path: Path, error: Exception) -> UserError:
