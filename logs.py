@@ -139,7 +139,10 @@ class History:
         columns |= {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         if teachers[0] is not None:
             columns["teacher_acc1"] = accuracy(torch.stack(teachers), torch.stack(targets))
-        self.names = list(columns)
+        if self.names != list(columns):  # the first batches; a checkpoint may hold other names
+            sums = dict(zip(self.names, self.sums, strict=True))
+            self.names = list(columns)
+            self.sums = np.array([sums.get(name, 0.0) for name in self.names])
         largest = torch.stack(students).flatten(1).abs().amax(dim=1).float()
         self.tables.append(torch.stack([*columns.values(), largest], dim=1))
         self.waiting, self.waiting_bytes = [], 0
@@ -188,8 +191,6 @@ class History:
             row = int(np.argmin(is_finite))
             step, norm = first + step_of_row[row], step_norms[step_of_row[row]]
             raise self._not_finite(step, rows[row][0], largest_logits[row], norm)
-        if not len(self.sums):
-            self.sums = np.zeros(len(self.names))
         for values in rows[is_finite]:  # one by one, so that no sum depends on when it is fetched
             self.sums += values
         self.count += int(is_finite.sum())

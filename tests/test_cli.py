@@ -277,6 +277,10 @@ def test_a_checkpoint_of_another_model_given_to_resume(run_main, short, tmp_path
     assert run_main(*short, output_dir=tmp_path / "a").code == 0
     path = tmp_path / "a" / "checkpoint-1.pth"
     run = run_main("--model", "cifar_resnet20", "--resume", path)
+    refused(run, "--resume", "trained with --model cifar_resnet8, but this run uses cifar_resnet20")
+    saved = torch.load(path, weights_only=True)
+    torch.save({"model": saved["model"]}, path)  # weights alone, as released
+    run = run_main("--model", "cifar_resnet20", "--resume", path)
     refused(run, "--resume", "is of another model", "layer1.1.bn1.bias")
 
 

@@ -127,7 +127,8 @@ def test_another_number_of_processes_goes_on_with_the_same_steps(tmp_path):
 def test_a_checkpoint_costs_no_leftovers(run_main, short, tmp_path):
     run_main(*short, "--save_ckpt_steps", 1, output_dir=tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"log.txt", "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-best.pth"}
+    checkpoints = {f"checkpoint-{name}.pth" for name in (0, 1, "best")}
+    assert names == {".lock", "log.txt"} | checkpoints
 
 
 def test_a_run_waits_no_longer_than_its_step_for_a_signal():

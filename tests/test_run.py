@@ -131,7 +131,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(run_main, short, tmp_path):
 
 def test_nothing_is_saved_where_it_is_not_wanted(run_main, short, tmp_path):
     run_main(*short, "--save_ckpt", "false", "--save_ckpt_steps", 1, output_dir=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "log.txt"]
 
 
 HARD = ["--model_ema", "true", "--model_ema_eval", "true", "--update_freq", "3", "--drop_path", "0"]
@@ -213,10 +213,7 @@ def test_eval_gives_the_score_that_training_logged(run_main, short, tmp_path):
     scored = run_main(
         "--eval", "true", "--resume", tmp_path / "checkpoint-1.pth", "--batch_size", 7
     )
-    assert scored.code == 2 and "even batch size" in scored.err  # mixup is the default
-    scored = run_main(
-        "--eval", "true", "--resume", tmp_path / "checkpoint-1.pth", "--batch_size", 22
-    )
+    assert scored.code == 0, scored.err  # an odd batch: nothing is mixed in an evaluation
     assert f"test_acc1 {run.log[-1]['test_acc1']:.4f}" in scored.out
     assert f"test_acc1_ema {run.log[-1]['test_acc1_ema']:.4f}" in scored.out
 
