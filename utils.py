@@ -7,11 +7,12 @@ import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -160,6 +161,14 @@ def all_reduce_(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceO
         dist.all_reduce(tensor, op=op)
 
 
+def from_main(compute: Callable[[], Any]) -> Any:
+    """What rank 0 computes, on every process; must pickle. Collective."""
+    found = [compute() if is_main_process() else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside a DistributedDataParallel, or the network itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -305,6 +314,18 @@ def fsync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def lock(file: IO[bytes]) -> None:
+    """Wait until no other process holds the lock of this file; hold it until the file is closed.
+
+    A process that is killed holds it no longer. Where there are no locks, on Windows and on some
+    network file systems, this does nothing.
+    """
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def could_not_write(path: Path, error: Exception) -> UserError:
