@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,10 @@ class ImageSource(Dataset):
         load: index -> array; a module-level function or a partial of one, so that it pickles.
         targets: (N,) class indices.
         classes: class names, in the order of the indices.
-        names: (N,) names that tell the images apart, such as their paths; None for no names.
+        names: (N,) names that tell the images apart, such as their paths below a folder; None for
+            no names.
+        contents: names -> plain values that change with any of the images; None where that cannot
+            be told.
     """
 
     def __init__(
@@ -45,8 +49,10 @@ class ImageSource(Dataset):
         targets: Sequence[int],
         classes: Sequence[str],
         names: np.ndarray | None = None,
+        contents: Callable[[np.ndarray], dict[str, str]] | None = None,
     ) -> None:
-        self.load, self.names = load, names
+        self.load, self.contents = load, contents
+        self.names = np.arange(len(targets)) if names is None else names
         # An array, not a list: forked workers count references to the items of a list, which copies
         # it page by page, so that memory would grow with every worker.
         self.targets = np.asarray(targets, dtype=np.int64)
@@ -59,24 +65,23 @@ class ImageSource(Dataset):
         return self.load(index), int(self.targets[index])
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the earlier one, wherever the files are."""
-        found = self.fingerprint()
-        return {name: found[name] for name in ("images", "labels", "image_names")}
+        """What a resumed run must have in common with the earlier run, wherever the files are."""
+        return {
+            "images": len(self),
+            "labels": _hash(self.targets),
+            "image_names": _hash(self.names),
+        }
 
     def fingerprint(self) -> dict[str, Any]:
-        """Plain values that tell two sources apart without reading their images."""
-        names = np.arange(len(self)) if self.names is None else self.names
-        if names.dtype.kind == "S":  # paths: the same files may lie in another folder
-            outside = len(os.path.commonprefix([names[0], names[-1]]))
-            names = names.view("S1").reshape(len(names), -1)[:, outside:]
-        return {"images": len(self), "classes": len(self.classes)} | {
-            key: hashlib.sha256(content).hexdigest()[:16]
-            for key, content in (
-                ("class_names", "\0".join(self.classes).encode()),
-                ("labels", self.targets.tobytes()),
-                ("image_names", names.tobytes()),
-            )
-        }
+        """Plain values that tell two sources, and any changed image, apart.
+
+        Image files are not read: their sizes and times of modification stand for their pixels.
+        Raises: UserError for an image file that cannot be found.
+        """
+        names = "\0".join(self.classes).encode(errors="surrogateescape")
+        classes = {"classes": len(self.classes), "class_names": _hash(names)}
+        contents = self.contents(self.names) if self.contents else {}
+        return classes | self.identity() | contents
 
 
 @dataclass
@@ -97,20 +102,76 @@ class StreamSource:
 Source = ImageSource | StreamSource
 
 
+def _hash(content: Any) -> str:
+    """16 hexadecimal digits that stand for bytes, or for an array without its shape."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _array_source(
+    images: np.ndarray, targets: Sequence[int], classes: Sequence[str]
+) -> ImageSource:
+    """(N, H, W) or (N, H, W, 3) uint8"""
+    load, contents = partial(_image_of_array, images), partial(_hash_of_array, images)
+    return ImageSource(load, targets, classes, contents=contents)
+
+
 def _image_of_array(images: np.ndarray, index: int) -> np.ndarray:
     image = images[index]
     return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
 
-def _image_of_path(paths: np.ndarray, index: int) -> np.ndarray:
-    path = os.fsdecode(paths[index])
+def _hash_of_array(images: np.ndarray, names: np.ndarray) -> dict[str, str]:
+    return {"pixels": f"{images.shape} {_hash(np.ascontiguousarray(images))}"}
+
+
+def _file_source(
+    folder: str, files: Sequence[tuple[str, int]], classes: Sequence[str]
+) -> ImageSource:
+    """Images in files, given by (path, class index), all below the folder."""
+    outside = len(os.path.join(folder, ""))
+    # Bytes in one array, not a list: see ImageSource.
+    names = np.array([os.fsencode(path[outside:]) for path, _ in files])
+    load, contents = partial(_image_of_file, folder, names), partial(_stamps_of_files, folder)
+    return ImageSource(load, [target for _, target in files], classes, names, contents)
+
+
+def _image_of_file(folder: str, names: np.ndarray, index: int) -> np.ndarray:
+    path = os.path.join(folder, os.fsdecode(names[index]))
     return decode(path, path)
+
+
+def _stamps_of_files(folder: str, names: np.ndarray) -> dict[str, str]:
+    """Hashes of the sizes of files and of their times of modification, in nanoseconds."""
+
+    def stamps(names: np.ndarray) -> list[tuple[int, int]]:
+        found = [os.stat(os.path.join(os.fsencode(folder), name)) for name in names.tolist()]
+        return [(file.st_size, file.st_mtime_ns) for file in found]
+
+    threads = 16  # each file costs a round trip on a network file system
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(stamps, np.array_split(names, threads)))
+    except OSError as error:
+        raise UserError(
+            f"cannot read the image {os.fsdecode(error.filename)} ({error.strerror}); repair it or "
+            "remove it"
+        ) from error
+    sizes, times = np.array([stamp for part in parts for stamp in part], np.int64).T
+    return {
+        "image_sizes": _hash(np.ascontiguousarray(sizes)),
+        "image_times": _hash(np.ascontiguousarray(times)),
+    }
 
 
 def _image_of_reader(reader: Any, index: int) -> np.ndarray:
     # timm's ImageDataset replaces an unreadable image by the next one; here that is an error.
     name = reader.filename(index) if hasattr(reader, "filename") else index  # internal to timm
     return decode(reader[index][0], name)
+
+
+def _fingerprint_of_table(reader: Any, names: np.ndarray) -> dict[str, str]:
+    # Hugging Face's own, from the paths and times of local files or the commit of a download.
+    return {"table": reader.dataset._fingerprint}
 
 
 def decode(file: Any, name: object) -> np.ndarray:
@@ -146,7 +207,7 @@ def digits(is_train: bool) -> ImageSource:
         chosen = file["is_test"] != is_train
         grey = np.round(file["images"][chosen] * (255 / 16)).astype(np.uint8)
         labels, classes = file["labels"][chosen], [str(digit) for digit in range(10)]
-        return ImageSource(partial(_image_of_array, grey), labels, classes)
+        return _array_source(grey, labels, classes)
 
 
 def _torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
@@ -163,7 +224,7 @@ def _torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
             f"--data_set {name}: not found in --data_path {folder}, and the download failed "
             f"({first_line(error)}); put torchvision's {class_name} files there"
         ) from error
-    return ImageSource(partial(_image_of_array, np.asarray(data.data)), data.targets, data.classes)
+    return _array_source(np.asarray(data.data), data.targets, data.classes)
 
 
 def image_folder(folder: str) -> ImageSource:
@@ -183,8 +244,7 @@ def image_folder(folder: str) -> ImageSource:
             "it must hold one folder of images per class",
             "folder",
         ) from error
-    paths = np.array([os.fsencode(path) for path, _ in found.samples])  # bytes: see ImageSource
-    return ImageSource(partial(_image_of_path, paths), found.targets, found.classes, paths)
+    return _file_source(str(found.root), found.samples, found.classes)
 
 
 def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
@@ -213,15 +273,16 @@ def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
             )
         return StreamSource(data, [str(label) for label in range(args.nb_classes)])
     reader = data.reader  # the attributes below are internal to timm's readers
-    if hasattr(reader, "samples"):
-        targets = [target for _, target in reader.samples]
-    else:  # a table of Hugging Face datasets
-        targets = reader.dataset[reader.label_key]
+    files = getattr(reader, "samples", None)  # else a table of Hugging Face datasets
+    targets = [target for _, target in files] if files else reader.dataset[reader.label_key]
     if class_to_idx := getattr(reader, "class_to_idx", None):
         classes = sorted(class_to_idx, key=class_to_idx.get)
     else:
         classes = [str(label) for label in range(max(targets) + 1)]
-    return ImageSource(partial(_image_of_reader, reader), targets, classes)
+    if files:
+        return _file_source(reader.root, files, classes)
+    load, contents = partial(_image_of_reader, reader), partial(_fingerprint_of_table, reader)
+    return ImageSource(load, targets, classes, contents=contents)
 
 
 def _let_timm_import_hugging_face_datasets() -> None:
@@ -281,8 +342,8 @@ def stratified(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
 def subset(source: ImageSource, positions: np.ndarray) -> ImageSource:
     """Some images of a source, which may itself be a subset."""
     load = partial(_image_of_subset, source, positions)
-    names = positions if source.names is None else source.names[positions]
-    return ImageSource(load, source.targets[positions], source.classes, names)
+    names, contents = source.names[positions], source.contents
+    return ImageSource(load, source.targets[positions], source.classes, names, contents)
 
 
 def _image_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> np.ndarray:

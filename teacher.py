@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class RunTeacher:
             )
 
 
+@name_flags(cache="--teacher_cache")
 def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data) -> RunTeacher:
     """Make, score and cache the teacher, as far as this run needs it. Collective.
 
@@ -85,11 +87,11 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
         return RunTeacher(network, None, scores, logits if is_indexable else None)
 
     store = open_teacher_cache(args, data, settings.amp_dtype)
-    with name_flags(cache="--teacher_cache"):
-        missing = store.check_space(views_of(args))
+    missing = store.check_space(views_of(args))
     cached = None
     if loader is not None and isinstance(data.val, ImageSource):
-        cached = store.validation_file([data.val.fingerprint(), data.config], len(data.val))
+        prints = utils.from_main(data.val.fingerprint)
+        cached = store.validation_file([prints, data.config], len(data.val))
     counts = torch.tensor([missing, cached.missing() if cached else 0], device=settings.device)
     utils.all_reduce_(counts, torch.distributed.ReduceOp.MAX)  # one decision for all processes
     missing, unscored = counts.tolist()
@@ -202,10 +204,10 @@ def open_teacher_cache(
             "classes; pass a smaller number, or leave the flag out"
         )
     row_format = RowFormat(num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
-    with name_flags(cache="--teacher_cache", folder="--teacher_cache"):
+    with name_flags(folder="--teacher_cache"):
         return open_store(
             Path(args.teacher_cache),
-            manifest_of(args, data, amp_dtype),
+            partial(manifest_of, args, data, amp_dtype),
             images=len(data.train),
             needed=order.end,
             row_format=row_format,
@@ -215,7 +217,7 @@ def open_teacher_cache(
 def manifest_of(
     args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Everything that the teacher's logits on a training image depend on, in plain values.
+    """Everything that the teacher's logits on the training images depend on, in plain values.
 
     Other flags may differ between runs that share a cache. A new flag that changes the images
     belongs in one of the groups AUGMENTATION and MIXING of flags.py, and is then compared.
@@ -230,7 +232,7 @@ def manifest_of(
     teachers = teachers_of(args)
     if len(teachers) > 1:  # their average depends on the temperature
         flags += ["teacher_weights", "kd_temperature"]
-    fields = {"format": 1} | {name: getattr(args, name) for name in flags}
+    fields = {name: getattr(args, name) for name in flags}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with name_flags(checkpoint="--teacher_path", text="--teacher_classes"):
         files = [local_file(teacher.path) for teacher in teachers]
@@ -249,6 +251,7 @@ def _hash_of_file(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@name_flags(cache="--teacher_cache")
 def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: range) -> None:
     """Compute the teacher's logits for every image of the views that the cache lacks.
 

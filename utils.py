@@ -8,13 +8,13 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -169,6 +169,14 @@ def all_reduce_(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceO
     """Reduce `tensor` over the processes in place; with a single process, do nothing."""
     if world_size() > 1:
         dist.all_reduce(tensor, op=op)
+
+
+def from_main(compute: Callable[[], Any]) -> Any:
+    """What rank 0 computes, on every process; must pickle. Collective."""
+    found = [compute() if is_main_process() else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -349,6 +357,18 @@ def lock_folder(folder: Path) -> FileIO | None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
+
+
+def lock(file: IO[bytes]) -> None:
+    """Wait until no other process holds the lock of this file; hold it until the file is closed.
+
+    A process that is killed holds it no longer. Where there are no locks, on Windows and on some
+    network file systems, this does nothing.
+    """
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def could_not_write(path: Path, error: Exception) -> UserError:

@@ -193,12 +193,12 @@ class Runner:
     def _cached(self, teacher: nn.Module, pair: Pair, folder: Path) -> StoredTeacher:
         """The teacher's logits on disk, complete, as a later run finds them."""
         images, row_format = pair.batch_size * self.steps, RowFormat(pair.classes, "float16")
-        store = LogitStore(folder, images, images, row_format)
+        store = LogitStore(folder, images, images, row_format, "benchmark")
         for batch in self.loader:
             with torch.inference_mode():
                 store.put(batch.view, batch.places, teacher(batch.images))
         store.flush()
-        return StoredTeacher(LogitStore(folder, images, images, row_format), None)
+        return StoredTeacher(LogitStore(folder, images, images, row_format, "benchmark"), None)
 
     def seconds(self) -> float:
         """Mean time of one step in a round."""

@@ -108,12 +108,15 @@ def test_two_processes_and_two_runs_at_once_fill_one_store(runs_folder):
         _, err = process.communicate()
         assert process.returncode == 0, err
     expected = contents(one)
-    assert len(expected) == 4 and all(set(v) == {1} for n, v in expected.items() if "valid" in n)
+    assert len(expected) == 4
     assert contents(two).keys() == contents(both).keys() == expected.keys()
     for other in (contents(two), contents(both)):
         for name, content in expected.items():
-            dtype = np.float32 if "logits" in name else np.uint8
-            a, b = (np.frombuffer(found, dtype) for found in (content, other[name]))
+            if name.endswith(".sums"):  # of other stores; a checksum of 0 would be a missing row
+                assert np.frombuffer(content, np.uint32).all()
+                assert np.frombuffer(other[name], np.uint32).all()
+                continue
+            a, b = (np.frombuffer(found, np.float32) for found in (content, other[name]))
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
     done = launch(2, *common, one, "--output_dir", runs_folder / "cached")

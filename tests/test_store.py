@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,26 +13,31 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import is_same, teacher_flags
+from helpers import QUICK, is_same, teacher_flags, write_images
+from PIL import Image
 
 import datasets
 import logit_store
 import main
 import teacher
+from loaders import view_order
 from logit_store import LogitFile, RowFormat
 from utils import UserError
 
 
-@pytest.fixture(scope="module")
-def kd(tmp_path_factory) -> list[str]:
+def random_teacher(path: Path, num_classes: int) -> list[str]:
     """The flags that distil from a random teacher, its logits spread out."""
     torch.manual_seed(1)
-    teacher = timm.create_model("cifar_resnet8", num_classes=10)
+    teacher = timm.create_model("cifar_resnet8", num_classes=num_classes)
     with torch.no_grad():
         teacher.fc.weight.mul_(10)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     torch.save(teacher.state_dict(), path)
     return teacher_flags(path)
+
+
+@pytest.fixture(scope="module")
+def kd(tmp_path_factory) -> list[str]:
+    return random_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth", 10)
 
 
 SHORT = ["--train_samples", "72", "--epochs", "2", "--model_ema", "true"]  # 4 batches and a half
@@ -177,6 +183,8 @@ def test_a_loader_that_fetches_ahead_writes_and_reads_the_right_rows(
         return data
 
     monkeypatch.setattr(main, "build_data", build_data)
+    ahead.mkdir()
+    shutil.copy(cache / "manifest.json", ahead)  # so that the checksums are of one store
     assert run_main(*first, "--teacher_cache", ahead).code == 0
     names = sorted(path.name for path in cache.glob("v*"))
     assert names == sorted(path.name for path in ahead.glob("v*")) and len(names) == 6
@@ -193,11 +201,11 @@ def test_what_is_missing_of_a_view_is_made_again(run_main, kd, tmp_path):
     cache = ["--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
     first = run_main(*SHORT, *kd, *cache, output_dir=tmp_path / "first")
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
-    valid = tmp_path / "cache" / "view-00001.valid"
-    marks = np.fromfile(valid, np.uint8)
-    marks[[3, 40]] = 0
-    marks.tofile(valid)
-    rows = np.memmap(valid.with_suffix(".logits"), np.float32, "r+", shape=(72, 10))
+    path = tmp_path / "cache" / "view-00001.sums"
+    sums = np.fromfile(path, np.uint32)
+    sums[[3, 40]] = 0
+    sums.tofile(path)
+    rows = np.memmap(path.with_suffix(".logits"), np.float32, "r+", shape=(72, 10))
     rows[[3, 40]] = 7  # what a kill may leave behind
     rows.flush()
     second = run_main(*SHORT, *kd, *cache, output_dir=tmp_path / "second")
@@ -208,7 +216,7 @@ def test_what_is_missing_of_a_view_is_made_again(run_main, kd, tmp_path):
 def test_rows_that_vanish_during_a_run_are_an_error_with_its_remedy(run_main, kd, tmp_path):
     cache = ["--teacher_cache", tmp_path / "cache"]
     run_main(*SHORT, *kd, *cache)
-    (tmp_path / "cache" / "view-00001.valid").write_bytes(bytes(72))
+    (tmp_path / "cache" / "view-00001.sums").write_bytes(bytes(72 * 4))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logit_store.LogitStore, "missing", lambda self, views: 0)
         run = run_main(*SHORT, *kd, *cache)
@@ -257,6 +265,245 @@ def invert(source):
     load = source.load
     source.load = lambda index: 255 - load(index)
     return source
+
+
+# ---------------------------------------------------------------------------- damaged files
+
+
+@pytest.fixture(scope="module")
+def stores(kd, tmp_path_factory) -> Path:
+    """Two full caches, 'first' and 'other', of seeds 0 and 1: 2 views of 72 rows, 64 in use."""
+    folder = tmp_path_factory.mktemp("stores")
+    for seed, name in enumerate(("first", "other")):
+        argv = [*QUICK, *SHORT, *kd, "--seed", str(seed), "--teacher_cache", str(folder / name)]
+        assert main.main(argv) == 0
+    return folder
+
+
+def change_rows(path: Path, change) -> None:
+    rows = np.memmap(path, np.uint8, "r+", shape=(72, 20))
+    change(rows)
+    rows.flush()
+
+
+def zero(rows) -> None:
+    rows[[5, 9]] = 0
+
+
+def flip_a_bit(rows) -> None:
+    rows[20, 7] ^= 16
+
+
+def shift(rows) -> None:
+    rows[:] = np.roll(rows, 1, axis=0)
+
+
+def take_from(stores: Path, cache: Path, source: str, suffixes: list[str]) -> None:
+    for suffix in suffixes:
+        shutil.copy((stores / source).with_suffix(suffix), cache / f"view-00001{suffix}")
+
+
+BOTH = [".logits", ".sums" if hasattr(LogitFile, "_checksums") else ".valid"]
+DAMAGES = {
+    "cut off": lambda cache, stores: os.truncate(cache / "view-00001.logits", 1000),
+    "deleted": lambda cache, stores: (cache / "view-00001.logits").unlink(),
+    "too long": lambda cache, stores: os.truncate(cache / "view-00001.logits", 2000),
+    "zeroed": lambda cache, stores: change_rows(cache / "view-00001.logits", zero),
+    "one bit": lambda cache, stores: change_rows(cache / "view-00001.logits", flip_a_bit),
+    "shifted": lambda cache, stores: change_rows(cache / "view-00001.logits", shift),
+    "another view": lambda cache, stores: take_from(stores, cache, "first/view-00000", BOTH[:1]),
+    "another view, whole": lambda cache, stores: take_from(stores, cache, "first/view-00000", BOTH),
+    "another cache": lambda cache, stores: take_from(stores, cache, "other/view-00001", BOTH[:1]),
+    "another cache, whole": lambda cache, stores: take_from(
+        stores, cache, "other/view-00001", BOTH
+    ),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_view_is_refused_and_left_as_it_is(run_main, kd, tmp_path, stores, damage):
+    cache = tmp_path / "cache"
+    shutil.copytree(stores / "first", cache)
+    DAMAGES[damage](cache, stores)
+    before = contents(cache)
+    flags = [*SHORT, *kd, "--teacher_cache", cache]
+    run = run_main(*flags)
+    remedy = "delete view-00001.logits and view-00001.sums in that folder, then run the same"
+    assert run.code == 2 and run.err.startswith("main.py: error: --teacher_cache"), run.err
+    assert f"{cache}/view-00001.logits: " in run.err and remedy in run.err
+    if damage in ("cut off", "deleted", "too long"):  # told before the first epoch
+        assert "but must have 1,440: it was cut off" in run.err and "Epoch" not in run.out
+    if damage in ("zeroed", "one bit"):
+        found = "2 of the rows 0 to 15" if damage == "zeroed" else "1 of the rows 16 to 31"
+        where = "(5, 9)" if damage == "zeroed" else "(20)"
+        assert f"{found} do not match their checksums {where}" in run.err
+    assert contents(cache) == before
+
+
+def test_a_damaged_view_that_is_deleted_is_computed_again(run_main, kd, tmp_path, stores):
+    cache = tmp_path / "cache"
+    shutil.copytree(stores / "first", cache)
+    for path in cache.glob("view-00001.*"):
+        path.unlink()
+    run = run_main(*SHORT, *kd, "--teacher_cache", cache)
+    assert run.code == 0 and "64 of 128 rows are cached" in run.out
+    assert contents(cache) == contents(stores / "first")
+
+
+@pytest.mark.parametrize("damage", ["cut off", "zeroed"])
+def test_damaged_logits_of_validation_images_are_refused(run_main, kd, tmp_path, stores, damage):
+    cache = tmp_path / "cache"
+    shutil.copytree(stores / "first", cache)
+    (path,) = cache.glob("val-*.logits")
+    content = path.read_bytes()
+    path.write_bytes(content[:1000] if damage == "cut off" else content[:-80] + bytes(80))
+    run = run_main(*SHORT, *kd, "--teacher_cache", cache)
+    assert run.code == 2 and f"delete {path.name} and {path.stem}.sums" in run.err
+    assert "acc1" not in run.out  # nothing was scored
+
+
+def test_rows_without_the_manifest_of_their_cache_are_refused(run_main, kd, tmp_path, stores):
+    cache = tmp_path / "cache"
+    shutil.copytree(stores / "first", cache)
+    (cache / "manifest.json").unlink()
+    run = run_main(*SHORT, *kd, "--seed", 1, "--teacher_cache", cache)
+    assert run.code == 2 and "do not match their checksums" in run.err
+
+
+def test_creating_a_view_may_be_interrupted_at_any_moment(run_main, kd, tmp_path, stores):
+    """Then its files are empty, or have their full length but no checksum."""
+    for logits, sums in ((0, None), (1440, None), (1440, 0), (1440, 288)):
+        cache = tmp_path / f"cache-{logits}-{sums}"
+        shutil.copytree(stores / "first", cache)
+        for suffix, size in ((".logits", logits), (".sums", sums)):
+            path = cache / f"view-00001{suffix}"
+            path.unlink() if size is None else path.write_bytes(bytes(size))
+        run = run_main(*SHORT, *kd, "--teacher_cache", cache)
+        assert run.code == 0 and "64 of 128 rows are cached" in run.out, run.err
+        assert contents(cache) == contents(stores / "first")
+
+
+def test_a_cache_of_the_first_format_is_refused(run_main, kd, tmp_path, stores):
+    shutil.copytree(stores / "first", tmp_path / "cache")
+    path = tmp_path / "cache" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest.pop("id", None)
+    path.write_text(json.dumps(manifest | {"format": 1}))
+    run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path / "cache")
+    assert run.code == 2 and run.err.count("\n") == 1
+    assert "holds a cache of format 1, but this version reads and writes format 2" in run.err
+    assert "pass another folder" in run.err
+
+
+# ---------------------------------------------------------------------------- changed images
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """48 training and 9 validation images in files whose size does not depend on their pixels."""
+    for split, count in (("train", 16), ("val", 3)):
+        write_images(tmp_path / "photos" / split, ["ant", "bee", "cat"], count)
+    for path in (tmp_path / "photos").rglob("*.jpg"):
+        Image.open(path).save(path.with_suffix(".png"), compress_level=0)
+        path.unlink()
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def photo_flags(tmp_path) -> list[object]:
+    """All flags but --data_path."""
+    kd = random_teacher(tmp_path / "teacher-3.pth", 3)
+    flags = ["--input_size", 32, "--epochs", 1, "--mixup", 0, "--cutmix", 0]
+    return [*kd, *flags, "--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
+
+
+def replace(path: Path) -> None:
+    """Put the negative in the place of an image."""
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path, compress_level=0)
+
+
+def shown_late(photos: Path) -> Path:
+    """A training image that is not among the first 16 of view 0, whose pixels are compared."""
+    paths = sorted((photos / "train").rglob("*.png"), key=str)
+    return paths[view_order(0, 0, 48)[40]]
+
+
+@pytest.mark.parametrize("data_set", ["IMNET", "timm"])
+def test_one_replaced_training_image_is_noticed(run_main, photos, photo_flags, data_set):
+    flags = [*photo_flags, "--data_path", photos, "--data_set", data_set]
+    assert run_main(*flags).code == 0
+    replace(shown_late(photos))
+    run = run_main(*flags)
+    assert run.code == 2 and "the images changed since their logits were cached" in run.err
+    assert "the same paths and sizes, but other times of modification" in run.err
+    assert "cp -p" in run.err and "another folder" in run.err
+    Image.new("RGB", (10, 10)).save(shown_late(photos))
+    run = run_main(*flags)
+    assert run.code == 2 and "were cached: they have other sizes; use the same" in run.err
+
+
+def test_equal_names_in_another_folder_are_other_images_unless_it_is_a_copy(
+    run_main, photos, photo_flags, tmp_path
+):
+    assert run_main(*photo_flags, "--data_path", photos).code == 0
+    shutil.copytree(photos, tmp_path / "copy")  # with time stamps
+    run = run_main(*photo_flags, "--data_path", tmp_path / "copy")
+    assert run.code == 0 and "the teacher is not loaded" in run.out
+    replace(shown_late(tmp_path / "copy"))
+    run = run_main(*photo_flags, "--data_path", tmp_path / "copy")
+    assert run.code == 2 and "other times of modification" in run.err
+
+
+def test_a_renamed_training_image_is_noticed(run_main, photos, photo_flags):
+    assert run_main(*photo_flags, "--data_path", photos).code == 0
+    path = photos / "train" / "cat" / "9.png"
+    path.rename(path.with_name("99.png"))
+    run = run_main(*photo_flags, "--data_path", photos)
+    assert run.code == 2 and "they have other paths below the data folder" in run.err
+
+
+def test_one_replaced_validation_image_is_asked_of_the_teacher_again(
+    run_main, photos, photo_flags, tmp_path
+):
+    flags = [*photo_flags, "--data_path", photos]
+    assert run_main(*flags, output_dir=tmp_path / "before").code == 0
+    replace(photos / "val" / "bee" / "1.png")
+    cached = run_main(*flags, output_dir=tmp_path / "cached")
+    online = run_main(*flags, "--teacher_cache", "", output_dir=tmp_path / "online")
+    assert cached.log == online.log
+    scores = [
+        [line for line in run.out.splitlines() if line.startswith("Teacher on the validation")]
+        for run in (cached, online)
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 1
+    again = run_main(*flags, output_dir=tmp_path / "again")
+    assert "the teacher is not loaded" in again.out and again.log == online.log
+
+
+def test_one_changed_image_of_an_array_is_noticed(run_main, kd, tmp_path, monkeypatch):
+    flags = [*SHORT, *kd, "--teacher_cache", tmp_path / "cache"]
+    assert run_main(*flags).code == 0
+    chosen = datasets.stratified(datasets.digits(is_train=True).targets, 72, seed=0)
+    late = chosen[view_order(0, 0, 72)[40]]  # not among the 16 images that are looked at
+    with np.load(datasets.DIGITS_FILE) as file:
+        arrays = dict(file)
+    arrays["images"][np.flatnonzero(~arrays["is_test"].astype(bool))[late], 3, 3] += 1
+    np.savez(tmp_path / "digits.npz", **arrays)
+    monkeypatch.setattr(datasets, "DIGITS_FILE", tmp_path / "digits.npz")
+    run = run_main(*flags)
+    assert run.code == 2 and "were cached: they have other pixels; use the same" in run.err
+
+
+def test_a_class_folder_whose_name_is_not_text_can_be_cached(run_main, photos, photo_flags):
+    for split in ("train", "val"):
+        folder = os.fsencode(photos / split)
+        os.rename(os.path.join(folder, b"bee"), os.path.join(folder, b"b\xe9e"))
+    run = run_main(*photo_flags, "--data_path", photos)
+    assert run.code == 0, run.err
 
 
 def test_a_manifest_cut_short_is_told(run_main, kd, tmp_path, monkeypatch):
@@ -353,18 +600,21 @@ def row_of(places: range) -> torch.Tensor:
     return torch.tensor([[place * 7.0 + column + 1 for column in range(10)] for place in places])
 
 
-def fill_until_killed(stem: Path, order: list[range]) -> None:
-    file = LogitFile.open(stem, 4000, RowFormat(10, "float32"))
+def fill_until_killed(stem: Path, order: list[range], device: int) -> None:
+    """Write rows that differ a little from device to device, as real ones do."""
+    file = LogitFile.open(stem, 4000, RowFormat(10, "float32"), "store")
     for places in order:
-        file.write([(places, row_of(places))])
+        file.write([(places, row_of(places) + device / 4)])
 
 
 def assert_no_false_row(stem: Path) -> int:
-    file = LogitFile.open(stem, 4000, RowFormat(10, "float32"))
-    is_there = np.asarray(file.valid) == 1
-    expected = row_of(range(4000)).numpy()
-    assert np.array_equal(file.rows[is_there], expected[is_there])
-    return int(is_there.sum())
+    file = LogitFile.open(stem, 4000, RowFormat(10, "float32"), "store")
+    complete = np.flatnonzero(file.sums)
+    for place in complete.tolist():
+        row = file.read(range(place, place + 1))
+        right = row_of(range(place, place + 1))
+        assert torch.equal(row, right) or torch.equal(row, right + 1 / 4)
+    return len(complete)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -376,14 +626,14 @@ def test_twenty_kills_while_two_fill_one_view_leave_no_false_row(tmp_path):
     while kills < 20:
         stem = tmp_path / f"view-{view}"
         children = []
-        for _ in range(2):
+        for device in range(2):
             rng.shuffle(order)
             pid = os.fork()
             if pid == 0:
                 code = 1
                 try:
                     torch.set_num_threads(1)
-                    fill_until_killed(stem, order)
+                    fill_until_killed(stem, order, device)
                     code = 0
                 finally:
                     os._exit(code)
@@ -393,14 +643,14 @@ def test_twenty_kills_while_two_fill_one_view_leave_no_false_row(tmp_path):
             os.kill(pid, signal.SIGKILL)
             assert os.waitpid(pid, 0)[1] in (0, signal.SIGKILL)
         kills += 1
-        count = assert_no_false_row(stem) if stem.with_suffix(".valid").exists() else 0
+        count = assert_no_false_row(stem) if stem.with_suffix(".sums").exists() else 0
         in_the_middle += 0 < count < 4000
         view += count == 4000
     assert in_the_middle >= 5
 
 
 def test_rows_with_gaps_between_them_are_kept_where_they_belong(tmp_path):
-    file = LogitFile.open(tmp_path / "v", 100, RowFormat(10, "float32"))
+    file = LogitFile.open(tmp_path / "v", 100, RowFormat(10, "float32"), "store")
     file.write([(range(1, 40, 3), row_of(range(1, 40, 3))), (range(60, 70), row_of(range(60, 70)))])
     assert torch.equal(file.read(range(4, 30, 3)), row_of(range(4, 30, 3)))
     assert file.read(range(4, 30)) is None and file.first_missing(100) == 0
@@ -408,6 +658,49 @@ def test_rows_with_gaps_between_them_are_kept_where_they_belong(tmp_path):
     assert torch.equal(file.read(range(60, 70)), row_of(range(60, 70)))
     assert torch.equal(file.read(range(70, 72)), -row_of(range(70, 72)))
     assert file.missing() == 100 - 13 - 12
+
+
+def test_of_two_that_compute_a_row_at_once_the_first_is_kept(tmp_path, monkeypatch):
+    """Their rows may differ in the last bits, and a row must fit its checksum."""
+    first, second = (
+        LogitFile.open(tmp_path / "v", 100, RowFormat(10, "float32"), "store") for _ in range(2)
+    )
+    written, fsync = threading.Event(), os.fsync
+
+    def slow_fsync(descriptor: int) -> None:
+        if not written.is_set():  # the first is between its rows and their checksums
+            written.set()
+            time.sleep(0.3)
+        fsync(descriptor)
+
+    monkeypatch.setattr(logit_store.os, "fsync", slow_fsync)
+    thread = threading.Thread(target=first.write, args=([(range(8), row_of(range(8)))],))
+    thread.start()
+    assert written.wait(10)
+    second.write([(range(10), -row_of(range(10)))])
+    thread.join()
+    assert torch.equal(second.read(range(8)), row_of(range(8)))
+    assert torch.equal(first.read(range(8, 10)), -row_of(range(8, 10)))
+
+
+@pytest.mark.parametrize("row_format", [
+    RowFormat(5, "float16"), RowFormat(10, "float16"), RowFormat(5, "float32"),
+    RowFormat(30, "float16", 3), RowFormat(30, "float32", 3), RowFormat(70_000, "float16", 3),
+], ids=str)  # fmt: skip
+def test_a_change_of_any_byte_of_any_row_format_is_found(tmp_path, row_format):
+    file = LogitFile.open(tmp_path / "v", 4, row_format, "store")
+    logits = torch.randn(4, row_format.num_classes, generator=torch.Generator().manual_seed(0))
+    file.write([(range(4), logits)])
+    file.read(range(4))
+    size = row_format.dtype.itemsize
+    content = (tmp_path / "v.logits").read_bytes()
+    assert len(content) == 4 * size
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        (tmp_path / "v.logits").write_bytes(changed)
+        with pytest.raises(UserError, match=rf"1 of the rows 0 to 3 .*\({position // size}\)"):
+            file.read(range(4))
 
 
 def test_the_manifest_tells_what_the_store_was_made_with(run_main, kd, tmp_path):
