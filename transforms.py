@@ -343,18 +343,22 @@ class PairMixup:
         self.view = view
 
     def _boxes(self, pairs: slice, sides: tuple[int, int]) -> Iterator[tuple[np.ndarray, ...]]:
-        """First and last + 1 row, then column, of the box of each pair; (P,) int64 each."""
+        """First and last + 1 row, then column, of the box of each pair; (P,) int64 each.
+
+        timm's `rand_bbox` and `rand_bbox_minmax`, which draw one box at a time, for many pairs.
+        """
         for axis, side in enumerate(sides):
             u, v = self.position[2 * axis : 2 * axis + 2, pairs]
             if self.cutmix_minmax:
                 least, most = (int(side * part) for part in self.cutmix_minmax)
                 length = least + (u * max(1, most - least)).astype(np.int64)
-                first = (v * (side - length)).astype(np.int64)
+                first = (v * (side - length + 1)).astype(np.int64)
                 last = first + length
             else:
-                half = (side * np.sqrt(1 - self.lam[pairs])).astype(np.int64) // 2
+                length = (side * np.sqrt(1 - self.lam[pairs])).astype(np.int64)
                 middle = (u * side).astype(np.int64)
-                first, last = (middle - half).clip(0, side), (middle + half).clip(0, side)
+                first = (middle - length // 2).clip(0, side)
+                last = (middle + (length + 1) // 2).clip(0, side)
             is_cut, is_mixed = self.is_cut[pairs], self.is_mixed[pairs]
             yield np.where(is_cut, first, 0) * is_mixed, np.where(is_cut, last, side) * is_mixed
 

@@ -1,12 +1,14 @@
 """Images: the right label on each, each exactly once, the same whatever the machine does."""
 
 import argparse
+from operator import itemgetter
 
 import numpy as np
 import pytest
 import torch
 from helpers import CPU, write_images
 from PIL import Image
+from timm.data import mixup as timm_mixup
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
@@ -393,13 +395,48 @@ def test_pairs_are_mixed_as_timm_does_on_average(flags):
     images, labels = torch.zeros(8000, 1, 32, 32), torch.arange(8000) % 2
     _, ours = transforms.make_mixup(args, 2, 8000)(images, labels, 0, 0)
     args.batch_size, args.mixup_mode = 8000, "elem"
-    timm_mixup = transforms.make_mixup(args, 2, 8000).mixup
-    timm_mixup.mode = "pair"
+    whole = transforms.make_mixup(args, 2, 8000).mixup
+    whole.mode = "pair"
     np.random.seed(0)
-    _, theirs = timm_mixup(images, labels)
+    _, theirs = whole(images, labels)
     quantiles = torch.linspace(0, 1, 21)
     a, b = (soft[torch.arange(8000), labels].quantile(quantiles) for soft in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=0, atol=0.03)
+
+
+def boxes_of_timm(side: int, minmax: tuple[float, float] | None, count: int) -> np.ndarray:
+    """Top, bottom, left, right of timm's boxes for uniform lambdas: (4, count).
+
+    timm draws many boxes at once for one lambda, which it uses only through the length of the box.
+    """
+    np.random.seed(1)
+    if minmax:
+        return np.stack(timm_mixup.rand_bbox_minmax((side, side), minmax, count))
+    lam = np.random.rand(count)
+    lengths = (side * np.sqrt(1 - lam)).astype(int)
+    same = [lam[lengths == length] for length in range(side + 1)]
+    boxes = [timm_mixup.rand_bbox((side, side), s[0], count=len(s)) for s in same if len(s)]
+    return np.concatenate([np.stack(box) for box in boxes], axis=1)
+
+
+@pytest.mark.parametrize("minmax", [None, (0.2, 0.7)], ids=str)
+@pytest.mark.parametrize("side", [8, 28, 32])
+def test_the_boxes_of_pairs_have_the_areas_and_positions_of_timms(side, minmax):
+    """200,000 pairs; distributions closer than chance allows in one of 1,000 comparisons."""
+    count = 200_000
+    flags = ["--mixup", 0, *(["--cutmix_minmax", *minmax] if minmax else [])]
+    mixup = pair_mixup(*flags, images=2 * count)
+    mixup._draw(1)
+    ours = np.concatenate([np.stack(e) for e in mixup._boxes(slice(None), (side, side))])
+    theirs = boxes_of_timm(side, minmax, count)
+    for name, measure in {
+        "area": lambda box: (box[1] - box[0]) * (box[3] - box[2]),
+        **{edge: itemgetter(i) for i, edge in enumerate(("top", "bottom", "left", "right"))},
+    }.items():
+        most = side**2 + 1
+        a, b = (np.bincount(measure(boxes), minlength=most) for boxes in (ours, theirs))
+        distance = np.abs(np.cumsum(a - b)).max() / count
+        assert distance < 1.95 * (2 / count) ** 0.5, name
 
 
 @pytest.mark.parametrize("mode", ["batch", "elem"])
