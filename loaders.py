@@ -19,7 +19,7 @@ import transforms
 import utils
 from datasets import ImageSource, Source, StreamSource
 from transforms import BlockMixup, HostBatch, PairMixup, Patches, ToNetwork, ToPixels, collate
-from utils import UserError
+from utils import RandomUse, UserError, seed_sequence
 
 
 class Batch(NamedTuple):
@@ -83,7 +83,7 @@ class TransformedImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[np.ndarray, Patches], int]:
         view, index = key
         if self.seed is not None:
-            utils.seed_rng(torch.device("cpu"), self.seed, view, index)
+            utils.seed_rng(torch.device("cpu"), RandomUse.AUGMENTATION, self.seed, view, index)
         image, target = self.source[index]
         return self.transform(image), target
 
@@ -140,7 +140,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 def view_order(seed: int, view: int, count: int) -> np.ndarray:
     """The order in which a view shows the images: (count,) indices."""
-    return np.random.default_rng([seed, view]).permutation(count)
+    return np.random.default_rng(seed_sequence(RandomUse.ORDER, seed, view)).permutation(count)
 
 
 class EvalBatches(Sampler[list[tuple[int, int]]]):

@@ -263,7 +263,7 @@ def manifest_of(
     teachers = teachers_of(args)
     if len(teachers) > 1:  # their average depends on the temperature
         flags += ["teacher_weights", "kd_temperature"]
-    fields = {"format": 1} | {name: getattr(args, name) for name in flags}
+    fields = {"format": 2} | {name: getattr(args, name) for name in flags}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with name_flags(checkpoint="--teacher_path", text="--teacher_classes"):
         files = [local_file(teacher.path) for teacher in teachers]

@@ -27,6 +27,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resiz
 
 import utils
 from arguments import SMALL, is_mixed
+from utils import RandomUse, seed_sequence
 
 # ------------------------------------------------------------------------ what a network sees
 
@@ -286,7 +287,8 @@ class BlockMixup:
         """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image"""
         mixed = []
         for first in range(0, len(images), self.unit):
-            utils.seed_rng(torch.device("cpu"), self.seed, view, (start + first) // self.unit)
+            number = (start + first) // self.unit
+            utils.seed_rng(torch.device("cpu"), RandomUse.BLOCK_MIXUP, self.seed, view, number)
             block = slice(first, first + self.unit)
             mixed.append(self.mixup(images[block], targets[block])[1])  # images in place
         return images, torch.cat(mixed)
@@ -329,7 +331,7 @@ class PairMixup:
 
     def _draw(self, view: int) -> None:
         size = self.pairs
-        rng = np.random.default_rng([self.seed, view, 1])  # 1: not the stream of the shuffle
+        rng = np.random.default_rng(seed_sequence(RandomUse.PAIR_MIXUP, self.seed, view))
         self.is_cut = rng.random(size) < (self.switch_prob if self.mixup_alpha else 1.0)
         self.is_cut &= self.cutmix_alpha > 0
 

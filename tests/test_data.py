@@ -1,6 +1,7 @@
 """Images: the right label on each, each exactly once, the same whatever the machine does."""
 
 import argparse
+import random
 from operator import itemgetter
 
 import numpy as np
@@ -16,7 +17,7 @@ import arguments
 import datasets
 import loaders
 import transforms
-from utils import UserError
+from utils import RandomUse, UserError, seed_rng, seed_sequence
 
 
 def parsed(*flags: object) -> argparse.Namespace:
@@ -70,7 +71,7 @@ def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypat
         for step, keys in enumerate(batches):
             assert all(view == 3 for view, _ in keys)
             steps.setdefault(step, []).extend(index for _, index in keys)
-    order = np.random.default_rng([7, 3]).permutation(100)
+    order = loaders.view_order(7, 3, 100)
     assert len(steps) == 4
     for step, indices in steps.items():
         assert sorted(indices) == sorted(order[24 * step : 24 * (step + 1)].tolist())
@@ -272,9 +273,9 @@ def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor
     ours, expected = [], []
     for seed in seeds:
         image = photograph(seed)
-        loaders.utils.seed_rng(CPU, seed)
+        loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
         ours.append((transform(np.array(image)), 0))
-        loaders.utils.seed_rng(CPU, seed)
+        loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
         expected.append(theirs(image))
     return to_network(transforms.collate(ours)), torch.stack(expected)
 
@@ -312,11 +313,11 @@ def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
         array = np.array(photograph(seed).resize(shape[::-1]))
         picture = Image.fromarray(array)
         for ours, theirs in (train, val):
-            loaders.utils.seed_rng(CPU, seed)
+            loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
             expected = np.asarray(theirs(picture))
             expected = expected if expected.shape[-1] == 3 else expected.transpose(1, 2, 0)
             for image in (array, picture):
-                loaders.utils.seed_rng(CPU, seed)
+                loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
                 np.testing.assert_array_equal(ours(image)[0], expected)
 
 
@@ -327,6 +328,36 @@ def test_training_images_have_timms_distribution_with_every_augmentation():
     for moment in (torch.mean, torch.std):
         for a, b in zip(moment(ours, dim=(2, 3)).T, moment(theirs, dim=(2, 3)).T, strict=True):
             torch.testing.assert_close(a.mean(), b.mean(), rtol=0, atol=2e-3)
+
+
+def test_no_two_uses_of_random_numbers_share_a_stream():
+    """Equal numbers, padded with zeros or not: weights, augmentation, steps, mixup and order."""
+    seen = set()
+    for use in RandomUse:
+        for first in (0, 3):
+            for length in range(4):
+                seed_rng(CPU, use, first, *[0] * length)
+                draws = torch.rand(1).item(), np.random.rand(), random.random()
+                generator = np.random.default_rng(seed_sequence(use, first, *[0] * length))
+                seen.update([*draws, generator.random()])
+    # A key and the key padded with zeros are the same one, as all keys of a use have one length.
+    assert len(seen) == len(RandomUse) * 2 * 4
+
+
+def test_each_use_of_random_numbers_draws_from_its_own_stream(run_main, monkeypatch):
+    uses = []
+    real = loaders.utils.seed_sequence
+    for module in (loaders, transforms, loaders.utils):
+        monkeypatch.setattr(
+            module,
+            "seed_sequence",
+            lambda use, *key: uses.append((use, len(key))) or real(use, *key),
+        )
+    for mode in ("batch", "pair"):
+        flags = ["--train_samples", 16, "--epochs", 1, "--disable_eval", "true"]
+        assert run_main(*flags, "--mixup_mode", mode).code == 0
+    assert {use for use, _ in uses} == set(RandomUse)
+    assert len(set(uses)) == len(RandomUse)  # one length of key per use
 
 
 # -------------------------------------------------------------------------- mixup in pairs
@@ -399,7 +430,7 @@ def test_pairs_are_mixed_as_timm_does_on_average(flags):
     whole.mode = "pair"
     np.random.seed(0)
     _, theirs = whole(images, labels)
-    quantiles = torch.linspace(0, 1, 21)
+    quantiles = torch.linspace(0.02, 0.98, 25)  # the least and the largest of all are noise
     a, b = (soft[torch.arange(8000), labels].quantile(quantiles) for soft in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=0, atol=0.03)
 
@@ -446,6 +477,6 @@ def test_a_blocks_mix_is_timms_and_does_not_depend_on_what_came_before(mode):
     whole, labels = mixup(IMAGES.clone(), LABELS, 3, 0)
     third, soft = mixup(IMAGES[32:48].clone(), LABELS[32:48], 3, 32)
     assert torch.equal(whole[32:48], third) and torch.equal(labels[32:48], soft)
-    loaders.utils.seed_rng(CPU, 0, 3, 2)
+    loaders.utils.seed_rng(CPU, RandomUse.BLOCK_MIXUP, 0, 3, 2)
     expected, wanted = mixup.mixup(IMAGES[32:48].clone(), LABELS[32:48])
     assert torch.equal(expected, third) and torch.equal(wanted, soft)
