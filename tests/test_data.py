@@ -77,6 +77,30 @@ def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypat
         assert sorted(indices) == sorted(order[24 * step : 24 * (step + 1)].tolist())
 
 
+@pytest.mark.parametrize(("count", "batch_size"), [(90, 50), (99, 50), (7, 4), (64, 16), (65, 33)])
+@pytest.mark.parametrize("views", [2, 3, 4, None])
+def test_a_few_views_show_every_image(count, batch_size, views):
+    """What does not fill a batch is left out of a view, but never of two neighbours."""
+    batches = loaders.EpochBatches(count, batch_size, seed=3, views=views)
+    shown = []
+    for epoch in range(4):
+        batches.set_epoch(epoch)
+        shown.append({index for batch in batches for _, index in batch})
+        assert len(shown[-1]) == count - count % batch_size
+    assert shown[0] | shown[1] == set(range(count))
+    if views in (4, None):
+        assert shown[2] | shown[3] == set(range(count))
+
+
+def test_every_view_is_a_permutation_in_which_each_image_may_be_anywhere():
+    places = np.zeros((10, 10), int)  # by image and place
+    for seed in range(2000):
+        order = loaders.view_order(seed, 1, 10)
+        assert sorted(order) == list(range(10))
+        places[order, np.arange(10)] += 1
+    assert np.abs(places - 200).max() < 4.5 * (200 * 0.9) ** 0.5
+
+
 @pytest.mark.parametrize("world", [1, 3, 8])
 def test_evaluation_batches_hold_every_image_once(world, monkeypatch):
     seen = []
