@@ -139,6 +139,7 @@ class TeacherAdapter(nn.Module):
     ) -> None:
         super().__init__()
         config, self.class_index = network.data_config, network.class_index
+        self.is_ema = getattr(network, "is_ema", False)
         network = fuse_layers(network, config["input_size"])
         self.network = network.to(dtype).to(memory_format=torch.channels_last)
         self.convert = InputConversion(source, config).to(next(network.parameters()).device)
@@ -271,10 +272,10 @@ def load_teacher(
         input_config: any of mean, std and input_size, to overrule what the file or timm says.
         use_ema: 'true' for the EMA weights in the file, 'false' for the raw weights, 'auto' for
             those with the better recorded accuracy, else the EMA.
-    Returns: the network in eval mode, its parameters without gradient, with three more attributes:
+    Returns: the network in eval mode, its parameters without gradient, with four more attributes:
         `data_config` (mean, std and input_size that it was trained with), `class_index` (which of
-        its outputs stand for the data's classes, None for all in order) and `origin` (a line that
-        says what was loaded).
+        its outputs stand for the data's classes, None for all in order), `is_ema` (whether EMA
+        weights were loaded) and `origin` (a line that says what was loaded).
     Raises: UserError for an unknown architecture or a file that does not fit it or the data.
     """
     checkpoint = read_checkpoint(path)
@@ -297,7 +298,7 @@ def load_teacher(
         "teacher_classes, or fine-tune the teacher on this data first",
     )
     teacher.requires_grad_(False).eval().to(device)
-    teacher.data_config = config
+    teacher.data_config, teacher.is_ema = config, "ema" in weights.key
     teacher.class_index, order = _match_classes(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))

@@ -15,7 +15,7 @@ from torch import nn
 import utils
 from loaders import Batch, Loader
 from logs import History, Progress
-from utils import UserError, unwrap
+from utils import RandomUse, UserError, unwrap
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -154,7 +154,8 @@ def train_one_epoch(
             schedule.apply(optimizer, step)
         # Seeded per batch, so that dropout and drop path do not depend on what ran before: a run
         # that resumes here continues with the same numbers.
-        utils.seed_rng(settings.device, settings.seed, epoch, number, utils.rank())
+        key = settings.seed, epoch, number, utils.rank()
+        utils.seed_rng(settings.device, RandomUse.STEP, *key)
         is_last = part == window - 1
         # Processes exchange gradients only once per optimizer step; before the last batch of a
         # window DDP just accumulates, which saves freq - 1 of freq exchanges.

@@ -19,7 +19,7 @@ import transforms
 import utils
 from datasets import ImageSource, Source, StreamSource
 from transforms import BlockMixup, HostBatch, PairMixup, Patches, ToNetwork, ToPixels, collate
-from utils import UserError
+from utils import RandomUse, UserError, seed_sequence
 
 
 class Batch(NamedTuple):
@@ -83,7 +83,7 @@ class TransformedImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[np.ndarray, Patches], int]:
         view, index = key
         if self.seed is not None:
-            utils.seed_rng(torch.device("cpu"), self.seed, view, index)
+            utils.seed_rng(torch.device("cpu"), RandomUse.AUGMENTATION, self.seed, view, index)
         image, target = self.source[index]
         return self.transform(image), target
 
@@ -94,8 +94,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     A view is one augmentation and one order of all training images; epoch e shows view e mod
     `views`. Batch b of rank r is block b * world + r of the order of the view, so an optimizer step
     sees the same images however a global batch is divided among processes and accumulation. The
-    last incomplete global batch is left out, as in the ConvNeXt script; those images differ
-    between views.
+    last incomplete global batch is left out, as in the ConvNeXt script; other images are last in
+    the next view (see `view_order`).
 
     Args:
         views: number of views; None for a new view every epoch.
@@ -139,8 +139,17 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 def view_order(seed: int, view: int, count: int) -> np.ndarray:
-    """The order in which a view shows the images: (count,) indices."""
-    return np.random.default_rng([seed, view]).permutation(count)
+    """The order in which a view shows the images: (count,) indices.
+
+    Views 2k and 2k + 1 are both random, but what one shows in its last half, the other shows in its
+    first. The images that do not fill a global batch, always fewer than half, are the last ones: so
+    two views show every image, whatever the batch size.
+    """
+    rng = np.random.default_rng(seed_sequence(RandomUse.ORDER, seed, view))
+    if view % 2 == 0:
+        return rng.permutation(count)
+    first, last = np.split(view_order(seed, view - 1, count), [count // 2])
+    return np.concatenate([rng.permutation(last), rng.permutation(first)])
 
 
 class EvalBatches(Sampler[list[tuple[int, int]]]):

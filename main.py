@@ -47,7 +47,7 @@ from loaders import Data, DeviceLoader, build_data, build_eval_loader
 from logs import History, Recorder
 from teacher import RunTeacher, fill_store, prepare_teacher
 from transforms import data_config
-from utils import UserError, log, name_flags
+from utils import RandomUse, UserError, log, name_flags
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,7 +297,7 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | N
 
 def make_student(args: argparse.Namespace, device: torch.device, num_classes: int) -> nn.Module:
     """The network to train, with seeded initial weights or those of --finetune, on the device."""
-    utils.seed_rng(device, args.seed)
+    utils.seed_rng(device, RandomUse.WEIGHTS, args.seed)
     with name_flags(architecture="--model", checkpoint="--finetune"):
         student = models.create_model(args.model, num_classes, args.input_size, args.drop_path)
         if args.head_init_scale != 1:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,7 @@ import models
 import utils
 from arguments import is_mixed, teachers_of, views_of
 from checkpoints import local_file
-from datasets import ImageSource
+from datasets import ImageSource, Source
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
 from engine import LogitsByPlaces, LoopSettings, evaluate
 from flags import AUGMENTATION, MIXING, flags_of_group
@@ -37,6 +38,8 @@ CAUSES = (
     "likely causes: another normalisation (--teacher_norm), another size (--teacher_input_size), "
     "another order of classes (--teacher_classes), a file of other weights, or a weak teacher"
 )
+EMA_CAUSE = "an average (EMA) that had too few steps to follow the weights"
+CHANCE_LEVEL = 0.01  # how often a teacher that guesses may go without a warning
 
 
 @dataclass
@@ -61,7 +64,7 @@ class RunTeacher:
         if student is not None and teacher is not None and teacher < student:
             log(
                 f"Warning: the teacher ({teacher:.2f} %) is below its student ({student:.2f} %); "
-                f"{CAUSES}"
+                f"{_causes(self.model)}"
             )
 
 
@@ -172,15 +175,46 @@ def _score(
         found = evaluate(batches, nn.Identity(), settings, args.dist_eval)
     else:
         found = evaluate(loader, source, settings, args.dist_eval, collect=logits)
-    acc1, loss, chance = found["acc1"], found["loss"], 100 / len(data.classes)
+    acc1, loss, causes = found["acc1"], found["loss"], _causes(source)
     log(f"Teacher on the validation images: acc1 {acc1:.2f}, loss {loss:.4f}")
     if acc1 < args.teacher_min_acc1:
         raise UserError(
-            f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher scores {acc1:.2f}; {CAUSES}"
+            f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher scores {acc1:.2f}; {causes}"
         )
-    if acc1 < 2 * chance:
-        log(f"Warning: the teacher is near chance ({chance:.2f} %); {CAUSES}")
+    assert data.val is not None  # it was just scored
+    images, chance = len(data.val), _chance(data.val)
+    if is_near_chance(round(acc1 / 100 * images), images, chance):
+        log(
+            f"Warning: the teacher is near chance: to name one class every time would score "
+            f"{100 * chance:.2f} % of the {images:,} images; {causes}"
+        )
     return {"teacher_acc1": acc1, "teacher_loss": loss}, logits
+
+
+def _chance(val: Source) -> float:
+    """The accuracy, in 0…1, of naming the most frequent class for every image."""
+    if isinstance(val, ImageSource):
+        return float(np.bincount(val.targets).max() / len(val))
+    return 1 / len(val.classes)  # a stream does not tell its labels
+
+
+def is_near_chance(correct: int, images: int, chance: float) -> bool:
+    """Whether guessing, right with probability `chance`, gets so many images right by luck.
+
+    One-sided binomial test at CHANCE_LEVEL. With a single class there is nothing to tell apart.
+    """
+    if chance >= 1:
+        return False
+    guessing = torch.distributions.Binomial(images, torch.tensor(chance, dtype=torch.float64))
+    as_many = torch.arange(correct, images + 1, dtype=torch.float64)
+    return guessing.log_prob(as_many).exp().sum().item() > CHANCE_LEVEL
+
+
+def _causes(source: object) -> str:
+    """What may be wrong with a teacher that scores badly."""
+    networks = source.modules() if isinstance(source, nn.Module) else ()
+    is_ema = any(getattr(network, "is_ema", False) for network in networks)
+    return f"{CAUSES}; or {EMA_CAUSE}" if is_ema else CAUSES
 
 
 # ------------------------------------------------------------------------------ the cache

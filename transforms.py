@@ -27,6 +27,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resiz
 
 import utils
 from arguments import SMALL, is_mixed
+from utils import RandomUse, seed_sequence
 
 # ------------------------------------------------------------------------ what a network sees
 
@@ -298,7 +299,8 @@ class BlockMixup:
         """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image"""
         mixed = []
         for first in range(0, len(images), self.unit):
-            utils.seed_rng(torch.device("cpu"), self.seed, view, (start + first) // self.unit)
+            number = (start + first) // self.unit
+            utils.seed_rng(torch.device("cpu"), RandomUse.BLOCK_MIXUP, self.seed, view, number)
             block = slice(first, first + self.unit)
             mixed.append(self.mixup(images[block], targets[block])[1])  # images in place
         return images, torch.cat(mixed)
@@ -341,7 +343,7 @@ class PairMixup:
 
     def _draw(self, view: int) -> None:
         size = self.pairs
-        rng = np.random.default_rng([self.seed, view, 1])  # 1: not the stream of the shuffle
+        rng = np.random.default_rng(seed_sequence(RandomUse.PAIR_MIXUP, self.seed, view))
         self.is_cut = rng.random(size) < (self.switch_prob if self.mixup_alpha else 1.0)
         self.is_cut &= self.cutmix_alpha > 0
 
@@ -355,18 +357,22 @@ class PairMixup:
         self.view = view
 
     def _boxes(self, pairs: slice, sides: tuple[int, int]) -> Iterator[tuple[np.ndarray, ...]]:
-        """First and last + 1 row, then column, of the box of each pair; (P,) int64 each."""
+        """First and last + 1 row, then column, of the box of each pair; (P,) int64 each.
+
+        timm's `rand_bbox` and `rand_bbox_minmax`, which draw one box at a time, for many pairs.
+        """
         for axis, side in enumerate(sides):
             u, v = self.position[2 * axis : 2 * axis + 2, pairs]
             if self.cutmix_minmax:
                 least, most = (int(side * part) for part in self.cutmix_minmax)
                 length = least + (u * max(1, most - least)).astype(np.int64)
-                first = (v * (side - length)).astype(np.int64)
+                first = (v * (side - length + 1)).astype(np.int64)
                 last = first + length
             else:
-                half = (side * np.sqrt(1 - self.lam[pairs])).astype(np.int64) // 2
+                length = (side * np.sqrt(1 - self.lam[pairs])).astype(np.int64)
                 middle = (u * side).astype(np.int64)
-                first, last = (middle - half).clip(0, side), (middle + half).clip(0, side)
+                first = (middle - length // 2).clip(0, side)
+                last = (middle + (length + 1) // 2).clip(0, side)
             is_cut, is_mixed = self.is_cut[pairs], self.is_mixed[pairs]
             yield np.where(is_cut, first, 0) * is_mixed, np.where(is_cut, last, side) * is_mixed
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from enum import IntEnum
 from io import FileIO
 from pathlib import Path
 from types import FrameType
@@ -267,12 +268,29 @@ def stop_requested(device: torch.device) -> int:
 # --------------------------------------------------------------------------------- randomness
 
 
-def seed_rng(device: torch.device, *key: int) -> None:
-    """Seed Python, NumPy and torch (CPU and `device`) with a function of `key` alone.
+class RandomUse(IntEnum):
+    """What random numbers are drawn for, and the key that follows it."""
 
-    numpy.random.SeedSequence hashes the key, so neighbouring keys give unrelated streams.
+    WEIGHTS = 1  # seed
+    AUGMENTATION = 2  # seed, view, image
+    STEP = 3  # seed, epoch, batch, rank; dropout and drop path
+    BLOCK_MIXUP = 4  # seed, view, block
+    PAIR_MIXUP = 5  # seed, view
+    ORDER = 6  # seed, view
+
+
+def seed_sequence(use: RandomUse, *key: int) -> np.random.SeedSequence:
+    """A seed that is a function of the use and its key alone.
+
+    SeedSequence hashes both, so neighbouring keys give unrelated streams, and no two uses share a
+    stream. (The key by itself would be padded with zeros: 3 and 3, 0 are one seed.)
     """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return np.random.SeedSequence(key, spawn_key=(use,))
+
+
+def seed_rng(device: torch.device, use: RandomUse, *key: int) -> None:
+    """Seed Python, NumPy and torch (CPU and `device`); see `seed_sequence`."""
+    seed = int(seed_sequence(use, *key).generate_state(1, np.uint64)[0])
     random.seed(seed)
     np.random.seed(seed % 2**32)
     # torch.manual_seed would also queue a seed for every GPU, which costs a stack trace per call

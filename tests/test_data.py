@@ -1,12 +1,15 @@
 """Images: the right label on each, each exactly once, the same whatever the machine does."""
 
 import argparse
+import random
+from operator import itemgetter
 
 import numpy as np
 import pytest
 import torch
 from helpers import CPU, write_images
 from PIL import Image
+from timm.data import mixup as timm_mixup
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
@@ -14,7 +17,7 @@ import arguments
 import datasets
 import loaders
 import transforms
-from utils import UserError
+from utils import RandomUse, UserError, seed_rng, seed_sequence
 
 
 def parsed(*flags: object) -> argparse.Namespace:
@@ -68,10 +71,34 @@ def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypat
         for step, keys in enumerate(batches):
             assert all(view == 3 for view, _ in keys)
             steps.setdefault(step, []).extend(index for _, index in keys)
-    order = np.random.default_rng([7, 3]).permutation(100)
+    order = loaders.view_order(7, 3, 100)
     assert len(steps) == 4
     for step, indices in steps.items():
         assert sorted(indices) == sorted(order[24 * step : 24 * (step + 1)].tolist())
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(90, 50), (99, 50), (7, 4), (64, 16), (65, 33)])
+@pytest.mark.parametrize("views", [2, 3, 4, None])
+def test_a_few_views_show_every_image(count, batch_size, views):
+    """What does not fill a batch is left out of a view, but never of two neighbours."""
+    batches = loaders.EpochBatches(count, batch_size, seed=3, views=views)
+    shown = []
+    for epoch in range(4):
+        batches.set_epoch(epoch)
+        shown.append({index for batch in batches for _, index in batch})
+        assert len(shown[-1]) == count - count % batch_size
+    assert shown[0] | shown[1] == set(range(count))
+    if views in (4, None):
+        assert shown[2] | shown[3] == set(range(count))
+
+
+def test_every_view_is_a_permutation_in_which_each_image_may_be_anywhere():
+    places = np.zeros((10, 10), int)  # by image and place
+    for seed in range(2000):
+        order = loaders.view_order(seed, 1, 10)
+        assert sorted(order) == list(range(10))
+        places[order, np.arange(10)] += 1
+    assert np.abs(places - 200).max() < 4.5 * (200 * 0.9) ** 0.5
 
 
 @pytest.mark.parametrize("world", [1, 3, 8])
@@ -270,9 +297,9 @@ def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor
     ours, expected = [], []
     for seed in seeds:
         image = photograph(seed)
-        loaders.utils.seed_rng(CPU, seed)
+        loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
         ours.append((transform(np.array(image)), 0))
-        loaders.utils.seed_rng(CPU, seed)
+        loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
         expected.append(theirs(image))
     return to_network(transforms.collate(ours)), torch.stack(expected)
 
@@ -310,11 +337,11 @@ def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
         array = np.array(photograph(seed).resize(shape[::-1]))
         picture = Image.fromarray(array)
         for ours, theirs in (train, val):
-            loaders.utils.seed_rng(CPU, seed)
+            loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
             expected = np.asarray(theirs(picture))
             expected = expected if expected.shape[-1] == 3 else expected.transpose(1, 2, 0)
             for image in (array, picture):
-                loaders.utils.seed_rng(CPU, seed)
+                loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
                 np.testing.assert_array_equal(ours(image)[0], expected)
 
 
@@ -325,6 +352,36 @@ def test_training_images_have_timms_distribution_with_every_augmentation():
     for moment in (torch.mean, torch.std):
         for a, b in zip(moment(ours, dim=(2, 3)).T, moment(theirs, dim=(2, 3)).T, strict=True):
             torch.testing.assert_close(a.mean(), b.mean(), rtol=0, atol=2e-3)
+
+
+def test_no_two_uses_of_random_numbers_share_a_stream():
+    """Equal numbers, padded with zeros or not: weights, augmentation, steps, mixup and order."""
+    seen = set()
+    for use in RandomUse:
+        for first in (0, 3):
+            for length in range(4):
+                seed_rng(CPU, use, first, *[0] * length)
+                draws = torch.rand(1).item(), np.random.rand(), random.random()
+                generator = np.random.default_rng(seed_sequence(use, first, *[0] * length))
+                seen.update([*draws, generator.random()])
+    # A key and the key padded with zeros are the same one, as all keys of a use have one length.
+    assert len(seen) == len(RandomUse) * 2 * 4
+
+
+def test_each_use_of_random_numbers_draws_from_its_own_stream(run_main, monkeypatch):
+    uses = []
+    real = loaders.utils.seed_sequence
+    for module in (loaders, transforms, loaders.utils):
+        monkeypatch.setattr(
+            module,
+            "seed_sequence",
+            lambda use, *key: uses.append((use, len(key))) or real(use, *key),
+        )
+    for mode in ("batch", "pair"):
+        flags = ["--train_samples", 16, "--epochs", 1, "--disable_eval", "true"]
+        assert run_main(*flags, "--mixup_mode", mode).code == 0
+    assert {use for use, _ in uses} == set(RandomUse)
+    assert len(set(uses)) == len(RandomUse)  # one length of key per use
 
 
 # -------------------------------------------------------------------------- mixup in pairs
@@ -393,13 +450,48 @@ def test_pairs_are_mixed_as_timm_does_on_average(flags):
     images, labels = torch.zeros(8000, 1, 32, 32), torch.arange(8000) % 2
     _, ours = transforms.make_mixup(args, 2, 8000)(images, labels, 0, 0)
     args.batch_size, args.mixup_mode = 8000, "elem"
-    timm_mixup = transforms.make_mixup(args, 2, 8000).mixup
-    timm_mixup.mode = "pair"
+    whole = transforms.make_mixup(args, 2, 8000).mixup
+    whole.mode = "pair"
     np.random.seed(0)
-    _, theirs = timm_mixup(images, labels)
-    quantiles = torch.linspace(0, 1, 21)
+    _, theirs = whole(images, labels)
+    quantiles = torch.linspace(0.02, 0.98, 25)  # the least and the largest of all are noise
     a, b = (soft[torch.arange(8000), labels].quantile(quantiles) for soft in (ours, theirs))
     torch.testing.assert_close(a, b, rtol=0, atol=0.03)
+
+
+def boxes_of_timm(side: int, minmax: tuple[float, float] | None, count: int) -> np.ndarray:
+    """Top, bottom, left, right of timm's boxes for uniform lambdas: (4, count).
+
+    timm draws many boxes at once for one lambda, which it uses only through the length of the box.
+    """
+    np.random.seed(1)
+    if minmax:
+        return np.stack(timm_mixup.rand_bbox_minmax((side, side), minmax, count))
+    lam = np.random.rand(count)
+    lengths = (side * np.sqrt(1 - lam)).astype(int)
+    same = [lam[lengths == length] for length in range(side + 1)]
+    boxes = [timm_mixup.rand_bbox((side, side), s[0], count=len(s)) for s in same if len(s)]
+    return np.concatenate([np.stack(box) for box in boxes], axis=1)
+
+
+@pytest.mark.parametrize("minmax", [None, (0.2, 0.7)], ids=str)
+@pytest.mark.parametrize("side", [8, 28, 32])
+def test_the_boxes_of_pairs_have_the_areas_and_positions_of_timms(side, minmax):
+    """200,000 pairs; distributions closer than chance allows in one of 1,000 comparisons."""
+    count = 200_000
+    flags = ["--mixup", 0, *(["--cutmix_minmax", *minmax] if minmax else [])]
+    mixup = pair_mixup(*flags, images=2 * count)
+    mixup._draw(1)
+    ours = np.concatenate([np.stack(e) for e in mixup._boxes(slice(None), (side, side))])
+    theirs = boxes_of_timm(side, minmax, count)
+    for name, measure in {
+        "area": lambda box: (box[1] - box[0]) * (box[3] - box[2]),
+        **{edge: itemgetter(i) for i, edge in enumerate(("top", "bottom", "left", "right"))},
+    }.items():
+        most = side**2 + 1
+        a, b = (np.bincount(measure(boxes), minlength=most) for boxes in (ours, theirs))
+        distance = np.abs(np.cumsum(a - b)).max() / count
+        assert distance < 1.95 * (2 / count) ** 0.5, name
 
 
 @pytest.mark.parametrize("mode", ["batch", "elem"])
@@ -409,6 +501,6 @@ def test_a_blocks_mix_is_timms_and_does_not_depend_on_what_came_before(mode):
     whole, labels = mixup(IMAGES.clone(), LABELS, 3, 0)
     third, soft = mixup(IMAGES[32:48].clone(), LABELS[32:48], 3, 32)
     assert torch.equal(whole[32:48], third) and torch.equal(labels[32:48], soft)
-    loaders.utils.seed_rng(CPU, 0, 3, 2)
+    loaders.utils.seed_rng(CPU, RandomUse.BLOCK_MIXUP, 0, 3, 2)
     expected, wanted = mixup.mixup(IMAGES[32:48].clone(), LABELS[32:48])
     assert torch.equal(expected, third) and torch.equal(wanted, soft)

@@ -1,6 +1,7 @@
 """Any teacher, seen right: every kind of file, its input, its classes, its score."""
 
 import argparse
+import math
 import re
 
 import numpy as np
@@ -18,6 +19,7 @@ import models
 import transforms
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
 from models.fusion import fuse_layers
+from teacher import is_near_chance
 from utils import UserError
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -264,9 +266,58 @@ def test_the_teachers_score_is_printed_logged_and_kept(run_main, short, kd, tmp_
     printed = float(re.search(r"Teacher on the validation images: acc1 ([\d.]+)", run.out)[1])
     assert run.log[0]["teacher_acc1"] == pytest.approx(printed, abs=0.01)
     assert run.checkpoint(1)["scores"]["teacher_acc1"] == run.log[1]["teacher_acc1"]
-    assert "Warning: the teacher is near chance (10.00 %)" in run.out  # its weights are random
+    assert "Warning: the teacher is near chance" in run.out  # its weights are random
+    assert "would score 10.28 % of the 360 images" in run.out and "EMA" not in run.out
     quiet = run_main(*short, *kd, "--teacher_eval", "false", output_dir=tmp_path / "quiet")
     assert "Teacher on" not in quiet.out and "test_kl" not in quiet.log[0]
+
+
+@pytest.mark.parametrize(
+    ("correct", "images", "chance", "is_near"),
+    [
+        (39, 40, 0.5, False),  # 97.5 % of two classes
+        (20, 40, 0.5, True),
+        (26, 40, 0.5, True),  # by luck once in 25 times
+        (10, 40, 0.1, False),
+        (8, 40, 0.1, True),
+        (900, 1000, 0.9, True),  # the largest class is 90 % of the images
+        (150, 1000, 0.1, False),
+        (101, 1000, 0.1, True),
+        (1, 1000, 0.1, True),
+        (12, 12, 1.0, False),  # a single class: there is nothing to tell apart
+    ],
+)
+def test_near_chance_is_what_guessing_reaches_by_luck_too(correct, images, chance, is_near):
+    assert is_near_chance(correct, images, chance) == is_near
+    if chance < 1:  # P(X >= correct) of a binomial X, in integers
+        right, wrong = round(10 * chance), round(10 - 10 * chance)
+        ways = sum(
+            math.comb(images, k) * right**k * wrong ** (images - k)
+            for k in range(correct, images + 1)
+        )
+        assert (100 * ways > 10**images) == is_near
+
+
+def test_a_good_teacher_of_two_classes_is_not_called_near_chance(run_main, tmp_path):
+    """97.5 %: it tells dark from bright images, and one of the 40 is in the wrong folder."""
+    for split, count in (("train", 16), ("val", 20)):
+        write_images(tmp_path / split, ["ant", "zebra"], count)
+    wrong = tmp_path / "val" / "zebra" / "0.jpg"
+    wrong.write_bytes((tmp_path / "val" / "ant" / "0.jpg").read_bytes())
+    flags = ["--data_path", tmp_path, "--input_size", 16, "--batch_size", 8, "--mixup", 0]
+    flags += ["--cutmix", 0, "--aa=", "--lr", "5e-3", "--reprob", 0]
+    run_main(*flags, "--epochs", 6, output_dir=tmp_path / "t")
+    kd = teacher_flags(tmp_path / "t" / "checkpoint-best.pth")
+    run = run_main(*flags, *kd, "--epochs", 1)
+    assert run.code == 0 and "acc1 97.50" in run.out
+    assert "near chance" not in run.out
+
+
+def test_an_average_that_knows_nothing_is_named_as_a_cause(run_main, short, tmp_path):
+    average = network(seed=1).state_dict()
+    torch.save({"model": average, "model_ema": average}, tmp_path / "t.pth")
+    run = run_main(*short, *teacher_flags(tmp_path / "t.pth"))
+    assert re.search(r"near chance: .*an average \(EMA\) that had too few steps", run.out)
 
 
 def test_a_teacher_below_the_floor_stops_the_run(run_main, short, kd):
