@@ -7,11 +7,12 @@
 
 Weights, EMA, optimizer state and log.txt must be the same bits. EMA, accumulation, mixup and a
 teacher are on, and a checkpoint is written at every step, so that many kills fall into a write.
-While a store is filled, every row that is marked must be the right one after every kill.
+While a store is filled, every row that has a checksum must be the right one after every kill.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import signal
@@ -30,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers import children_of, is_same, torchrun  # noqa: E402
 
 import models  # noqa: E402, F401
+from logit_store import LogitFile, RowFormat  # noqa: E402
 
 FLAGS = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 320 --batch_size 8
 --update_freq 2 --epochs 8 --save_ckpt_steps 1 --model_ema true --model_ema_eval true
@@ -115,18 +117,23 @@ def fill_command(processes: int, cache: Path, teacher: Path) -> list[str]:
 
 
 def false_rows(reference: Path, cache: Path) -> tuple[int, int, int]:
-    """Rows that are marked and wrong, rows that are marked, rows written but not marked."""
-    wrong = marked = unmarked = 0
-    for valid in cache.glob("view-*.valid"):
-        is_marked = np.fromfile(valid, np.uint8) == 1
-        rows, right = (
-            np.fromfile(folder / f"{valid.stem}.logits", np.uint8).reshape(len(is_marked), -1)
-            for folder in (cache, reference)
-        )
-        wrong += int((rows != right).any(axis=1)[is_marked].sum())
-        marked += int(is_marked.sum())
-        unmarked += int((rows.any(axis=1) & ~is_marked).sum())
-    return wrong, marked, unmarked
+    """Rows that are complete and wrong, rows that are complete, rows without their checksum.
+
+    Raises: UserError for a complete row that does not match its checksum.
+    """
+    wrong = complete = incomplete = 0
+    row_format = RowFormat(10, "float16")
+    store_id = json.loads((cache / "manifest.json").read_text())["id"]
+    for path in cache.glob("view-*.sums"):
+        file = LogitFile.open(path.with_suffix(""), 64, row_format, store_id)
+        is_complete = file.sums != 0
+        for place in np.flatnonzero(is_complete).tolist():
+            file.read(range(place, place + 1))
+        right = np.fromfile(reference / f"{path.stem}.logits", np.float16).reshape(64, 10)
+        wrong += int((file.rows != right).any(axis=1)[is_complete].sum())
+        complete += int(is_complete.sum())
+        incomplete += int((file.rows.any(axis=1) & ~is_complete).sum())
+    return wrong, complete, incomplete
 
 
 def kill_while_filling(folder: Path, teacher: Path, args: argparse.Namespace) -> None:
@@ -138,8 +145,8 @@ def kill_while_filling(folder: Path, teacher: Path, args: argparse.Namespace) ->
     while kills < args.kills:
         cache = folder / f"cache-{runs}"
         process = start(fill_command(args.processes, cache, teacher))
-        views = len(list(cache.glob("view-*.valid")))
-        while process.poll() is None and len(list(cache.glob("view-*.valid"))) == views:
+        views = len(list(cache.glob("view-*.sums")))
+        while process.poll() is None and len(list(cache.glob("view-*.sums"))) == views:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1))
         is_done = process.poll() is not None
@@ -147,13 +154,13 @@ def kill_while_filling(folder: Path, teacher: Path, args: argparse.Namespace) ->
             kill(pid)
         if process.wait() not in (0, -signal.SIGKILL):
             sys.exit(f"exit code {process.returncode} after {kills} kills")
-        wrong, marked, unmarked = false_rows(reference, cache)
-        if wrong or (is_done and marked != 600 * 64):
-            sys.exit(f"after {kills} kills: {wrong} of {marked} marked rows are false")
-        kills, in_write, runs = kills + (not is_done), in_write + (unmarked > 0), runs + is_done
+        wrong, complete, incomplete = false_rows(reference, cache)
+        if wrong or (is_done and complete != 600 * 64):
+            sys.exit(f"after {kills} kills: {wrong} of {complete} complete rows are false")
+        kills, in_write, runs = kills + (not is_done), in_write + (incomplete > 0), runs + is_done
     print(
-        f"{kills} kills ({in_write} of them between a row and its mark) of {args.processes} "
-        f"process(es) that fill a store: no false row; {marked:,} marked rows at the last"
+        f"{kills} kills ({in_write} of them between a row and its checksum) of {args.processes} "
+        f"process(es) that fill a store: no false row; {complete:,} complete rows at the last"
     )
 
 
