@@ -421,3 +421,18 @@ def test_class_names_travel_in_the_checkpoint(run_main, imnet, tmp_path):
     kd = teacher_flags(tmp_path / "t" / "checkpoint-0.pth")
     run = run_main("--data_path", tmp_path / "two", *flags, *kd)
     assert run.code == 0 and "2 matched by name" in run.out, run.err
+
+
+def test_a_caller_from_python_is_not_told_about_flags(tmp_path):
+    torch.save(GOOD, tmp_path / "good.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    for arch, name, classes in (
+        ("cifar_resnet8", "none.pth", 10),
+        ("cifar_resnet8", "empty.pth", 10),
+        ("cifar_resnet", "good.pth", 10),
+        ("cifar_resnet20", "good.pth", 10),
+        ("cifar_resnet8", "good.pth", 7),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_teacher(arch, str(tmp_path / name), classes, "cpu")
+        assert "--" not in str(caught.value) and str(caught.value).startswith((arch, str(tmp_path)))
