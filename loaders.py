@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import datasets
 import transforms
 import utils
+from arguments import fit_to_images, is_mixed
 from datasets import ImageSource, Source, StreamSource
 from transforms import BlockMixup, HostBatch, PairMixup, Patches, ToNetwork, ToPixels, collate
-from utils import RandomUse, UserError, seed_sequence
+from utils import RandomUse, UserError, log, seed_sequence
 
 
 class Batch(NamedTuple):
@@ -292,12 +293,15 @@ def build_data(
     """Open both splits, check that they belong together, and make the loaders.
 
     Args:
+        args: batch_size is lowered where there are fewer images.
         views: number of views of the training images; None for a new view every epoch.
         fill: let the training loader show every image that a later run may show, whatever the batch
             size and the number of processes of that run: to fill a teacher cache.
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
     train, val = datasets.open_splits(args)
+    if not args.eval:
+        _fit_batches(args, len(train))
     config = transforms.data_config(args) | {"classes": train.classes}
     to_network = ToNetwork(config, device)
     loader_keywords = {
@@ -319,6 +323,17 @@ def build_data(
     if not args.eval:
         train_loader.start_workers()
     return Data(train_loader, val_loader, train, val, train.classes, config)
+
+
+def _fit_batches(args: argparse.Namespace, images: int) -> None:
+    for line in fit_to_images(args, images):
+        log(line)
+    if not args.batch_size:
+        raise UserError(
+            f"{images} training image(s) are too few for {utils.world_size()} process(es), each of "
+            f"which needs {2 if is_mixed(args) else 1}; add images, use fewer processes, or pass "
+            "--mixup 0 --cutmix 0"
+        )
 
 
 def _eval_loader(
@@ -367,11 +382,6 @@ def _train_loader(
         # Cover every image that a later run may show, whatever its batch size; no activations are
         # kept for a backward pass, so twice the batch fits.
         batch_size, unit = 2 * batch_size, mixup.unit if mixup else 1
-    elif batch_size * utils.world_size() > count and not args.eval:
-        raise UserError(
-            f"--batch_size {batch_size} on {utils.world_size()} process(es) is more than the "
-            f"{count} training images; pass at most {count // utils.world_size()}"
-        )
     order = EpochBatches(count, batch_size, args.seed, views, unit)
     images = TransformedImages(train, transform, args.seed)
     host_batches = DataLoader(images, batch_sampler=order, **loader_keywords)
