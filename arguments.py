@@ -102,6 +102,42 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.num_workers = min(10, max(1, usable_cores() // processes))
 
 
+def fit_to_images(args: argparse.Namespace, images: int) -> list[str]:
+    """Adapt the batch size to the number of training images, known once the data is open.
+
+    Returns: lines for the user: a value that is not used as given, images that are left out.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    lines = []
+    given, most = args.batch_size, _batch_size(args, images // processes)
+    if given > most:
+        args.batch_size = most
+        lines.append(
+            f"--batch_size {given} on {processes} process(es) is more than the {images} training "
+            f"images: batches of {most} are used"
+        )
+    total = args.batch_size * processes
+    left_out = images % total if total else 0
+    if left_out and args.teacher_views == 1:
+        lines.append(
+            f"Warning: --teacher_views 1: {left_out} of {images} images do not fill a batch and "
+            "are never shown; pass --teacher_views 2 or more, which show every image"
+        )
+    elif left_out > 0.1 * images:
+        smaller = _batch_size(args, images // (images // total + 1) // processes)
+        lines.append(
+            f"--batch_size {args.batch_size}: {left_out} of {images} images do not fill a batch "
+            f"and are left out of each epoch, other images in the next; --batch_size {smaller} "
+            f"leaves out {images % (smaller * processes)}"
+        )
+    return lines
+
+
+def _batch_size(args: argparse.Namespace, images: int) -> int:
+    """The largest batch size of at most so many images; even where images are mixed."""
+    return images - images % 2 if is_mixed(args) else images
+
+
 def usable_cores() -> int:
     """Processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -202,7 +238,9 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     require("kd_alpha", 0 <= args.kd_alpha <= 1, remedy)
     remedy = "must be above 0, usually 2 to 6"
     require("kd_temperature", 0 < args.kd_temperature < float("inf"), remedy)
-    for flag in "batch_size epochs update_freq save_ckpt_freq save_ckpt_num recount".split():
+    for (
+        flag
+    ) in "batch_size epochs update_freq eval_freq save_ckpt_freq save_ckpt_num recount".split():
         require(flag, getattr(args, flag) >= 1, "must be 1 or more")
     for flag in "seed start_epoch lr min_lr weight_decay opt_eps num_workers".split():
         value = getattr(args, flag)

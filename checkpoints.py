@@ -391,7 +391,7 @@ class RunState:
         self.changes: dict[str, tuple[Any, Any]] = {}  # of the recipe since the resumed checkpoint
         self.epoch = -1  # the last finished epoch
         self.best: dict[str, float] = {}  # checkpoint name -> accuracy it was saved with
-        self.scores: dict[str, float] = {}  # of the last epoch
+        self.scores: dict[str, float] = {}  # of the last evaluated epoch
         self.progress: Progress | None = None  # of the epoch after it, where that has begun
         saves = args.get("output_dir") and args.get("save_ckpt", True)
         self.folder = Path(args["output_dir"]) if saves else None  # None: nothing is saved
@@ -433,6 +433,7 @@ class RunState:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"]
         self.best = dict(checkpoint.get("best", {}))
+        self.scores = dict(checkpoint.get("scores", {}))
         self.progress = Progress.from_saved(checkpoint.get("progress"))
         self._check_global_batch(checkpoint.get("global_batch"), path)
         if checkpoint.get("world_size", world_size()) != world_size():
@@ -528,7 +529,8 @@ class RunState:
     def finish_epoch(self, epoch: int, record: dict[str, float]) -> list[str]:
         """Note the scores of an epoch; returns which of 'best' and 'best-ema' it improved."""
         self.epoch, self.progress = epoch, None
-        self.scores = scores_of(record)
+        if "test_acc1" in record or "test_acc1" not in self.scores:
+            self.scores = scores_of(record)
         improved = []
         for name, score in (("best", "test_acc1"), ("best-ema", "test_acc1_ema")):
             if score in record and record[score] > self.best.get(name, -1.0):

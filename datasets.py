@@ -22,7 +22,7 @@ from torchvision.io import decode_jpeg
 
 import utils
 from arguments import TORCHVISION_SETS
-from utils import UserError, few, first_line, name_flags
+from utils import UserError, few, first_line, log, name_flags
 
 DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
 
@@ -397,6 +397,8 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
         if args.train_samples:
             _check_at_most("--train_samples", args.train_samples, len(train))
             train = subset(train, stratified(train.targets, args.train_samples, args.seed))
+        if not args.eval:
+            _tell_of_untaught_classes(train)
     elif args.holdout or args.train_samples:
         raise UserError(
             f"--holdout and --train_samples need an indexable data set; {args.data_set} is a stream"
@@ -410,6 +412,15 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
             "leave the flag out, since classes are counted"
         )
     return train, val
+
+
+def _tell_of_untaught_classes(train: ImageSource) -> None:
+    counts = np.bincount(train.targets, minlength=len(train.classes))
+    if untaught := [name for name, count in zip(train.classes, counts, strict=True) if not count]:
+        log(
+            f"Warning: {len(untaught)} of {len(train.classes)} classes have no training image "
+            f"({few(untaught, most=10)}); raise --train_samples, or lower --holdout"
+        )
 
 
 def _check_at_most(flag: str, value: int, most: int) -> None:

@@ -4,6 +4,7 @@ Hinton, Vinyals and Dean, 'Distilling the Knowledge in a Neural Network', 2015.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -272,11 +273,13 @@ def load_teacher(
         input_config: any of mean, std and input_size, to overrule what the file or timm says.
         use_ema: 'true' for the EMA weights in the file, 'false' for the raw weights, 'auto' for
             those with the better recorded accuracy, else the EMA.
-    Returns: the network in eval mode, its parameters without gradient, with four more attributes:
+    Returns: the network in eval mode, its parameters without gradient, with five more attributes:
         `data_config` (mean, std and input_size that it was trained with), `class_index` (which of
         its outputs stand for the data's classes, None for all in order), `is_ema` (whether EMA
-        weights were loaded) and `origin` (a line that says what was loaded).
-    Raises: UserError for an unknown architecture or a file that does not fit it or the data.
+        weights were loaded), `training_args` (the arguments in the file, by name) and `origin` (a
+        line that says what was loaded).
+    Raises: UserError for an unknown architecture, for a file that does not fit it or the data, and
+        for weights that are not finite.
     """
     checkpoint = read_checkpoint(path)
     keys, reason = weight_keys(checkpoint, use_ema)
@@ -297,8 +300,10 @@ def load_teacher(
         else "use a teacher of the same classes, name the classes of this teacher with "
         "teacher_classes, or fine-tune the teacher on this data first",
     )
+    _check_finite(teacher, path)
     teacher.requires_grad_(False).eval().to(device)
     teacher.data_config, teacher.is_ema = config, "ema" in weights.key
+    teacher.training_args = _saved_args(checkpoint)
     teacher.class_index, order = _match_classes(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))
@@ -316,8 +321,7 @@ def _data_config(arch: str, checkpoint: dict[str, Any]) -> tuple[dict[str, Any],
     config = {"mean": list(cfg.mean), "std": list(cfg.std), "input_size": cfg.input_size[-1]}
     if isinstance(saved := checkpoint.get("data"), dict):  # this project's
         return config | {name: saved[name] for name in config}, "the checkpoint"
-    args = checkpoint.get("args")
-    args = args if isinstance(args, dict) else vars(args) if args is not None else {}
+    args = _saved_args(checkpoint)
     if isinstance(args.get("imagenet_default_mean_and_std"), bool):  # the ConvNeXt script's
         is_imagenet = args["imagenet_default_mean_and_std"]
         config["mean"] = list(IMAGENET_DEFAULT_MEAN if is_imagenet else IMAGENET_INCEPTION_MEAN)
@@ -331,6 +335,23 @@ def _data_config(arch: str, checkpoint: dict[str, Any]) -> tuple[dict[str, Any],
         if args.get(name):
             config[name] = list(args[name])
     return config, "the checkpoint's arguments" if is_told else "timm's pretrained_cfg"
+
+
+def _saved_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    args = checkpoint.get("args")
+    return args if isinstance(args, dict) else vars(args) if args is not None else {}
+
+
+def _check_finite(teacher: nn.Module, path: str) -> None:
+    # Not every buffer: some architectures keep infinite limits in buffers.
+    statistics = [(n, b) for n, b in teacher.named_buffers() if "running_" in n]
+    tensors = [*teacher.named_parameters(), *statistics]
+    if bad := [name for name, tensor in tensors if not tensor.isfinite().all()]:
+        raise UserError(
+            f"{path}: {len(bad)} of this teacher's weights hold NaN or infinity ({few(bad)}), so "
+            "its training had failed; use an earlier checkpoint or another teacher",
+            "checkpoint",
+        )
 
 
 def _class_names(checkpoint: dict[str, Any]) -> list[str] | None:
@@ -350,6 +371,13 @@ def _match_classes(
             f"({few(missing)}); it knows {few(names)}. Use a teacher that does, or name its "
             "classes in the data's spelling with teacher_classes",
             "checkpoint",
+        )
+    count = Counter(names)
+    if repeated := [name for name in classes if count[name] > 1]:
+        raise UserError(
+            f"{few(repeated)}: several outputs of the teacher have the same class name, so it is "
+            "unclear which of them is meant; give every output a name of its own",
+            "names",
         )
     position = {name: index for index, name in enumerate(names)}
     index = [position[name] for name in classes]

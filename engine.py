@@ -40,12 +40,13 @@ class LoopSettings:
 
 
 def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0) -> np.ndarray:
-    """Linear warm-up from 0 to `base`, then half a cosine from `base` towards `final`.
+    """Linear warm-up to `base`, then half a cosine from `base` towards `final`.
 
-    Loshchilov and Hutter, SGDR, 2017, eq. 5, without restarts.
+    The warm-up begins one of its steps above 0, since a step at 0 would train nothing, and ends at
+    `base`, as in the ConvNeXt script. Loshchilov and Hutter, SGDR, 2017, eq. 5, without restarts.
     Returns: (steps,) float64, one value per optimizer step.
     """
-    warmup = np.linspace(0.0, base, warmup_steps, endpoint=False)
+    warmup = np.linspace(0.0, base, warmup_steps + 1)[1:]
     phase = np.arange(steps - warmup_steps) / max(1, steps - warmup_steps)
     return np.concatenate([warmup, final + 0.5 * (base - final) * (1 + np.cos(math.pi * phase))])
 

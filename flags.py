@@ -442,6 +442,12 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="divide the validation images among the processes",
     )
+    add(
+        "--eval_freq",
+        type=int,
+        default=1,
+        help="epochs between two evaluations; the last epoch is always evaluated",
+    )
     add("--disable_eval", type=str2bool, default=False, help="train without evaluation")
 
 

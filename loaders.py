@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import datasets
 import transforms
 import utils
+from arguments import fit_to_images, is_mixed
 from datasets import ImageSource, Source, StreamSource
 from transforms import BlockMixup, HostBatch, PairMixup, Patches, ToNetwork, ToPixels, collate
-from utils import RandomUse, UserError, seed_sequence
+from utils import RandomUse, UserError, log, seed_sequence
 
 
 class Batch(NamedTuple):
@@ -292,12 +293,14 @@ def build_data(
     """Open both splits, check that they belong together, and make the loaders.
 
     Args:
+        args: batch_size is lowered where there are fewer images.
         views: number of views of the training images; None for a new view every epoch.
         fill: let the training loader show every image that a later run may show, whatever the batch
             size and the number of processes of that run: to fill a teacher cache.
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
     train, val = datasets.open_splits(args)
+    _fit_batches(args, len(train))
     config = transforms.data_config(args) | {"classes": train.classes}
     to_network = ToNetwork(config, device)
     loader_keywords = _loader_keywords(args, device)
@@ -318,6 +321,17 @@ def _loader_keywords(args: argparse.Namespace, device: torch.device) -> dict[str
         "worker_init_fn": utils.leave_signals_to_the_trainer,
         "collate_fn": collate,
     }
+
+
+def _fit_batches(args: argparse.Namespace, images: int) -> None:
+    for line in fit_to_images(args, images):
+        log(line)
+    if not args.batch_size:
+        raise UserError(
+            f"{images} training image(s) are too few for {utils.world_size()} process(es), each of "
+            f"which needs {2 if is_mixed(args) else 1}; add images, use fewer processes, or pass "
+            "--mixup 0 --cutmix 0"
+        )
 
 
 def build_eval_loader(
@@ -370,11 +384,6 @@ def _train_loader(
         # Cover every image that a later run may show, whatever its batch size; no activations are
         # kept for a backward pass, so twice the batch fits.
         batch_size, unit = 2 * batch_size, mixup.unit if mixup else 1
-    elif batch_size * utils.world_size() > count:
-        raise UserError(
-            f"--batch_size {batch_size} on {utils.world_size()} process(es) is more than the "
-            f"{count} training images; pass at most {count // utils.world_size()}"
-        )
     order = EpochBatches(count, batch_size, args.seed, views, unit)
     images = TransformedImages(train, transform, args.seed)
     host_batches = DataLoader(images, batch_sampler=order, **loader_keywords)

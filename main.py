@@ -233,16 +233,18 @@ def train(
         )
         teacher.flush()
         record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
-        if data.val_loader is not None:
+        is_last = epoch + 1 == args.epochs
+        is_evaluated = (epoch + 1) % args.eval_freq == 0 or is_last
+        if data.val_loader is not None and is_evaluated:
             record |= evaluate_all(args, data.val_loader, student, ema, settings, teacher)
         record |= teacher.scores
         recorder.write(record | {"n_parameters": n_parameters})
         improved = state.finish_epoch(epoch, record)
         if state.folder is not None:
-            is_due = (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs
+            is_due = (epoch + 1) % args.save_ckpt_freq == 0 or is_last
             signalled = utils.stop_requested(settings.device)
             state.save(improved, is_due or bool(signalled), args.save_ckpt_num)
-            if signalled and epoch + 1 < args.epochs:
+            if signalled and not is_last:
                 raise utils.Interrupted(signalled, f"epoch {epoch}", state.folder)
     recorder.close()
     teacher.warn_if_below(state.scores)

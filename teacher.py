@@ -131,8 +131,11 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
         elif args.teacher_norm == "arch":
             cfg = models.pretrained_cfg(arch)
             config |= {"mean": list(cfg.mean), "std": list(cfg.std)}
-        with name_flags(architecture="--teacher_arch", checkpoint="--teacher_path"):
-            network = load_teacher(
+        classes_from = f"--teacher_classes {args.teacher_classes}:" if names else f"{path}:"
+        with name_flags(
+            architecture="--teacher_arch", checkpoint="--teacher_path", names=classes_from
+        ):
+            network: Any = load_teacher(
                 arch,
                 path,
                 len(data.classes),
@@ -143,6 +146,7 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
                 use_ema=args.use_ema,
             )
         log(network.origin)
+        _warn_if_trained_on_holdout(args, network.training_args, path)
         dtype = getattr(torch, args.teacher_dtype)
         networks.append(TeacherAdapter(network, data.config, dtype))
         weights.append(weight)
@@ -152,6 +156,25 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
     if args.compile:
         teacher.compile()
     return teacher
+
+
+def _warn_if_trained_on_holdout(
+    args: argparse.Namespace, trained: Mapping[str, Any], path: str
+) -> None:
+    """Warn where the teacher's file says that it was trained on images that are held out now.
+
+    Args:
+        trained: the arguments of the teacher's own training.
+    """
+    if not args.holdout or trained.get("data_set") != args.data_set or "holdout" not in trained:
+        return
+    held_out = trained["holdout"]
+    if held_out != args.holdout:
+        log(
+            f"Warning: --holdout {args.holdout}: the teacher {path} was trained on {args.data_set} "
+            f"with {f'--holdout {held_out}' if held_out else 'no image held out'}; on the same "
+            "data, it has learnt images that now score it. Train it with the same --holdout"
+        )
 
 
 def _score(

@@ -140,6 +140,7 @@ BAD_VALUES = {
     "--kd maybe": "'maybe' is neither true nor false",
     "--teacher_arch resnet18": "need --kd true",
     "--batch_size 15": "--batch_size 15: mixup and cutmix need an even batch size",
+    "--eval_freq 0": "--eval_freq 0: must be 1 or more",
     "--batch_size 0": "--batch_size 0: must be 1 or more",
     "--epochs 5 --warmup_epochs 6": "--warmup_epochs 6: longer than the run of 5 epochs",
     "--drop_path 2": "--drop_path 2.0: must lie in 0…1",
@@ -244,9 +245,30 @@ def test_an_output_directory_that_can_not_be_written(run_main, tmp_path):
     refused(run_main(output_dir=tmp_path / "file" / "out"), "--output_dir", "cannot write there")
 
 
-def test_a_batch_larger_than_the_data_set(run_main):
-    run = run_main("--train_samples", 10, "--batch_size", 16)
-    refused(run, "--batch_size 16", "more than the 10 training images; pass at most 10")
+def test_fewer_images_than_a_batch_are_trained_on_all_the_same(run_main, tmp_path):
+    flags = ["--epochs", 1, "--batch_size", 16, "--disable_eval", "true", "--train_samples"]
+    run = run_main(*flags, 10, output_dir=tmp_path)
+    assert run.code == 0, run.err
+    assert (
+        "--batch_size 16 on 1 process(es) is more than the 10 training images: batches of 10"
+        in (run.out)
+    )
+    assert run.checkpoint(0)["args"]["batch_size"] == run.checkpoint(0)["global_batch"] == 10
+    run = run_main(*flags, 9)  # mixup needs pairs
+    assert run.code == 0 and "batches of 8 are used" in run.out
+    assert "1 of 9 images do not fill a batch" in run.out
+    refused(run_main(*flags, 1), "1 training image(s) are too few for 1 process(es)")
+
+
+def test_images_that_do_not_fill_a_batch_are_told_of(run_main, teacher_file):
+    flags = ["--epochs", 1, "--batch_size", 50, "--disable_eval", "true", "--train_samples"]
+    run = run_main(*flags, 90)
+    told = "--batch_size 50: 40 of 90 images do not fill a batch and are left out of each epoch"
+    assert told in run.out and "--batch_size 44 leaves out 2" in run.out
+    assert "do not fill" not in run_main(*flags, 105).out  # 5 of 105
+    kd = teacher_flags(teacher_file)
+    run = run_main(*flags, 105, *kd, "--teacher_views", 1)
+    assert "--teacher_views 1: 5 of 105 images do not fill a batch and are never shown" in run.out
 
 
 def test_more_training_samples_than_there_are(run_main):

@@ -208,6 +208,15 @@ def test_holdout_images_are_not_trained_on():
     assert len(train) == 1337 and np.array_equal(val[0][0], source[held_out[0]][0])
 
 
+def test_classes_that_a_subset_leaves_without_an_image_are_named(capsys):
+    train = loaders.build_data(parsed("--train_samples", 5), CPU).train
+    missing = sorted(set(range(10)) - set(train.targets.tolist()))
+    told = f"{len(missing)} of 10 classes have no training image ({', '.join(map(str, missing))})"
+    assert len(missing) >= 5 and told in capsys.readouterr().out
+    loaders.build_data(parsed("--train_samples", 100), CPU)
+    assert "no training image" not in capsys.readouterr().out
+
+
 def test_classes_that_differ_between_train_and_val_are_told(tmp_path):
     write_images(tmp_path / "train", ["ant", "bee"])
     write_images(tmp_path / "val", ["ant", "wasp"])

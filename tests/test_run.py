@@ -316,11 +316,53 @@ def test_a_full_disk_keeps_the_older_checkpoint_whole(tmp_path, monkeypatch):
 
 def test_the_schedule_warms_up_and_ends_at_the_minimum():
     lr = engine.cosine_schedule(1.0, 0.1, 100, warmup_steps=20)
-    assert len(lr) == 100 and lr[0] == 0 and lr[10] == pytest.approx(0.5) and lr[20] == 1.0
+    assert len(lr) == 100 and lr[0] == pytest.approx(0.05) and lr[9] == pytest.approx(0.5)
+    assert lr[19] == lr[20] == 1.0  # as in the ConvNeXt script, whose first step has rate 0
     assert lr[60] == pytest.approx(0.55) and 0.1 < lr[99] < 0.102
     assert engine.cosine_schedule(1.0, 0.1, 3, warmup_steps=3).tolist() == pytest.approx(
-        [0, 1 / 3, 2 / 3]
+        [1 / 3, 2 / 3, 1]
     )
+
+
+def test_the_first_step_trains(run_main, tmp_path):
+    flags = ["--train_samples", 16, "--epochs", 1, "--warmup_epochs", 1, "--disable_eval", "true"]
+    start = run_main(*flags, "--lr", 0, "--min_lr", 0, output_dir=tmp_path / "start").checkpoint(0)
+    end = run_main(*flags, output_dir=tmp_path / "end").checkpoint(0)
+    assert not torch.equal(start["model"]["conv1.weight"], end["model"]["conv1.weight"])
+
+
+def test_eval_freq_leaves_evaluations_out_and_changes_nothing_else(
+    run_main, kd, tmp_path, monkeypatch
+):
+    flags = ["--train_samples", 32, "--epochs", 6, *kd]
+    whole = run_main(*flags, output_dir=tmp_path / "whole")
+    flags += ["--eval_freq", 4]
+    some = run_main(*flags, output_dir=tmp_path / "some")
+    assert is_same(whole.checkpoint(5)["model"], some.checkpoint(5)["model"])
+    for epoch, (all_of_it, line) in enumerate(zip(whole.log, some.log, strict=True)):
+        is_evaluated = epoch in (3, 5)
+        measured = {key for key in all_of_it if key.startswith("test_")}
+        assert line == {k: all_of_it[k] for k in all_of_it if is_evaluated or k not in measured}
+    best = max(whole.log[epoch]["test_acc1"] for epoch in (3, 5))
+    assert some.checkpoint(5)["best"]["best"] == best
+    assert some.checkpoint(4)["scores"]["test_acc1"] == whole.log[3]["test_acc1"]
+
+    real = checkpoints.RunState.save
+
+    def stop_after_epoch_3(state, *args):
+        real(state, *args)
+        if state.epoch == 3:
+            raise utils.UserError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.RunState, "save", stop_after_epoch_3)
+        run_main(*flags, output_dir=tmp_path / "parts")
+    parts = run_main(*flags, output_dir=tmp_path / "parts")
+    assert "epoch 3 is done" in parts.out and parts.log == some.log
+    for name in (4, 5, "best"):
+        assert is_same(
+            parts.checkpoint(name), some.checkpoint(name) | {"args": parts.checkpoint(name)["args"]}
+        )
 
 
 def test_log_lines_are_json_and_a_cut_line_is_dropped(tmp_path):

@@ -261,6 +261,46 @@ def test_a_teacher_of_more_classes_is_mapped_by_a_file_of_names(run_main, imnet,
     assert "cannot read this file" in run_main(*flags, "--teacher_classes", tmp_path / "none").err
 
 
+def test_a_class_name_that_repeats_is_refused_where_the_data_has_the_class(
+    run_main, imnet, tmp_path
+):
+    names = tmp_path / "names.txt"
+    torch.save(network(num_classes=5).state_dict(), tmp_path / "t.pth")
+    flags = ["--data_path", imnet, "--input_size", 32, "--epochs", 1, "--batch_size", 8]
+    flags += [*teacher_flags(tmp_path / "t.pth"), "--teacher_classes", names]
+    names.write_text("cat\nbee\nant\ncrane\ncat\n")
+    run = run_main(*flags)
+    assert run.code == 2 and f"--teacher_classes {names}: cat: several outputs" in run.err
+    names.write_text("cat\nbee\nant\ncrane\ncrane\n")  # none of the data's
+    assert run_main(*flags).code == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["fc.weight", "bn1.running_var"])
+def test_weights_that_are_not_finite_blame_the_teacher(run_main, short, tmp_path, name, value):
+    state = {name: weight.clone() for name, weight in GOOD.items()}
+    state[name].view(-1)[3] = value
+    torch.save(state, tmp_path / "t.pth")
+    run = run_main(*short, *teacher_flags(tmp_path / "t.pth"))
+    assert run.code == 2 and "Epoch" not in run.out
+    told = f"--teacher_path {tmp_path / 't.pth'}: 1 of this teacher's weights hold NaN or infinity"
+    assert f"{told} ({name})" in run.err
+
+
+def test_a_teacher_that_has_seen_the_held_out_images_is_warned_of(run_main, short, tmp_path):
+    seen = "has learnt images that now score it"
+    for holdout in (None, 50, 100):
+        flags = ["--holdout", holdout] if holdout else []
+        run_main(*short, *flags, output_dir=tmp_path / f"{holdout}")
+        kd = teacher_flags(tmp_path / f"{holdout}" / "checkpoint-1.pth")
+        run = run_main(*short, *kd, "--holdout", 100)
+        assert run.code == 0 and (seen in run.out) == (holdout != 100)
+    told = "was trained on DIGITS with --holdout 50"
+    kd = teacher_flags(tmp_path / "50" / "checkpoint-1.pth")
+    assert told in run_main(*short, *kd, "--holdout", 100).out
+    assert seen not in run_main(*short, *kd).out  # the test digits score it
+
+
 def test_the_teachers_score_is_printed_logged_and_kept(run_main, short, kd, tmp_path):
     run = run_main(*short, *kd, output_dir=tmp_path)
     printed = float(re.search(r"Teacher on the validation images: acc1 ([\d.]+)", run.out)[1])
