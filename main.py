@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 import utils
 from arguments import is_mixed, parse_args, views_of
+from check_data import check_images, read_validation
 from checkpoints import RunState, load_finetune, load_student, read_checkpoint
 from distillation import DistillationLoss, StudentWithDistillation
 from engine import LoopSettings, Schedule, cosine_schedule, evaluate, train_one_epoch
@@ -80,6 +81,8 @@ def run(argv: list[str] | None) -> None:
         f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
         f"{utils.world_size()} process(es) with {args.num_workers} loader worker(s) each"
     )
+    if args.check_data:
+        check_images(data, args.num_workers, val_only=args.eval)
     settings = LoopSettings(
         device, amp_dtype(args, device), args.update_freq, args.clip_grad, args.seed
     )
@@ -121,6 +124,8 @@ def train(
     state = RunState(student, ema, optimizer, scaler, vars(args), data.config)
     with name_flags(checkpoint="--resume" if args.resume else "--output_dir"):
         start = state.resume(args.output_dir, args.resume, args.auto_resume, args.start_epoch)
+    if state.epoch < 0 and state.progress is None:  # not resumed
+        read_validation(data)
 
     ddp = student
     if utils.world_size() > 1:
