@@ -277,7 +277,9 @@ class DeviceLoader:
         except UserError as error:
             # A worker hands its error over as a whole traceback, whose last line is the message.
             message = str(error).rsplit("UserError: ", 1)[-1].strip()
-            raise UserError(f"{message}; --check_data true lists all such images") from error
+            is_stream = isinstance(self.host_batches, Stream)
+            hint = "" if is_stream else "; --check_data true lists all such images"
+            raise UserError(message + hint) from error
         self.is_read = True
 
 
