@@ -381,7 +381,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--check_data",
         type=str2bool,
         default=False,
-        help="read every image before anything else, list those that cannot be read and stop there",
+        help="read every image before training; if some cannot be read, list all of them and stop",
     )
     add(
         "--num_workers",

@@ -15,6 +15,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 import arguments
+import check_data
 import datasets
 import loaders
 import transforms
@@ -160,6 +161,9 @@ def test_timms_own_readers_give_images_and_classes(imnet):
     assert source.classes == ["ant", "bee", "cat"] and len(source) == 9
     assert np.bincount(source.targets).tolist() == [3, 3, 3]
     assert source[8][0].shape == (40, 32, 3)
+    (imnet / "val" / "cat" / "2.jpg").unlink()
+    with pytest.raises(UserError, match="cannot read the image .*2.jpg .*No such file"):
+        source[8]
 
 
 def test_a_corrupt_image_is_named_even_from_a_worker(imnet):
@@ -334,6 +338,9 @@ def test_a_streams_photographs_are_upright(tmp_path):
     loader = loaders._eval_loader(source, 1, False, config, to_network, keywords)
     shown = next(iter(loader)).images
     assert torch.equal(shown, evaluation_images([np.asarray(upright)], config))
+    data = loaders.Data(loader, loader, source, source, ["a"], config)
+    with pytest.raises(UserError, match="--check_data true: a stream"):
+        check_data.check_images(data, num_workers=0)
 
 
 @pytest.mark.parametrize("ending", ["gif", "png", "webp"])
