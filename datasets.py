@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.io import decode_jpeg
 
 import utils
@@ -166,7 +168,22 @@ def _stamps_of_files(folder: str, names: np.ndarray) -> dict[str, str]:
 def _image_of_reader(reader: Any, index: int) -> np.ndarray:
     # timm's ImageDataset replaces an unreadable image by the next one; here that is an error.
     name = reader.filename(index) if hasattr(reader, "filename") else index  # internal to timm
-    return decode(reader[index][0], name)
+    try:
+        file = reader[index][0]
+    except Exception as error:  # each reader has its own
+        raise _unreadable(name, error) from error
+    return decode(file, name)
+
+
+# ------------------------------------------------------------------------ from a file to pixels
+
+DECODER = 2  # raised where the same file begins to give other pixels: see teacher.manifest_of
+CANNOT_READ, REMEDY = "cannot read the image ", "; repair it or remove it"
+METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow keeps it
+
+
+def _unreadable(name: object, error: Exception) -> UserError:
+    return UserError(f"{CANNOT_READ}{name} ({first_line(error)}){REMEDY}")
 
 
 def _fingerprint_of_table(reader: Any, names: np.ndarray) -> dict[str, str]:
@@ -175,12 +192,15 @@ def _fingerprint_of_table(reader: Any, names: np.ndarray) -> dict[str, str]:
 
 
 def decode(file: Any, name: object) -> np.ndarray:
-    """A file, its path or a PIL image -> (H, W, 3) uint8. Raises: UserError that names it."""
+    """A file, its path or a PIL image -> (H, W, 3) uint8; odd images as docs/images.md says.
+
+    Raises: UserError that names the image.
+    """
     try:
         if isinstance(file, Image.Image):
             return _rgb(file)
         with Image.open(file) as image:  # reads only the header, and refuses absurd sizes
-            if (image.format, image.mode) != ("JPEG", "RGB"):
+            if (image.format, image.mode) != ("JPEG", "RGB") or _orientation(image) != 1:
                 return _rgb(image)
             # The same library as Pillow's and the same pixels, without Pillow's copies: a fifth
             # faster.
@@ -189,16 +209,60 @@ def decode(file: Any, name: object) -> np.ndarray:
             content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
         return decode_jpeg(content).permute(1, 2, 0).numpy()
     except Exception as error:  # the decoders raise a dozen types on damaged files
-        raise UserError(
-            f"cannot read the image {name} ({error}); repair it or remove it"
-        ) from error
+        raise _unreadable(name, error) from error
+
+
+def decode_of_stream(image: Image.Image) -> np.ndarray:
+    """A PIL image of one of timm's streams -> (H, W, 3) uint8."""
+    return decode(image, "of the stream")
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        grey = np.asarray(image, dtype=np.float32) * (255 / 65535)
-        image = Image.fromarray(np.round(grey.clip(0, 255)).astype(np.uint8))
-    return np.array(image.convert("RGB"))
+    """A PIL image of any mode -> (H, W, 3) uint8: upright, and on white where it is transparent."""
+    image.load()  # only now every format knows its orientation; Pillow has turned TIFFs by now
+    orientation = _orientation(image)
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_eight_bits(image))
+    elif image.has_transparency_data:
+        picture, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        image.paste(picture, mask=picture)
+    image = image.convert("RGB")
+    if orientation != 1:
+        # An EXIF of one entry, since Pillow would also write the others anew, and fail where one of
+        # them is damaged.
+        image.info.clear()
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        image = ImageOps.exif_transpose(image)
+    return np.array(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """How EXIF (or XMP) says that the image is to be turned, 1 to 8; 1 is upright."""
+    if METADATA.isdisjoint(image.info):
+        return 1
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged EXIF, for which Pillow raises many types, does not spoil an image
+        return 1
+
+
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """Integers of 16 bits, or floating-point values in 0…1 or 0…255 -> (H, W) uint8.
+
+    Raises: ValueError for other values, whose black and white are not known.
+    """
+    values = np.asarray(image, dtype=np.float32)
+    low, high = values.min(), values.max()  # NaN where one of the values is
+    white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
+    if not 0 <= low <= high <= white:
+        expected = "0…1 or 0…255" if image.mode == "F" else "0…65535"
+        raise ValueError(
+            f"its values lie in {low:g}…{high:g} and not in {expected}; save it with 8 bits"
+        )
+    return np.round(values * (255 / white)).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------- kinds of data sets
 
 
 def digits(is_train: bool) -> ImageSource:
@@ -230,21 +294,42 @@ def _torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
 def image_folder(folder: str) -> ImageSource:
     """A folder with one folder of images per class, in alphabetical order.
 
+    Prints the endings of other files, among which photographs may have been left out.
+
     Raises: UserError where it does not exist or holds no images.
     """
     if not os.path.isdir(folder):
         raise UserError(
             f"{folder}: is not a folder; it must hold one folder of images per class", "folder"
         )
+    skipped: Counter[str] = Counter()
+
+    def is_image(path: str) -> bool:
+        is_known = has_file_allowed_extension(path, IMG_EXTENSIONS)
+        if not is_known:
+            skipped[os.path.splitext(path)[1].lower() or "without ending"] += 1
+        return is_known
+
     try:
-        found = torchvision.datasets.ImageFolder(folder)
+        found = torchvision.datasets.ImageFolder(folder, is_valid_file=is_image)
     except FileNotFoundError as error:
+        others = f"left out: {_in_words(skipped)}; " if skipped else ""
         raise UserError(
-            f"{folder}: holds no images, or a class folder in it is empty ({first_line(error)}); "
-            "it must hold one folder of images per class",
+            f"{folder}: holds no images, or a class folder in it is empty ({first_line(error)}"
+            f"{others}images end in {' '.join(IMG_EXTENSIONS)}); it must hold one folder of images "
+            "per class",
             "folder",
         ) from error
+    if skipped:
+        log(
+            f"{folder}: {skipped.total()} file(s) left out ({_in_words(skipped)}); images end in "
+            f"{' '.join(IMG_EXTENSIONS)}"
+        )
     return _file_source(str(found.root), found.samples, found.classes)
+
+
+def _in_words(counts: Counter[str]) -> str:
+    return few((f"{ending} {count}" for ending, count in counts.most_common()), most=5)
 
 
 def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:

@@ -378,6 +378,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="normalise with the mean and standard deviation of ImageNet; false for 0.5 and 0.5",
     )
     add(
+        "--check_data",
+        type=str2bool,
+        default=False,
+        help="read every image before training; if some cannot be read, list all of them and stop",
+    )
+    add(
         "--num_workers",
         type=int,
         help="loader workers per process (default: the cores per process, at most 10)",

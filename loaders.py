@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import Compose
 
 import datasets
 import transforms
@@ -62,6 +63,8 @@ class BatchOrder(Protocol):
 
 # -------------------------------------------------------------------------- images and order
 
+READ_ONLY = -1  # the view of images that are decoded, to see whether they can be, and not shown
+
 
 class TransformedImages(Dataset):
     """Images after their transform, whose randomness is a function of (seed, view, index) alone.
@@ -83,6 +86,9 @@ class TransformedImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[np.ndarray, Patches], int]:
         view, index = key
+        if view == READ_ONLY:
+            image, target = self.source[index]
+            return (image[:1, :1], Patches(1, 1)), target
         if self.seed is not None:
             utils.seed_rng(torch.device("cpu"), RandomUse.AUGMENTATION, self.seed, view, index)
         image, target = self.source[index]
@@ -173,7 +179,7 @@ class EvalBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in range(self.first_batch, self.batches_in_epoch):
-            yield [(0, index) for index in self.places(batch)]
+            yield [(self.view, index) for index in self.places(batch)]
 
 
 class Stream:
@@ -233,6 +239,7 @@ class DeviceLoader:
     ) -> None:
         self.order, self.host_batches = order, host_batches
         self.to_network, self.mixup = to_network, mixup
+        self.is_read = False  # whether all images of an epoch were read, without an error
 
     @property
     def batches_in_epoch(self) -> int:
@@ -262,17 +269,28 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[Batch]:
         view, first_batch = self.order.view, self.order.first_batch
         device = self.to_network.device
+        for number, host in enumerate(self.host(), start=first_batch):
+            images = self.to_network(host)
+            targets = host.targets.to(device, non_blocking=True)
+            places = self.order.places(number)
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets, view, places.start)
+            yield Batch(images, targets, view, places)
+
+    def host(self) -> Iterator[HostBatch]:
+        """The batches as the workers return them.
+
+        Raises: UserError for an image that cannot be read.
+        """
         try:
-            for number, host in enumerate(self.host_batches, start=first_batch):
-                images = self.to_network(host)
-                targets = host.targets.to(device, non_blocking=True)
-                places = self.order.places(number)
-                if self.mixup is not None:
-                    images, targets = self.mixup(images, targets, view, places.start)
-                yield Batch(images, targets, view, places)
+            yield from self.host_batches
         except UserError as error:
             # A worker hands its error over as a whole traceback, whose last line is the message.
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from error
+            message = str(error).rsplit("UserError: ", 1)[-1].strip()
+            is_stream = isinstance(self.host_batches, Stream)
+            hint = "" if is_stream else "; --check_data true lists all such images"
+            raise UserError(message + hint) from error
+        self.is_read = True
 
 
 @dataclass
@@ -345,7 +363,7 @@ def build_eval_loader(
     transform, to_network = transforms.eval_transform(config), ToNetwork(config, device)
     loader_keywords = _loader_keywords(args, device)
     if isinstance(val, StreamSource):
-        val.stream.transform = transform
+        val.stream.transform = Compose([datasets.decode_of_stream, transform])
         stream = Stream(val.stream, loader_keywords | {"batch_size": batch_size}, is_train=False)
         return DeviceLoader(stream, stream, to_network)
     order = EvalBatches(len(val), batch_size, args.dist_eval)
@@ -374,7 +392,7 @@ def _train_loader(
                 f"--teacher_views {views}: needs images in a fixed order, which the stream "
                 f"{args.data_set} does not have; use a folder, or leave the flag out"
             )
-        train.stream.transform = transform
+        train.stream.transform = Compose([datasets.decode_of_stream, transform])
         stream = Stream(
             train.stream, loader_keywords | {"batch_size": args.batch_size}, is_train=True
         )

@@ -30,6 +30,7 @@ import datasets
 import models
 import utils
 from arguments import follow_checkpoint, is_mixed, parse_args, teachers_of, views_of
+from check_data import check_images, read_validation
 from checkpoints import (
     EMA_KEYS,
     RAW_KEYS,
@@ -97,6 +98,10 @@ def run(argv: list[str] | None) -> None:
         f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
         f"{utils.world_size()} process(es) with {args.num_workers} loader worker(s) each"
     )
+    if args.check_data:
+        check_images([data.train, data.val], args.num_workers)
+        if data.val_loader is not None:
+            data.val_loader.is_read = True
     settings = loop_settings(args, device)
     if args.teacher_cache_only:
         teacher = prepare_teacher(args, settings, data)
@@ -159,6 +164,8 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
     if len(val.classes) < len(classes):
         log(f"Scored on {len(val.classes)} of the {len(classes)} classes of the checkpoint")
 
+    if args.check_data:
+        check_images([val], args.num_workers)
     settings = loop_settings(args, device)
     loader = build_eval_loader(args, val, config, device)
     student = make_student(args, device, len(classes))
@@ -193,6 +200,8 @@ def train(
     with name_flags(checkpoint="--resume" if args.resume else "--output_dir"):
         start = state.resume(args.output_dir, args.resume, args.auto_resume, args.start_epoch)
     report_schedule(args, schedule, steps, start * steps, state.changes)
+    if state.epoch < 0 and state.progress is None:  # not resumed
+        read_validation(data)
 
     ddp = student
     if utils.world_size() > 1:

@@ -17,7 +17,7 @@ import models
 import utils
 from arguments import is_mixed, teachers_of, views_of
 from checkpoints import local_file
-from datasets import ImageSource, Source
+from datasets import DECODER, ImageSource, Source
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
 from engine import LogitsByPlaces, LoopSettings, evaluate
 from flags import AUGMENTATION, MIXING, flags_of_group
@@ -289,7 +289,7 @@ def manifest_of(
     teachers = teachers_of(args)
     if len(teachers) > 1:  # their average depends on the temperature
         flags += ["teacher_weights", "kd_temperature"]
-    fields = {name: getattr(args, name) for name in flags}
+    fields = {"decoder": DECODER} | {name: getattr(args, name) for name in flags}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with name_flags(checkpoint="--teacher_path", text="--teacher_classes"):
         files = [local_file(teacher.path) for teacher in teachers]

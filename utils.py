@@ -157,7 +157,10 @@ def is_main_process() -> bool:
 def log(*words: object) -> None:
     """Print, on rank 0 only."""
     if is_main_process():
-        print(*words, flush=True)
+        text = " ".join(map(str, words))
+        # A file name need not be UTF-8; Python keeps its other bytes as code points of their own,
+        # which a terminal refuses.
+        print(text.encode(errors="backslashreplace").decode(), flush=True)
 
 
 def barrier() -> None:
@@ -203,7 +206,7 @@ class Interrupted(Exception):
         how = (
             f"saved to {saved}; run the same command to resume"
             if saved
-            else "nothing was saved, since this run writes no checkpoints"
+            else "nothing was saved (no --output_dir, or no checkpoint so far)"
         )
         super().__init__(f"{signal.Signals(number).name} after {when}: {how}")
         self.exit_code = 128 + number  # as a shell reports it

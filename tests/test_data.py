@@ -1,19 +1,24 @@
 """Images: the right label on each, each exactly once, the same whatever the machine does."""
 
 import argparse
+import os
 import random
+import subprocess
 from operator import itemgetter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, write_images
-from PIL import Image
+from helpers import CPU, QUICK, evaluation_images, start, teacher_flags, torchrun, write_images
+from PIL import ExifTags, Image, ImageOps
+from timm.data import IterableImageDataset
 from timm.data import mixup as timm_mixup
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 import arguments
+import check_data
 import datasets
 import loaders
 import transforms
@@ -183,6 +188,9 @@ def test_timms_own_readers_give_images_and_classes(imnet):
     assert source.classes == ["ant", "bee", "cat"] and len(source) == 9
     assert np.bincount(source.targets).tolist() == [3, 3, 3]
     assert source[8][0].shape == (40, 32, 3)
+    (imnet / "val" / "cat" / "2.jpg").unlink()
+    with pytest.raises(UserError, match="cannot read the image .*2.jpg .*No such file"):
+        source[8]
 
 
 def test_a_corrupt_image_is_named_even_from_a_worker(imnet):
@@ -231,7 +239,8 @@ def test_every_kind_of_picture_becomes_rgb_and_right(tmp_path):
         "grey.png": (Image.fromarray(grey), grey),
         "16-bit.png": (Image.fromarray(grey.astype(np.uint16) * 257), grey),
         "rgb.png": (Image.fromarray(color), color),
-        "alpha.png": (Image.fromarray(np.dstack([color, grey])), color),
+        "alpha.png": (Image.fromarray(np.dstack([color, grey])), on_white(color, grey)),
+        "opaque.png": (Image.fromarray(np.dstack([color, grey | 255])), color),
         "palette.png": (Image.fromarray(color).quantize(256), color),
         "cmyk.tif": (Image.fromarray(color).convert("CMYK"), color),
         "one-bit.png": (Image.fromarray(grey > 100), np.uint8(255) * (grey > 100)),
@@ -244,10 +253,178 @@ def test_every_kind_of_picture_becomes_rgb_and_right(tmp_path):
         shown = answers[0].astype(int)
         expected = expected if expected.ndim == 3 else np.repeat(expected[:, :, None], 3, axis=2)
         assert np.abs(shown - expected).max() <= (12 if "palette" in name else 1), name
+
+
+def on_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """(H, W, 3) and (H, W) uint8 -> (H, W, 3) uint8"""
+    share = alpha[:, :, None] / 255
+    return np.round(color * share + 255 * (1 - share)).astype(np.uint8)
+
+
+def transparent_logo(folder: Path) -> tuple[list[Path], np.ndarray]:
+    """One picture of two colours in every format with transparency, and how a browser shows it."""
+    color = np.zeros((16, 24, 3), np.uint8)  # black below what is transparent
+    color[4:12, 4:20] = 200, 30, 60
+    alpha = (color[:, :, 0] > 0) * np.uint8(255)
+    picture = Image.fromarray(np.dstack([color, alpha]))
+    names = ["rgba.png", "rgba.webp", "rgba.tif", "palette.png", "palette.gif", "one-color.png"]
+    for name in names:
+        palette = Image.fromarray(alpha // 255).convert("P")
+        palette.putpalette([0, 0, 0, 200, 30, 60])
+        saved, options = {
+            "rgba": (picture, {}),
+            "palette": (palette, {"transparency": 0}),
+            "one-color": (Image.fromarray(color), {"transparency": (0, 0, 0)}),
+        }[name.split(".")[0]]
+        saved.save(folder / name, **options, **({"lossless": True} if "webp" in name else {}))
+    return [folder / name for name in names], on_white(color, alpha)
+
+
+def test_what_is_transparent_is_white_and_hides_no_color(tmp_path):
+    paths, expected = transparent_logo(tmp_path)
+    for path in paths:
+        np.testing.assert_array_equal(datasets.decode(path, path), expected, str(path))
+
+
+def photographs_of_a_phone(folder: Path) -> list[tuple[Path, Image.Image]]:
+    """Files of every EXIF orientation in several formats, and the upright picture of each."""
+    found = []
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        for ending in ("jpg", "png", "webp", "tif"):
+            path = folder / f"{orientation}.{ending}"
+            photograph(orientation, (40, 24)).save(path, exif=exif)
+            with Image.open(path) as picture:
+                found.append((path, ImageOps.exif_transpose(picture)))
+    return found
+
+
+def test_photographs_of_a_phone_are_upright(tmp_path):
+    for path, expected in photographs_of_a_phone(tmp_path):
+        assert expected.size == ((24, 40) if int(path.stem) > 4 else (40, 24))
+        with Image.open(path) as picture, open(path, "rb") as file:
+            for given in (path, picture, file):
+                shown = datasets.decode(given, path)
+                np.testing.assert_array_equal(shown, np.asarray(expected), str(path))
+
+
+def test_a_damaged_exif_spoils_neither_an_image_nor_its_orientation(tmp_path):
+    begin, turned = b"Exif\0\0II*\0\x08\0\0\0", b"\x12\1\3\0\1\0\0\0\6\0\0\0"
+    text_for_width = b"\0\1\2\0\4\0\0\0abc\0"
+    cases = {
+        b"Exif\0\0": (24, 40, 3),
+        b"Exif\0\0nonsense": (24, 40, 3),
+        begin + b"\2\0" + text_for_width + turned + bytes(4): (40, 24, 3),
+    }
+    for exif, shape in cases.items():
+        for ending in ("jpg", "webp"):
+            path = tmp_path / f"odd.{ending}"
+            photograph(0, (40, 24)).save(path, exif=exif)
+            assert datasets.decode(path, path).shape == shape, exif
+
+
+def test_odd_images_look_alike_in_training_and_in_evaluation(tmp_path):
+    """As their upright and opaque copies do, with every augmentation."""
+    for part in ("train", "val"):
+        odd, plain = tmp_path / "odd" / part / "a", tmp_path / "plain" / part / "a"
+        for folder in (odd, plain):
+            folder.mkdir(parents=True)
+        for path, upright in photographs_of_a_phone(odd):
+            upright.save(plain / f"{path.name}.png")
+        logos, expected = transparent_logo(odd)
+        for path in logos:
+            if path.suffix != ".gif":  # torchvision's ImageFolder leaves GIFs out
+                Image.fromarray(expected).save(plain / f"{path.name}.png")
+    shown = []
+    for name in ("odd", "plain"):
+        flags = ["--data_path", tmp_path / name, "--model", "cifar_resnet8", "--input_size", 64]
+        data = loaders.build_data(parsed(*flags, "--batch_size", 2), CPU)
+        assert len(data.train) == len(data.val) == 37
+        shown.append(
+            [batch.images for one in (data.train_loader, data.val_loader) for batch in one]
+        )
+    for odd, plain in zip(*shown, strict=True):
+        assert torch.equal(odd, plain)
+
+
+class PhoneReader:
+    """Stands in for timm's reader of a stream, which converts to RGB and keeps the EXIF."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __iter__(self):
+        with Image.open(self.path) as picture:
+            yield picture.convert("RGB"), 0
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_streams_photographs_are_upright(tmp_path):
+    phone = photographs_of_a_phone(tmp_path)
+    path, upright = next((path, upright) for path, upright in phone if path.name == "6.jpg")
+    stream = IterableImageDataset(None, reader=PhoneReader(path))
+    args = parsed("--input_size", 24, "--model", "cifar_resnet8")
+    config = transforms.data_config(args)
+    to_network = transforms.ToNetwork(config, CPU)
+    keywords = {"num_workers": 0, "collate_fn": transforms.collate}
+    source = datasets.StreamSource(stream, ["a"])
+    loader = loaders._eval_loader(source, 1, False, config, to_network, keywords)
+    shown = next(iter(loader)).images
+    assert torch.equal(shown, evaluation_images([np.asarray(upright)], config))
+    data = loaders.Data(loader, loader, source, source, ["a"], config)
+    with pytest.raises(UserError, match="--check_data true: a stream"):
+        check_data.check_images(data, num_workers=0)
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "webp"])
+def test_of_an_animated_image_the_first_frame_is_shown(ending, tmp_path):
+    grey = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    color = np.stack([grey, grey[::-1], 255 - grey], axis=2)
     frames = [Image.fromarray(color), Image.fromarray(255 - color)]
-    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
-    shown = datasets.decode(str(tmp_path / "moving.png"), "moving.png")
-    assert np.array_equal(shown, color)
+    path = tmp_path / f"moving.{ending}"
+    options = {"lossless": True} if ending == "webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    with Image.open(path) as image:
+        assert image.n_frames == 2
+    np.testing.assert_array_equal(datasets.decode(path, path), color)
+
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        RAMP.astype(np.float32),
+        (RAMP / 255).astype(np.float32),
+        RAMP.astype(np.uint16) * 257,
+        RAMP.astype(">u2") * 257,
+        RAMP.astype(np.int32) * 257,
+    ],
+    ids=["0…255", "0…1", "16-bit", "16-bit, big-endian", "32-bit"],
+)
+def test_pictures_of_more_than_8_bits_keep_their_greys(values, tmp_path):
+    path = tmp_path / "wide.tif"
+    Image.fromarray(values).save(path)
+    expected = np.repeat(RAMP[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(datasets.decode(path, path), expected)
+
+
+@pytest.mark.parametrize(
+    "value, kind",
+    [(np.nan, "float32"), (np.inf, "float32"), (-0.1, "float32"), (256, "float32")]
+    + [(70000, "int32"), (-1, "int32")],
+)
+def test_a_picture_of_an_unknown_range_is_refused_by_name(value, kind, tmp_path):
+    values = np.zeros((16, 16), kind)
+    values[3, 5] = value
+    path = tmp_path / "wide.tif"
+    Image.fromarray(values).save(path)
+    with pytest.raises(UserError, match=r"wide.tif \(its values lie in .*save it with 8 bits"):
+        datasets.decode(path, path)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr"])
@@ -391,6 +568,142 @@ def test_each_use_of_random_numbers_draws_from_its_own_stream(run_main, monkeypa
         assert run_main(*flags, "--mixup_mode", mode).code == 0
     assert {use for use, _ in uses} == set(RandomUse)
     assert len(set(uses)) == len(RandomUse)  # one length of key per use
+
+
+# ------------------------------------------------------------- images that cannot be read
+
+
+def spoil(folder: Path, *names: str) -> list[Path]:
+    """Cut some images of a folder short."""
+    paths = [folder / name for name in names]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:100])
+    return paths
+
+
+SMALL_RUN = ["--input_size", 32, "--epochs", 1, "--batch_size", 8]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_check_data_lists_every_bad_image_with_its_reason(workers, run_main, imnet, tmp_path):
+    bad = spoil(imnet, "train/ant/1.jpg", "train/cat/7.jpg", "val/bee/0.jpg")
+    bad[1].write_bytes(b"")
+    flags = ["--data_path", imnet, *SMALL_RUN, "--num_workers", workers, "--check_data", "true"]
+    run = run_main(*flags, output_dir=tmp_path / "out")
+    assert run.code == 2 and "Model" not in run.out
+    first, *lines = run.err.splitlines()
+    assert "--check_data true: 3 of 33 images cannot be read; repair or remove them" in first
+    assert [line.split(" (")[0].strip() for line in lines] == list(map(str, bad))
+    assert "cannot identify image file" in lines[1] and all(line.endswith(")") for line in lines)
+
+
+def test_check_data_names_20_images_and_counts_the_others(run_main, imnet):
+    bad = spoil(
+        imnet, *(f"train/{name}/{i}.jpg" for name in ("ant", "bee", "cat") for i in range(8))
+    )
+    err = run_main("--data_path", imnet, *SMALL_RUN, "--check_data", "true").err
+    assert sum(str(path) in err for path in bad) == 20
+    assert "24 of 33 images" in err and err.endswith("and 4 more\n")
+
+
+def test_check_data_passes_sound_images_and_an_evaluation_checks_its_own(run_main, imnet, tmp_path):
+    check = ["--data_path", imnet, *SMALL_RUN, "--check_data", "true"]
+    run = run_main(*check, output_dir=tmp_path)
+    assert run.code == 0 and "All 33 images can be read" in run.out and len(run.log) == 1
+    evaluate = [*check, "--eval", "true", "--resume", tmp_path / "checkpoint-best.pth"]
+    spoil(imnet, "train/ant/1.jpg")
+    run = run_main(*evaluate)
+    assert run.code == 0 and "All 9 images can be read" in run.out
+    (bad,) = spoil(imnet, "val/bee/0.jpg")
+    run = run_main(*evaluate)
+    assert run.code == 2 and "1 of 9 images" in run.err and str(bad) in run.err
+
+
+def test_under_torchrun_check_data_divides_the_images_and_reports_once(imnet):
+    bad = spoil(imnet, "train/ant/1.jpg", "train/ant/2.jpg", "train/cat/7.jpg", "val/bee/0.jpg")
+    flags = ["--data_path", imnet, *SMALL_RUN, "--num_workers", 1, "--check_data", "true"]
+    argv = [*torchrun(2), "main.py", *QUICK, *map(str, flags)]
+    process = start(argv, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Model" not in out
+    assert err.count("main.py: error") == 1 and "4 of 33 images cannot be read" in err
+    assert "exitcode: 2" in err and all(err.count(f"{path} (") == 1 for path in bad)
+
+
+def test_a_bad_validation_image_is_found_before_the_first_epoch(run_main, imnet):
+    (bad,) = spoil(imnet, "val/bee/0.jpg")
+    for workers in (0, 1):
+        run = run_main("--data_path", imnet, *SMALL_RUN, "--num_workers", workers)
+        assert run.code == 2 and "Epoch 0" not in run.out
+        assert f"cannot read the image {bad} (" in run.err
+        assert "--check_data true lists all such images" in run.err
+
+
+def test_validation_images_are_not_read_twice_before_training(
+    run_main, imnet, kd, tmp_path, monkeypatch
+):
+    """Nor by a run that resumes; with --check_data true, only by the check."""
+    read = []
+    load = datasets._image_of_file
+
+    def counted(folder: str, names: np.ndarray, index: int) -> np.ndarray:
+        read.append(os.path.join(folder, os.fsdecode(names[index])))
+        return load(folder, names, index)
+
+    monkeypatch.setattr(datasets, "_image_of_file", counted)
+
+    def passes(*flags: object, output_dir: Path | None = None) -> float:
+        read.clear()
+        run = run_main("--data_path", imnet, *SMALL_RUN, *flags, output_dir=output_dir)
+        assert run.code == 0, run.err
+        return sum("/val/" in path for path in read) / 9
+
+    classes = tmp_path / "classes.txt"
+    classes.write_text("\n".join(["ant", "bee", "cat", *"defghij"]))
+    teacher = [*kd, "--teacher_classes", classes]
+    assert passes(output_dir=tmp_path / "out") == 2  # before the first epoch, and after it
+    assert passes("--epochs", 2, output_dir=tmp_path / "out") == 1  # resumed
+    assert passes("--check_data", "true") == 2
+    assert passes("--disable_eval", "true") == 0
+    assert passes(*teacher) == 2  # the teacher's scoring is the first
+    cached = [*teacher, "--teacher_cache", tmp_path / "cache"]
+    assert passes(*cached) == 2
+    assert passes(*cached) == 2  # here the scoring reads nothing
+
+
+def test_files_that_are_left_out_are_counted_by_their_ending(run_main, imnet):
+    for name in ("a.heic", "b.HEIC", "c.heic", "notes.txt", "README"):
+        (imnet / "train" / "bee" / name).write_bytes(b"")
+    out = run_main("--data_path", imnet, *SMALL_RUN, "--disable_eval", "true").out
+    assert f"{imnet}/train: 5 file(s) left out (.heic 3, without ending 1, .txt 1)" in out
+    assert "24 images" in out
+    for path in (imnet / "train" / "bee").glob("*.jpg"):
+        path.unlink()
+    run = run_main("--data_path", imnet)
+    assert run.code == 2 and "left out: .heic 3" in run.err and ".jpeg .png" in run.err
+
+
+def test_a_class_whose_name_is_not_utf_8_trains_with_a_teacher_cache(run_main, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    for part in ("train", "val"):
+        write_images(tmp_path / part, ["bee", name])
+        (tmp_path / part / name / f"x.{name}").write_bytes(b"")  # printed as left out
+    flags = ["--data_path", tmp_path, *SMALL_RUN]
+    assert run_main(*flags, output_dir=tmp_path / "teacher").code == 0
+    kd = teacher_flags(tmp_path / "teacher" / "checkpoint-best.pth")
+    for _ in range(2):  # filled, then read
+        run = run_main(*flags, *kd, "--teacher_cache", tmp_path / "cache")
+        assert run.code == 0 and "left out (.caf" in run.out, run.err
+    assert "All teacher logits are cached" in run.out
+
+
+def test_a_cache_from_before_photographs_were_upright_is_refused(run_main, kd, short, tmp_path):
+    flags = [*short, *kd, "--teacher_cache", tmp_path]
+    assert run_main(*flags).code == 0
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace(f'"decoder": {datasets.DECODER},', ""))
+    run = run_main(*flags)
+    assert run.code == 2 and "--teacher_cache" in run.err and "decoder" in run.err
 
 
 # -------------------------------------------------------------------------- mixup in pairs

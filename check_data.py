@@ -1,0 +1,124 @@
+"""Reads images before training, so that a damaged one is found before an epoch is paid for."""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+import utils
+from datasets import CANNOT_READ, REMEDY, ImageSource, Source, StreamSource
+from loaders import READ_ONLY, Data
+from utils import UserError, log
+
+T = TypeVar("T")
+BATCH = 32  # images that a worker reads before it answers
+MOST = 20  # images that are named; the others are counted
+SECONDS = 10  # between two printed lines
+
+
+class Faults(Dataset):
+    """(index, what is wrong with that image): its name and the reason, or '' where it is sound."""
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[int, str]:
+        try:
+            self.images[index]
+        except UserError as error:
+            return index, str(error).removeprefix(CANNOT_READ).removesuffix(REMEDY)
+        return index, ""
+
+
+def check_images(sources: Sequence[Source | None], num_workers: int) -> None:
+    """Read every image once, divided among the processes, and list those that cannot be read.
+
+    Collective.
+
+    Args:
+        num_workers: loader workers of each process.
+    Raises: UserError with the list, on rank 0 (the other ranks exit); and for a stream.
+    """
+    if any(isinstance(source, StreamSource) for source in sources):
+        raise UserError(
+            "--check_data true: a stream can only be read in its own order; leave the flag out"
+        )
+    indexable = [source for source in sources if isinstance(source, ImageSource)]
+    images: ConcatDataset = ConcatDataset(indexable)
+    loader = DataLoader(
+        Faults(images),
+        BATCH,
+        sampler=range(utils.rank(), len(images), utils.world_size()),
+        num_workers=num_workers,
+        collate_fn=list,
+        worker_init_fn=utils.leave_signals_to_the_trainer,
+    )
+    count = 0
+    first: list[tuple[int, str]] = []
+    for batch in _follow(loader, len(loader), "all images"):
+        faults = [(index, fault) for index, fault in batch if fault]
+        count += len(faults)
+        first += faults[: MOST - len(first)]
+    found = _gather((count, first))
+    count = sum(part for part, _ in found)
+    if count:
+        lines = [fault for _, fault in sorted(pair for _, part in found for pair in part)[:MOST]]
+        lines += [f"and {count - MOST:,} more"] if count > MOST else []
+        _stop(
+            f"--check_data true: {count:,} of {len(images):,} images cannot be read; repair or "
+            "remove them, then run the same command\n  " + "\n  ".join(lines)
+        )
+    log(f"All {len(images):,} images can be read")
+
+
+def read_validation(data: Data) -> None:
+    """Decode the validation images once, unless an evaluation has done that already.
+
+    So an image that cannot be read ends the run now, and not after an epoch. The evaluation's own
+    workers decode, since it is late to fork others: see DeviceLoader.start_workers. Collective.
+
+    Raises: UserError for the first such image, on rank 0; the other ranks exit.
+    """
+    loader = data.val_loader
+    if loader is None or loader.is_read or not isinstance(data.val, ImageSource):
+        return
+    fault = ""
+    loader.order.view = READ_ONLY
+    try:
+        for _ in _follow(loader.host(), len(loader), "the validation images"):
+            pass
+    except UserError as error:
+        fault = str(error)
+    loader.order.view = 0
+    if faults := [fault for fault in _gather(fault) if fault]:
+        _stop(faults[0])
+
+
+def _follow(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
+    """The same batches; prints how far they are every ten seconds, and stops on a signal."""
+    printed = time.monotonic()
+    for number, batch in enumerate(batches, start=1):
+        yield batch
+        share = f"{100 * number // count} % of {what}"
+        if signal_number := utils.received_signal():
+            raise utils.Interrupted(signal_number, f"reading {share}", None)
+        if time.monotonic() > printed + SECONDS:
+            log(f"Read {share}")
+            printed = time.monotonic()
+
+
+def _gather(value: T) -> list[T]:
+    """This value of every process, in the order of the ranks. Collective."""
+    values = [value] * utils.world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _stop(message: str) -> None:
+    """End every process of the run; only rank 0 says why."""
+    if utils.is_main_process():
+        raise UserError(message)
+    raise SystemExit(2)
