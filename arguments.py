@@ -6,19 +6,49 @@ Nothing here imports torch, so that a wrong value, file or architecture is repor
 import argparse
 import difflib
 import importlib.util
+import math
 import os
 import re
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flags import get_args_parser
+from flags import (
+    AUGMENTATION,
+    EMA,
+    KD,
+    MIXING,
+    OPTIMIZER,
+    TEACHER,
+    TEACHER_CACHE,
+    flags_of_group,
+    get_args_parser,
+)
 
 # Side of the images in pixels; every other data set is taken for photographs.
 NATIVE_SIZE = {"DIGITS": 8, "MNIST": 28, "FashionMNIST": 28, "CIFAR": 32, "CIFAR10": 32}
 MIRRORED_CHANGES_MEANING = {"DIGITS", "MNIST"}
 SMALL = 64  # below this side, images are padded and cropped as for CIFAR, at one scale
 TORCHVISION_SETS = ("CIFAR", "CIFAR10", "MNIST", "FashionMNIST")
+DATA_SETS = ("DIGITS", "IMNET", "image_folder", *TORCHVISION_SETS)
+# What other scripts call our flags and data sets.
+OTHER_FLAGS = {
+    "alpha": "kd_alpha",
+    "amp": "use_amp",
+    "arch": "model",
+    "data": "data_path",
+    "data_dir": "data_path",
+    "dataset": "data_set",
+    "img_size": "input_size",
+    "learning_rate": "lr",
+    "num_classes": "nb_classes",
+    "output": "output_dir",
+    "temperature": "kd_temperature",
+    "wd": "weight_decay",
+    "workers": "num_workers",
+}
+OTHER_DATA_SETS = {"cifar100": "CIFAR", "imagenet": "IMNET"}
 
 # Flags that say where and how a run computes and what it writes, not what it computes. They are
 # neither taken from a checkpoint nor compared with it.
@@ -42,23 +72,75 @@ def parse_args(
     Exits with code 2 and one line on stderr for a value that cannot work.
     """
     parser = get_args_parser()
+    words = _words(parser, argv)
     parser.set_defaults(**(saved or {}))
-    args = parser.parse_args(argv)
-    args.given = given_flags(argv)
-    check_distillation(parser, args)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(unknown_flags(unknown, [action.dest for action in parser._actions]))
+    args.given = given_flags(words)
+    unify_spelling(args)
     check_numbers(parser, args)
+    check_distillation(parser, args)
     fill_defaults(args)
-    check_combinations(parser, args)
+    if not args.resume or saved is not None:  # else the checkpoint's flags are still to come
+        check_combinations(parser, args)
+        check_effects(parser, args)
     check_names(parser, args)
     return args
 
 
-def given_flags(argv: list[str] | None) -> list[str]:
+def given_flags(words: list[str]) -> list[str]:
     """Names of the flags that a command line sets, whatever their values."""
     parser = get_args_parser()
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return sorted(vars(parser.parse_args(argv)))
+    return sorted(vars(parser.parse_args(words)))
+
+
+def _words(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
+    """A command line, or that of this process for None, with --batch-size as --batch_size."""
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        flag, equals, value = word.partition("=")
+        underscored = flag[:2] + flag[2:].replace("-", "_")
+        is_flag = underscored in parser._option_string_actions
+        words.append(underscored + equals + value if is_flag else word)
+    return words
+
+
+def unknown_flags(words: Sequence[str], known: Collection[str]) -> str:
+    """The error for words of a command line that belong to no flag, with similar flags."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    told = []
+    for flag in flags:
+        name = flag.lstrip("-").replace("-", "_")
+        other = OTHER_FLAGS.get(name)
+        similar = [other] if other else difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+        names = " or ".join(f"--{flag}" for flag in similar)
+        told.append(f"{flag}; did you mean {names}?" if names else f"{flag}; see --help")
+    return "unrecognized arguments: " + " ".join(told or [*words[:-1], f"{words[-1]}; see --help"])
+
+
+def unify_spelling(args: argparse.Namespace) -> None:
+    """Write values that can be spelled in several ways in one way.
+
+    So checkpoints, teacher caches and every comparison see the same value.
+    """
+    for flag in ("teacher_path", "teacher_arch", "teacher_weights"):
+        value = getattr(args, flag)
+        if value is not None:  # 'a,b', 'a, b' and 'a b' name the same teachers
+            words = [value] if isinstance(value, str) else value
+            parts = [part.strip() for word in words for part in word.split(",")]
+            setattr(args, flag, ",".join(os.path.expanduser(part) for part in parts if part))
+    if args.aa.lower() == "none":
+        args.aa = ""
+    if args.data_set:
+        names = {_plain(name): name for name in DATA_SETS} | OTHER_DATA_SETS
+        args.data_set = names.get(_plain(args.data_set), args.data_set)
+
+
+def _plain(name: str) -> str:
+    return re.sub("[-_]", "", name.lower())
 
 
 def follow_checkpoint(
@@ -192,19 +274,72 @@ def _require(
     parser: argparse.ArgumentParser, args: argparse.Namespace, flag: str, holds: bool, remedy: str
 ) -> None:
     if not holds:
-        parser.error(f"--{flag} {getattr(args, flag)}: {remedy}")
+        parser.error(f"{_shown(args, flag)}: {remedy}")
+
+
+def _shown(args: argparse.Namespace, flag: str) -> str:
+    value = getattr(args, flag)
+    values = value if isinstance(value, list) else [value]
+    words = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+    return f"--{flag} {' '.join(words)}"
+
+
+class Range(NamedTuple):
+    """The values that a numeric flag may have."""
+
+    remedy: str  # 'must …'
+    holds: Callable[[float], bool]  # False for NaN, since it compares as False
+
+
+# Every numeric flag is here, so none can be NaN or infinite.
+RANGES = {
+    Range("must be a whole number", lambda value: True): "local_rank",
+    Range(
+        "must be 1 or more", lambda value: value >= 1
+    ): "batch_size epochs update_freq recount eval_freq "
+    "input_size teacher_input_size train_samples holdout nb_classes teacher_views "
+    "teacher_cache_topk save_ckpt_freq save_ckpt_num save_ckpt_steps",
+    Range("must be 0 or more", lambda value: value >= 0): "seed start_epoch num_workers "
+    "warmup_epochs",
+    Range("must be 0 or more, or -1 for unset", lambda value: value >= -1): "warmup_steps",
+    Range("must be above 0 and finite", lambda value: 0 < value < math.inf): "kd_temperature "
+    "clip_grad layer_decay",
+    Range("must be 0 or more and finite", lambda value: 0 <= value < math.inf): "lr min_lr "
+    "weight_decay weight_decay_end opt_eps head_init_scale color_jitter mixup cutmix",
+    Range("must lie in 0…1", lambda value: 0 <= value <= 1): "kd_alpha drop_path momentum reprob "
+    "hflip mixup_prob mixup_switch_prob cutmix_minmax",
+    Range("must be 0 or more and below 1", lambda value: 0 <= value < 1): "smoothing opt_betas "
+    "model_ema_decay",
+    Range("must be above 0 and at most 1", lambda value: 0 < value <= 1): "crop_pct",
+    Range("must lie in 0…100, in percent", lambda value: 0 <= value <= 100): "teacher_min_acc1",
+}
+RANGE_OF = {flag: allowed for allowed, flags in RANGES.items() for flag in flags.split()}
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with code 2 for a number outside the range of its flag."""
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.type not in (int, float) or value is None:
+            continue
+        allowed = RANGE_OF[action.dest]  # a KeyError here: the new flag needs a range
+        values = value if isinstance(value, list) else [value]
+        _require(parser, args, action.dest, all(map(allowed.holds, values)), allowed.remedy)
 
 
 def check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with code 2 where the flags of the teacher do not belong together."""
-    if args.kd:
-        missing = [f"--{f}" for f in ("teacher_path", "teacher_arch") if not getattr(args, f)]
-        if missing:
-            parser.error(f"--kd true needs {' and '.join(missing)}")
-    elif args.teacher_path or args.teacher_arch:
-        parser.error("--teacher_path and --teacher_arch need --kd true; add it or remove them")
-
-    archs, paths = (args.teacher_arch or "").split(","), (args.teacher_path or "").split(",")
+    if args.teacher_cache_only and not (args.kd and args.teacher_cache and args.kd_alpha > 0):
+        parser.error(
+            "--teacher_cache_only true needs --teacher_cache FOLDER to fill, --kd true with its "
+            "teacher, and --kd_alpha above 0"
+        )
+    if not args.kd:
+        return
+    missing = [f"--{f}" for f in ("teacher_path", "teacher_arch") if not getattr(args, f)]
+    if missing:
+        parser.error(f"--kd true needs {' and '.join(missing)}")
+    archs, paths = args.teacher_arch.split(","), args.teacher_path.split(",")
     if len(archs) != len(paths):
         parser.error(
             f"--teacher_arch names {len(archs)} and --teacher_path {len(paths)} teachers; "
@@ -215,45 +350,9 @@ def check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace
             weights = [float(weight) for weight in args.teacher_weights.split(",")]
         except ValueError:
             weights = []
-        holds = len(weights) == len(archs) and all(0 < w < float("inf") for w in weights)
+        holds = len(weights) == len(archs) and all(0 < w < math.inf for w in weights)
         remedy = f"pass {len(archs)} number(s) above 0, separated by commas"
         _require(parser, args, "teacher_weights", holds, remedy)
-
-    if args.teacher_cache and not args.kd:
-        parser.error(f"--teacher_cache {args.teacher_cache}: needs --kd true; add it")
-    if args.teacher_cache_only and not (args.teacher_cache and args.kd_alpha > 0):
-        parser.error(
-            "--teacher_cache_only true needs --teacher_cache FOLDER to fill, --kd true with its "
-            "teacher, and --kd_alpha above 0"
-        )
-
-
-def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with code 2 for a number outside the range of its flag."""
-
-    def require(flag: str, holds: bool, remedy: str) -> None:
-        _require(parser, args, flag, holds, remedy)
-
-    remedy = "must lie in 0…1 (0: labels only, 1: teacher only)"
-    require("kd_alpha", 0 <= args.kd_alpha <= 1, remedy)
-    remedy = "must be above 0, usually 2 to 6"
-    require("kd_temperature", 0 < args.kd_temperature < float("inf"), remedy)
-    for (
-        flag
-    ) in "batch_size epochs update_freq eval_freq save_ckpt_freq save_ckpt_num recount".split():
-        require(flag, getattr(args, flag) >= 1, "must be 1 or more")
-    for flag in "seed start_epoch lr min_lr weight_decay opt_eps num_workers".split():
-        value = getattr(args, flag)
-        require(flag, value is None or value >= 0, "must not be negative")
-    above_zero = "input_size train_samples holdout nb_classes clip_grad layer_decay"
-    above_zero += " save_ckpt_steps teacher_views teacher_cache_topk"
-    for flag in above_zero.split():
-        value = getattr(args, flag)
-        require(flag, value is None or value > 0, "must be above 0")
-    fractions = "drop_path smoothing reprob mixup_prob mixup_switch_prob model_ema_decay hflip"
-    for flag in f"{fractions} crop_pct".split():
-        value = getattr(args, flag)
-        require(flag, value is None or 0 <= value <= 1, "must lie in 0…1")
 
 
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -267,24 +366,182 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.data_set == "image_folder" and not (args.disable_eval or args.holdout):
         remedy = "--data_set image_folder needs a folder of validation images, or --holdout N"
         require("eval_data_path", bool(args.eval_data_path), remedy)
+    remedy = f"must be below the number of epochs ({args.epochs}); lower it or raise --epochs"
+    require("start_epoch", args.start_epoch < args.epochs, remedy)
     remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"
     require("warmup_epochs", args.warmup_epochs <= args.epochs, remedy)
+    remedy = f"above --lr {args.lr:.3g}, the peak; pass a smaller --min_lr, or a larger --lr"
+    require("min_lr", args.min_lr <= args.lr, remedy)
+    if args.opt_betas:
+        require("opt_betas", len(args.opt_betas) > 1, "pass two numbers, such as 0.9 0.999")
+    if args.cutmix_minmax:
+        # timm draws a whole number of pixels from the first up to below the second.
+        least, most = (int(args.input_size * ratio) for ratio in args.cutmix_minmax)
+        remedy = "pass the smaller ratio first, and the second larger by a pixel of "
+        require("cutmix_minmax", least < most, f"{remedy}--input_size {args.input_size} or more")
     if is_mixed(args) and not args.eval:
         remedy = "mixup and cutmix need an even batch size, or pass --mixup 0 --cutmix 0"
         require("batch_size", args.batch_size % 2 == 0, remedy)
     require("resume", bool(args.resume) or not args.eval, "--eval true needs a checkpoint to score")
-    if args.teacher_cache_range:
+    if args.teacher_cache_range and args.teacher_cache_only:
         all_views = min(args.teacher_views or args.epochs, args.epochs)
-        holds = args.teacher_cache_only and bool(views_of(args))
-        remedy = (
-            f"needs --teacher_cache_only true and a part of 0:{all_views}, "
-            f"such as 0:{max(1, all_views // 2)}"
-        )
-        require("teacher_cache_range", holds, remedy)
+        remedy = f"needs a part of 0:{all_views}, such as 0:{max(1, all_views // 2)}"
+        require("teacher_cache_range", bool(views_of(args)), remedy)
+
+
+# ------------------------------------------------------------------------ flags without effect
+
+
+class Dependence(NamedTuple):
+    """Flags that have an effect only together with others.
+
+    On the command line, a flag without effect is refused. But where one of `switches` is there too,
+    as in a script that varies the switch, the flag is only reported.
+    """
+
+    flags: Sequence[str]
+    works: Callable[[argparse.Namespace], Any]  # true where they have an effect
+    otherwise: str  # 'without …', 'with …' or 'beside …', which decides the remedy
+    switches: Sequence[str] = ()
+
+
+REMEDIES = {
+    "without": "add that, or remove {}",
+    "with": "remove {}",
+    "beside": "remove one of the two",
+}
+
+
+def dependences() -> list[Dependence]:
+    """Every flag that other flags can leave without effect; the first row that applies counts."""
+    kd, teacher, cache, optimizer, (ema, *of_ema), augmentation, mixing = map(
+        flags_of_group, (KD, TEACHER, TEACHER_CACHE, OPTIMIZER, EMA, AUGMENTATION, MIXING)
+    )
+    # --teacher_views also repeats augmented epochs without a cache and without a teacher.
+    of_cache = [flag for flag in cache if flag not in ("teacher_cache", "teacher_views")]
+    asked = ["kd_temperature", *teacher, "teacher_cache", *of_cache]
+    of_kd = ["teacher_path", "teacher_arch", "kd_alpha", *asked]
+    of_start = "start_epoch finetune model_key model_prefix head_init_scale drop_path".split()
+    of_saving = "save_ckpt_freq save_ckpt_num save_ckpt_steps".split()
+    output = [*of_saving, "save_ckpt", "auto_resume", "log_dir"]
+    of_training = [*optimizer, ema, *of_ema, *of_start, *output, "update_freq"]
+    not_scored = [*of_training, *kd, *teacher, *cache, *augmentation, *mixing]
+    not_scored += ["epochs", "compile", "train_samples", "disable_eval", "eval_freq"]
+    not_filled = [*of_training, "output_dir", "resume"]
+    ratios = ["mixup", "cutmix", "cutmix_minmax"]
+
+    row = Dependence
+    return [
+        row(not_scored, lambda a: not a.eval, "with --eval true", ["eval"]),
+        row(
+            not_filled,
+            lambda a: not a.teacher_cache_only,
+            "with --teacher_cache_only true",
+            ["teacher_cache_only"],
+        ),
+        row(of_kd, lambda a: a.kd, "without --kd true", ["kd"]),
+        row(
+            asked,
+            lambda a: not a.kd or a.kd_alpha > 0,
+            "with --kd_alpha 0",
+            ["kd_alpha"],
+        ),
+        row(["use_ema"], lambda a: a.kd or a.eval, "without --kd true or --eval true", ["kd"]),
+        row(of_cache, lambda a: a.teacher_cache, "without --teacher_cache FOLDER"),
+        row(
+            ["teacher_cache_range"],
+            lambda a: a.teacher_cache_only,
+            "without --teacher_cache_only true",
+        ),
+        row(["teacher_min_acc1"], lambda a: a.teacher_eval, "without --teacher_eval true"),
+        row(["teacher_weights"], lambda a: "," in a.teacher_arch, "with a single teacher"),
+        row(
+            ["smoothing"],
+            lambda a: not a.kd or a.kd_alpha < 1,
+            "with --kd_alpha 1, which ignores labels",
+            ["kd_alpha"],
+        ),
+        row(["amp_dtype"], lambda a: a.use_amp, "without --use_amp true", ["use_amp"]),
+        row(of_ema, lambda a: a.model_ema, "without --model_ema true", ["model_ema"]),
+        row(["model_key", "model_prefix"], lambda a: a.finetune, "without --finetune FILE"),
+        row(["warmup_epochs"], lambda a: a.warmup_steps < 0, "beside --warmup_steps"),
+        row(
+            ["weight_decay_end"],
+            lambda a: a.weight_decay > 0,
+            "with --weight_decay 0",
+            ["weight_decay"],
+        ),
+        row(["color_jitter"], lambda a: not a.aa or "3a" in a.aa, "without --aa none", ["aa"]),
+        row(
+            ["train_interpolation"],
+            lambda a: a.aa or a.input_size >= SMALL,
+            f"with --aa none and images below {SMALL} pixels",
+            ["aa", "input_size"],
+        ),
+        row(["remode", "recount"], lambda a: a.reprob > 0, "with --reprob 0", ["reprob"]),
+        row(["cutmix"], lambda a: not a.cutmix_minmax, "beside --cutmix_minmax"),
+        row(["mixup_prob", "mixup_mode"], is_mixed, "without --mixup or --cutmix", ratios),
+        row(
+            ["mixup_switch_prob"],
+            lambda a: a.mixup > 0 and (a.cutmix > 0 or a.cutmix_minmax),
+            "without both --mixup and --cutmix",
+            ratios,
+        ),
+        row(["data_path"], lambda a: a.data_set != "DIGITS", "beside --data_set DIGITS"),
+        row(
+            ["eval_data_path"],
+            lambda a: a.data_set == "image_folder",
+            "without --data_set image_folder",
+        ),
+        row(["eval_data_path"], lambda a: not a.holdout, "beside --holdout"),
+        row(of_saving, lambda a: a.output_dir, "without --output_dir FOLDER"),
+        row(of_saving, lambda a: a.save_ckpt, "with --save_ckpt false", ["save_ckpt"]),
+    ]
+
+
+def without_effect(args: argparse.Namespace) -> list[tuple[Dependence, list[str]]]:
+    """The flags of the command line that do nothing in this run, by what they depend on."""
+    left, found = set(args.given), []
+    for dependence in dependences():
+        idle = [flag for flag in dependence.flags if flag in left]
+        if idle and not dependence.works(args):
+            found.append((dependence, idle))
+            left -= set(idle)
+    return found
+
+
+def check_effects(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with code 2 for a flag without effect, unless its switch is on the command line too."""
+    for dependence, idle in without_effect(args):
+        if not any(switch in args.given for switch in dependence.switches):
+            flags = " and ".join(_shown(args, flag) for flag in idle)
+            verb, noun = ("has", "the flag") if len(idle) == 1 else ("have", "the flags")
+            remedy = REMEDIES[dependence.otherwise.split()[0]].format(noun)
+            parser.error(f"{flags} {verb} no effect {dependence.otherwise}; {remedy}")
+
+
+def effects_line(args: argparse.Namespace) -> str:
+    """One line that names the flags without effect that are not refused; '' for none."""
+    found = [
+        f"{', '.join(f'--{flag}' for flag in idle)} ({dependence.otherwise})"
+        for dependence, idle in without_effect(args)
+    ]
+    return f"Without effect in this run: {'; '.join(found)}" if found else ""
 
 
 def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with code 2 for files and architectures that do not exist, before anything is read."""
+    """Exit with code 2 for names of nothing, before anything is read.
+
+    Names of data sets, augmentation policies, architectures and files of weights.
+    """
+    data_set = args.data_set
+    if "/" not in data_set and data_set not in (*DATA_SETS, "folder"):
+        parser.error(f"--data_set {unknown_data_set(data_set)}")
+    if args.aa and not AUGMENTATION_POLICY.fullmatch(args.aa):
+        parser.error(
+            f"--aa {args.aa}: timm knows no such policy; pass rand, augmix, original, originalr, "
+            "v0, v0r or 3a, with options such as rand-m9-mstd0.5-inc1, or none for no policy"
+        )
     known = architectures()
     teachers = teachers_of(args)
     for flag, archs in (("model", [args.model]), ("teacher_arch", [t.arch for t in teachers])):
@@ -297,6 +554,25 @@ def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for flag, path in files:
         if path and not is_url(path) and (problem := missing_file(path)):
             parser.error(f"--{flag} {problem}")
+
+
+# timm's notation (timm/data/auto_augment.py). timm itself would ignore an option without a number.
+_NUMBER = r"\d+(?:\.\d+)?"
+AUGMENTATION_POLICY = re.compile(
+    rf"rand(?:-(?:(?:m|n|mmax|inc)\d+|(?:p|mstd){_NUMBER}|t(?:weights|3a|3aw)))*"
+    rf"|augmix(?:-(?:(?:m|w|d|b)\d+|(?:a|mstd){_NUMBER}))*"
+    rf"|(?:original|originalr|v0|v0r|3a)(?:-mstd{_NUMBER})?"
+)
+
+
+def unknown_data_set(name: str) -> str:
+    """The error for a data set that neither we nor timm know, with similar names."""
+    similar = difflib.get_close_matches(name, DATA_SETS, n=2, cutoff=0.5)
+    guess = f"did you mean {' or '.join(similar)}? " if similar else ""
+    return (
+        f"{name}: no such data set; {guess}Known are {', '.join(DATA_SETS)} (CIFAR has 100 "
+        "classes), folder (read by timm) and timm's hfds/…, hfids/…, tfds/…, wds/… and torch/…"
+    )
 
 
 def is_url(path: str) -> bool:
@@ -334,6 +610,8 @@ def architectures() -> set[str]:
 
 def unknown_architecture(arch: str, known: set[str] | list[str]) -> str:
     """The error for an architecture that timm does not know, with similar names."""
-    similar = difflib.get_close_matches(arch.split(".")[0], sorted(known), n=3, cutoff=0.4)
+    name = arch.split(".")[0]
+    similar = [other for other in sorted(known) if other.endswith(f"_{name}")][:2]
+    similar += difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.4)
     remedy = f"did you mean {', '.join(similar)}?" if similar else "see timm.list_models()"
     return f"{arch}: timm knows no such architecture; {remedy}"

@@ -4,9 +4,16 @@ Nothing here imports torch, so that `--help` and a mistyped flag are answered at
 """
 
 import argparse
+from os.path import expanduser
 
-# The groups of flags that decide which pixels the networks see. A teacher cache depends on every
-# flag in them, so a new flag that changes training images belongs in one of these groups.
+# Groups of flags that other files ask for.
+KD = "knowledge distillation"
+TEACHER = "teacher"
+TEACHER_CACHE = "teacher cache (teacher logits on disk)"
+EMA = "exponential moving average (EMA)"
+OPTIMIZER = "optimizer and label loss"
+# These decide which pixels the networks see. A teacher cache depends on every flag in them, so a
+# new flag that changes training images belongs in one of these groups.
 AUGMENTATION = "augmentation of training images"
 MIXING = "mixup and cutmix (student and teacher see the same mixed images)"
 
@@ -45,14 +52,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     _add_image_flags(parser)
     _add_data_flags(parser)
     _add_output_flags(parser)
+    for action in parser._actions:
+        if action.type is str2bool:  # --kd alone means --kd true
+            action.nargs, action.const = "?", True
     return parser
 
 
 def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("knowledge distillation").add_argument
+    add = parser.add_argument_group(KD).add_argument
     add("--kd", type=str2bool, default=False, help="enable knowledge distillation")
-    add("--teacher_path", help="checkpoint file of the teacher (required with --kd true)")
-    add("--teacher_arch", help="timm architecture of the teacher (required with --kd true)")
+    add(
+        "--teacher_path",
+        nargs="+",
+        help="checkpoint file of the teacher, or of several (required with --kd true)",
+    )
+    add(
+        "--teacher_arch",
+        nargs="+",
+        help="timm architecture of the teacher, or of several (required with --kd true)",
+    )
     add(
         "--kd_alpha",
         type=float,
@@ -66,9 +84,10 @@ def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
         help="temperature that softens the outputs of student and teacher, above 0",
     )
 
-    add = parser.add_argument_group("teacher").add_argument
+    add = parser.add_argument_group(TEACHER).add_argument
     add(
         "--teacher_weights",
+        nargs="+",
         help="weight of each teacher where several are given, such as 2,1 (default: equal)",
     )
     add(
@@ -85,6 +104,7 @@ def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--teacher_classes",
+        type=expanduser,
         help="text file with the teacher's class names, one per line in the order of its outputs "
         "(default: the names in its checkpoint)",
     )
@@ -111,9 +131,10 @@ def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
         help="data type of the teacher's weights and computation",
     )
 
-    add = parser.add_argument_group("teacher cache (teacher logits on disk)").add_argument
+    add = parser.add_argument_group(TEACHER_CACHE).add_argument
     add(
         "--teacher_cache",
+        type=expanduser,
         help="cache folder for teacher logits; filled by the first run and read by later ones",
     )
     add(
@@ -179,7 +200,6 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--dist_url", default="env://", help="address at which the processes meet")
     add(
         "--local_rank",
-        "--local-rank",
         type=int,
         help="accepted for old launchers and ignored; the variable LOCAL_RANK is used instead",
     )
@@ -199,7 +219,12 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
         help="side of the input images in pixels "
         "(default: 224, or the size of the data set's images for cifar_* models)",
     )
-    add("--finetune", default="", help="checkpoint file whose weights the student starts from")
+    add(
+        "--finetune",
+        type=expanduser,
+        default="",
+        help="checkpoint file whose weights the student starts from",
+    )
     add(
         "--head_init_scale",
         type=float,
@@ -213,7 +238,7 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--model_prefix", default="", help="load only the weights of --finetune with this prefix")
 
-    add = parser.add_argument_group("exponential moving average (EMA)").add_argument
+    add = parser.add_argument_group(EMA).add_argument
     add(
         "--model_ema",
         type=str2bool,
@@ -237,7 +262,7 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("optimizer and label loss").add_argument
+    add = parser.add_argument_group(OPTIMIZER).add_argument
     add("--opt", default="adamw", help="any optimizer of timm's create_optimizer_v2")
     add("--opt_eps", type=float, default=1e-8, help="epsilon of the optimizer")
     add(
@@ -296,12 +321,12 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         "--color_jitter",
         type=float,
         default=0.4,
-        help="strength of colour jitter; used only where --aa is empty",
+        help="strength of colour jitter; used only with --aa none",
     )
     add(
         "--aa",
         default="rand-m9-mstd0.5-inc1",
-        help="AutoAugment or RandAugment policy in timm's notation; empty for none",
+        help="AutoAugment, RandAugment or AugMix policy in timm's notation; none for no policy",
     )
     add(
         "--hflip",
@@ -356,8 +381,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "of class folders), CIFAR (100 classes), CIFAR10, MNIST, FashionMNIST, or a name for "
         "timm's create_dataset such as hfds/… (default: IMNET with --data_path, else DIGITS)",
     )
-    add("--data_path", help="folder of the data set")
-    add("--eval_data_path", help="folder of the validation images of --data_set image_folder")
+    add("--data_path", type=expanduser, help="folder of the data set")
+    add(
+        "--eval_data_path",
+        type=expanduser,
+        help="folder of the validation images of --data_set image_folder",
+    )
     add("--nb_classes", type=int, help="expected number of classes (default: counted)")
     add(
         "--train_samples",
@@ -400,12 +429,14 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add(
         "--output_dir",
+        type=expanduser,
         default="",
         help="folder for checkpoints and log.txt; nothing is saved where this is empty",
     )
-    add("--log_dir", help="folder for TensorBoard files (default: none)")
+    add("--log_dir", type=expanduser, help="folder for TensorBoard files (default: none)")
     add(
         "--resume",
+        type=expanduser,
         default="",
         help="checkpoint to resume from, or to score with --eval true; flags that are not given "
         "follow the checkpoint",

@@ -185,11 +185,7 @@ class LogitFile:
         try:
             self._write(pending)
         except OSError as error:
-            raise UserError(
-                f"{self.stem}: {error}; free some space or choose another folder, then run the "
-                "same command: everything cached so far is complete",
-                "cache",
-            ) from error
+            raise _could_not_write(self.stem, error) from error
 
     def _write(self, pending: list[tuple[range, torch.Tensor]]) -> None:
         places = np.concatenate([np.asarray(places) for places, _ in pending])
@@ -257,12 +253,23 @@ def _remedy(stem: Path) -> str:
     )
 
 
+def _could_not_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: {error}; free some space or choose another folder, then run the same command: "
+        "everything cached so far is complete",
+        "cache",
+    )
+
+
 def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
     """Map `count` items of a file into memory, read-only; an empty or absent file grows first."""
     size = count * dtype.itemsize
     if _size(path) < size:
-        with open(path, "ab") as file:  # never shortens what another process has begun
-            file.truncate(size)
+        try:
+            with open(path, "ab") as file:  # never shortens what another process has begun
+                file.truncate(size)
+        except OSError as error:
+            raise _could_not_write(path, error) from error
     # A plain array, since slicing an np.memmap takes several times as long.
     return np.asarray(np.memmap(path, dtype, "r", shape=count))
 
@@ -465,6 +472,9 @@ def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         return manifest
     except FileExistsError:
         found = _read_manifest(path)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # part of a manifest would look like a damaged cache
+        raise _could_not_write(path, error) from error
     if found.get("format") != FORMAT:
         raise UserError(
             f"{folder}: holds a cache of format {found.get('format')}, but this version reads and "

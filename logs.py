@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -195,7 +197,8 @@ class History:
             self.sums += values
         self.count += int(is_finite.sum())
         if self.writer is not None:
-            self._write(self.writer, first, rows, step_of_row, step_norms)
+            with events_in(self.writer.log_dir):
+                self._write(self.writer, first, rows, step_of_row, step_norms)
         means = dict(zip(self.names, rows.mean(axis=0), strict=True))
         if list(means) == ["loss", "ce"]:
             del means["ce"]  # the same number: nothing is distilled
@@ -289,7 +292,9 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             utils.make_folder(log_dir)
-            writer = SummaryWriter(log_dir, purge_step=first_step)
+            _leave_errors_to_main_thread()
+            with events_in(log_dir):
+                writer = SummaryWriter(log_dir, purge_step=first_step)
         return cls(path, writer)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -300,14 +305,40 @@ class Recorder:
         if self.path is not None:
             append_line(self.path, json.dumps(record))
         if self.writer is not None:
-            for name, value in scores.items():
-                self.writer.add_scalar(name.replace("_", "/", 1), value, record["epoch"])
-            self.writer.flush()
+            with events_in(self.writer.log_dir):
+                for name, value in scores.items():
+                    self.writer.add_scalar(name.replace("_", "/", 1), value, record["epoch"])
+                self.writer.flush()
 
     def close(self) -> None:
         """Close TensorBoard's file."""
         if self.writer is not None:
-            self.writer.close()
+            with events_in(self.writer.log_dir):
+                self.writer.close()
+
+
+@contextmanager
+def events_in(folder: str) -> Iterator[None]:
+    """Raise UserError where the file system refuses TensorBoard's file in a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise utils.could_not_write(Path(folder) / "events.out.tfevents", error, "log") from error
+
+
+def _leave_errors_to_main_thread() -> None:
+    """Keep TensorBoard's writing thread from printing a traceback where it fails.
+
+    The main thread raises the same error with its next call.
+    """
+    report = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        is_writer = type(failed.thread).__name__ == "_AsyncWriterThread"  # internal to tensorboard
+        if not (is_writer and isinstance(failed.exc_value, OSError)):
+            report(failed)
+
+    threading.excepthook = hook
 
 
 def append_line(path: Path, line: str) -> None:

@@ -1,18 +1,23 @@
 """Train a small image classifier, alone or distilled from a large one: a run from top to bottom."""
 
+import os
+import signal
+
 import arguments
 
 if __name__ == "__main__":
-    # --help and mistyped flags are answered here: the imports below take seconds.
+    # The imports below take seconds. Ctrl-C ends them without a traceback, and --help and mistyped
+    # flags are answered before them.
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
     arguments.parse_args()
 
 import argparse
 import copy
 import math
-import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from io import FileIO
 from pathlib import Path
@@ -21,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, get_optimizer_class
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
 from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -86,9 +91,12 @@ def run(argv: list[str] | None) -> None:
         with name_flags(checkpoint="--resume"):
             checkpoint = read_checkpoint(args.resume)
         args = parse_args(argv, follow_checkpoint(saved_args(checkpoint), args.given, args.eval))
-        if args.eval:
-            score_checkpoint(args, checkpoint, device)
-            return
+    if idle := arguments.effects_line(args):
+        log(idle)
+    if args.eval:
+        score_checkpoint(args, checkpoint, device)
+        return
+    check_optimizer(args)
     with name_flags(folder="--output_dir"):
         lock = claim_output_dir(args)  # held until the end of the run
 
@@ -110,10 +118,27 @@ def run(argv: list[str] | None) -> None:
     student = make_student(args, device, len(data.classes))
     ema = make_ema(args, student)
     teacher = prepare_teacher(args, settings, data)
-    with name_flags(output="--output_dir", cache="--teacher_cache"):
+    with (
+        name_flags(output="--output_dir", cache="--teacher_cache", log="--log_dir"),
+        explain_batch_norm(),
+    ):
         train(args, settings, data, student, ema, teacher)
     if lock is not None:
         lock.close()
+
+
+@contextmanager
+def explain_batch_norm() -> Iterator[None]:
+    """Say what to do where BatchNorm has a single value per channel to normalise."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "--batch_size 1: this model's BatchNorm layers cannot train on a single image of this "
+            "size; pass --batch_size 2 or more, or a larger --input_size"
+        ) from error
 
 
 def claim_output_dir(args: argparse.Namespace) -> FileIO | None:
@@ -341,6 +366,27 @@ def make_criterion(args: argparse.Namespace) -> nn.Module:
     if args.smoothing > 0:
         return LabelSmoothingCrossEntropy(args.smoothing)
     return nn.CrossEntropyLoss()
+
+
+def check_optimizer(args: argparse.Namespace) -> None:
+    """Raise UserError for an optimizer that does not exist, or that ignores a flag that is given.
+
+    timm drops such flags without a word.
+    """
+    if args.teacher_cache_only:
+        return
+    try:
+        info = get_optimizer_info(args.opt.split("_")[-1])  # lookahead_adamw is an adamw
+    except ValueError as error:
+        raise UserError(f"--opt {args.opt}: {error}; see timm.optim.list_optimizers()") from error
+    takes = {"opt_betas": info.has_betas, "opt_eps": info.has_eps, "momentum": info.has_momentum}
+    for flag in [flag for flag in takes if flag in args.given and not takes[flag]]:
+        raise UserError(f"--{flag}: --opt {args.opt} has no such setting; remove the flag")
+    if args.opt_betas and info.has_betas and len(args.opt_betas) != info.num_betas:
+        raise UserError(
+            f"--opt_betas: --opt {args.opt} needs {info.num_betas} numbers, not "
+            f"{len(args.opt_betas)}; pass {info.num_betas}"
+        )
 
 
 def make_optimizer(

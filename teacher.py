@@ -80,13 +80,18 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     if not teachers_of(args):
         return RunTeacher()
     loader = data.val_loader if args.teacher_eval else None
+    is_indexable = isinstance(data.val, ImageSource)
+    if args.teacher_min_acc1 and (loader is None or (args.teacher_cache and not is_indexable)):
+        raise UserError(
+            f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher is not scored in this run; "
+            "add --holdout N, remove --disable_eval true, or remove the flag"
+        )
     if not args.teacher_cache:
         network = make_teacher(args, settings.device, data)
         if loader is None:
             return RunTeacher(network)
         scores, logits = _score(args, settings, data, loader, network)
         # The order of a stream is not promised, so its logits cannot be found again.
-        is_indexable = isinstance(data.val, ImageSource)
         return RunTeacher(network, None, scores, logits if is_indexable else None)
 
     store = open_teacher_cache(args, data, settings.amp_dtype)

@@ -329,11 +329,12 @@ def make_folder(folder: str | Path) -> None:
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(b"a full disk takes no byte")
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot write there ({error}); choose another folder", "folder"
+            f"{folder}: cannot write there ({error}); free some space or choose another folder",
+            "folder",
         ) from error
 
 
@@ -392,11 +393,11 @@ def lock(file: IO[bytes]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def could_not_write(path: Path, error: Exception) -> UserError:
+def could_not_write(path: Path, error: Exception, subject: str = "output") -> UserError:
     """The error for a file of the run that the file system refuses."""
     free = shutil.disk_usage(path.parent).free / 2**20
     return UserError(
         f"{path}: could not be written ({first_line(error)}; {free:.1f} MiB free); free some space "
         "or choose another folder, then run the same command: older checkpoints are complete",
-        "output",
+        subject,
     )
