@@ -48,6 +48,7 @@ OTHER_FLAGS = {
     "wd": "weight_decay",
     "workers": "num_workers",
 }
+FEW_STEPS_LR, LEAST_WAY = 2e-3, 3.0  # of AdamW: see default_lr
 OTHER_DATA_SETS = {"cifar100": "CIFAR", "imagenet": "IMNET"}
 
 # Flags that say where and how a run computes and what it writes, not what it computes. They are
@@ -55,7 +56,7 @@ OTHER_DATA_SETS = {"cifar100": "CIFAR", "imagenet": "IMNET"}
 NOT_RECIPE = frozenset(
     "given output_dir log_dir resume auto_resume start_epoch device teacher_device num_workers "
     "pin_mem compile dist_url local_rank eval use_ema dist_eval save_ckpt save_ckpt_freq "
-    "save_ckpt_num save_ckpt_steps".split()
+    "save_ckpt_num save_ckpt_steps fast_cuda".split()
 )
 # Flags that name the data. A checkpoint knows its data by its contents, which may have moved.
 DATA_FLAGS = ("data_set", "data_path", "eval_data_path", "holdout", "nb_classes")
@@ -162,7 +163,10 @@ def follow_checkpoint(
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
-    """Choose what was not given from the other flags and from this machine's cores."""
+    """Choose what was not given from the other flags and from this machine's cores.
+
+    What depends on the number of training images is left to `fit_to_images`.
+    """
     args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
     native_size = NATIVE_SIZE.get(args.data_set, 224)
     if args.model is None:
@@ -174,23 +178,23 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.hflip = 0.0 if args.data_set in MIRRORED_CHANGES_MEANING else 0.5
     if args.warmup_epochs is None:
         args.warmup_epochs = min(20, args.epochs / 5)
-    if args.lr is None:
-        # Adam's noise scale grows with sqrt(batch) (Malladi et al. 2022), not with the batch.
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        total_batch = args.batch_size * args.update_freq * processes
-        args.lr = 4e-3 * (total_batch / 4096) ** 0.5
+    if args.weight_decay is None:
+        args.weight_decay = 1e-4 if is_sgd(args.opt) else 0.05
     if args.num_workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.num_workers = min(10, max(1, usable_cores() // processes))
+        args.num_workers = max(1, int(cores_per_process()))
 
 
 def fit_to_images(args: argparse.Namespace, images: int) -> list[str]:
-    """Adapt the batch size to the number of training images, known once the data is open.
+    """Choose what depends on the number of training images, known once the data is open.
+
+    The batch size, where it is not given or more than the images, and the learning rate.
 
     Returns: lines for the user: a value that is not used as given, images that are left out.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     lines = []
+    if args.batch_size is None:
+        args.batch_size = default_batch_size(images // processes // args.update_freq)
     given, most = args.batch_size, _batch_size(args, images // processes)
     if given > most:
         args.batch_size = most
@@ -199,6 +203,11 @@ def fit_to_images(args: argparse.Namespace, images: int) -> list[str]:
             f"images: batches of {most} are used"
         )
     total = args.batch_size * processes
+    if "num_workers" not in args.given and total:
+        args.num_workers = min(args.num_workers, max(1, images // total))
+    if args.lr is None and total:
+        steps = args.epochs * math.ceil(images // total / args.update_freq)
+        args.lr = max(args.min_lr, default_lr(args, total * args.update_freq, steps))
     left_out = images % total if total else 0
     if left_out and args.teacher_views == 1:
         lines.append(
@@ -215,6 +224,30 @@ def fit_to_images(args: argparse.Namespace, images: int) -> list[str]:
     return lines
 
 
+def default_batch_size(images: int) -> int:
+    """The largest power of two from 8 to 64 that makes 50 batches of so many images."""
+    return next((size for size in (64, 32, 16) if images >= 50 * size), 8)
+
+
+def default_lr(args: argparse.Namespace, total_batch: int, steps: int) -> float:
+    """The peak learning rate for a total batch, in a run of so many optimizer steps."""
+    if is_sgd(args.opt):
+        # He et al. 2016, section 4.2: 0.1 at a batch of 128.
+        return 0.1 * (total_batch / 128) ** 0.5
+    # 4e-3 at 4096 as in the ConvNeXt script. Adam's noise scale grows with sqrt(batch) (Malladi et
+    # al. 2022), not with the batch.
+    lr = 4e-3 * (total_batch / 4096) ** 0.5
+    if args.finetune:
+        return lr
+    # Adam moves a weight by at most about lr per step, so few steps from scratch need a higher one.
+    return max(lr, min(FEW_STEPS_LR, LEAST_WAY / steps))
+
+
+def is_sgd(opt: str) -> bool:
+    """Whether an optimizer of timm's is a form of SGD, by its name."""
+    return "sgd" in opt or opt.endswith("momentum")
+
+
 def _batch_size(args: argparse.Namespace, images: int) -> int:
     """The largest batch size of at most so many images; even where images are mixed."""
     return images - images % 2 if is_mixed(args) else images
@@ -225,6 +258,11 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cores_per_process() -> float:
+    """Processor cores of this machine for each process of the run."""
+    return usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class Teacher(NamedTuple):
@@ -370,8 +408,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     require("start_epoch", args.start_epoch < args.epochs, remedy)
     remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"
     require("warmup_epochs", args.warmup_epochs <= args.epochs, remedy)
-    remedy = f"above --lr {args.lr:.3g}, the peak; pass a smaller --min_lr, or a larger --lr"
-    require("min_lr", args.min_lr <= args.lr, remedy)
+    remedy = f"above --lr {args.lr}, the peak; pass a smaller --min_lr, or a larger --lr"
+    require("min_lr", args.lr is None or args.min_lr <= args.lr, remedy)
     if args.opt_betas:
         require("opt_betas", len(args.opt_betas) > 1, "pass two numbers, such as 0.9 0.999")
     if args.cutmix_minmax:
@@ -379,7 +417,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         least, most = (int(args.input_size * ratio) for ratio in args.cutmix_minmax)
         remedy = "pass the smaller ratio first, and the second larger by a pixel of "
         require("cutmix_minmax", least < most, f"{remedy}--input_size {args.input_size} or more")
-    if is_mixed(args) and not args.eval:
+    if is_mixed(args) and args.batch_size and not args.eval:
         remedy = "mixup and cutmix need an even batch size, or pass --mixup 0 --cutmix 0"
         require("batch_size", args.batch_size % 2 == 0, remedy)
     require("resume", bool(args.resume) or not args.eval, "--eval true needs a checkpoint to score")

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import torch.distributed as dist
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 import utils
@@ -61,12 +60,12 @@ def check_images(sources: Sequence[Source | None], num_workers: int) -> None:
         faults = [(index, fault) for index, fault in batch if fault]
         count += len(faults)
         first += faults[: MOST - len(first)]
-    found = _gather((count, first))
+    found = utils.gather((count, first))
     count = sum(part for part, _ in found)
     if count:
         lines = [fault for _, fault in sorted(pair for _, part in found for pair in part)[:MOST]]
         lines += [f"and {count - MOST:,} more"] if count > MOST else []
-        _stop(
+        utils.stop_all(
             f"--check_data true: {count:,} of {len(images):,} images cannot be read; repair or "
             "remove them, then run the same command\n  " + "\n  ".join(lines)
         )
@@ -92,8 +91,8 @@ def read_validation(data: Data) -> None:
     except UserError as error:
         fault = str(error)
     loader.order.view = 0
-    if faults := [fault for fault in _gather(fault) if fault]:
-        _stop(faults[0])
+    if faults := [fault for fault in utils.gather(fault) if fault]:
+        utils.stop_all(faults[0])
 
 
 def _follow(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
@@ -107,18 +106,3 @@ def _follow(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
         if time.monotonic() > printed + SECONDS:
             log(f"Read {share}")
             printed = time.monotonic()
-
-
-def _gather(value: T) -> list[T]:
-    """This value of every process, in the order of the ranks. Collective."""
-    values = [value] * utils.world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def _stop(message: str) -> None:
-    """End every process of the run; only rank 0 says why."""
-    if utils.is_main_process():
-        raise UserError(message)
-    raise SystemExit(2)

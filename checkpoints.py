@@ -2,10 +2,13 @@
 
 import argparse
 import hashlib
+import math
 import os
 import pickle
 import re
+import shutil
 import sys
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ from utils import (
     few,
     fsync_folder,
     is_main_process,
+    lock,
     log,
     world_size,
 )
@@ -52,7 +56,10 @@ def local_file(path: str) -> str:
     if not cached.exists():
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(path, str(cached), progress=False)
+            with open(f"{cached}.lock", "wb") as file:
+                lock(file)  # one process per machine downloads, the others wait
+                if not cached.exists():
+                    torch.hub.download_url_to_file(path, str(cached), progress=False)
         except OSError as error:
             raise UserError(
                 f"{path}: download failed ({error}); fetch the file and pass its path", "checkpoint"
@@ -78,7 +85,10 @@ def read_checkpoint(path: str) -> Any:
 
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, not read: the processes of a machine share the pages, and what is not used,
+            # such as a teacher's optimizer state, is never read.
+            is_mapped = zipfile.is_zipfile(path)  # torch.save's format since 1.6
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except pickle.UnpicklingError as error:
         if not (refused := _refused_names(path, error)):
             raise UserError(f"{damaged}; fetch or save it again", "checkpoint") from error
@@ -319,6 +329,28 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         raise could_not_write(path, error) from error
 
 
+def link_checkpoint(existing: Path, path: Path) -> None:
+    """Give a checkpoint a second name, or copy it where the file system has no links.
+
+    A checkpoint is never changed, only replaced, so names that share a file stay apart.
+    Raises: UserError where the file system refuses; every older file is left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(existing, temporary)
+        except OSError:
+            shutil.copyfile(existing, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise could_not_write(path, error) from error
+
+
 def files_of_run(folder: Path) -> list[Path]:
     """The checkpoints and the log of a run in a folder."""
     found = [*sorted(folder.glob("checkpoint-*.pth")), folder / "log.txt"]
@@ -403,13 +435,21 @@ class RunState:
         Sets `progress` where that checkpoint was written inside an epoch.
         Returns: the epoch to start with.
         """
-        checkpoint = None
+        if not path and output_dir and auto_resume:
+            path = utils.from_main(lambda: self._newest(Path(output_dir)))  # one for all processes
+            if path and not os.path.exists(path):
+                raise UserError(
+                    f"{path}: process 0 resumes from this file, but process {utils.rank()} cannot "
+                    "find it; use a folder on a file system that all machines share",
+                    "checkpoint",
+                )
         if path:
-            checkpoint = read_checkpoint(path)
-        elif output_dir and auto_resume:
-            checkpoint, path = self._newest(Path(output_dir))
-        if checkpoint is None:
-            return start_epoch
+            start_epoch = self._restore(read_checkpoint(path), path, start_epoch)
+        updates = self.progress.updates if self.progress else 0
+        utils.require_same(first_epoch=start_epoch, steps_done_in_it=updates)
+        return start_epoch
+
+    def _restore(self, checkpoint: Any, path: str, start_epoch: int) -> int:
         self._compare(checkpoint, path)
         load_network(checkpoint, path, self.student)
         if self.ema is not None:
@@ -498,9 +538,9 @@ class RunState:
         elif self.changes:
             log(f"Warning: resumed with another recipe: {list_changes(self.changes)}")
 
-    def _newest(self, folder: Path) -> tuple[Any, str]:
-        """The newest complete checkpoint of a folder and its path; (None, '') without any."""
-        best: tuple[Any, str] = (None, "")
+    def _newest(self, folder: Path) -> str:
+        """The path of the newest complete checkpoint of a folder; '' without any."""
+        newest, its_epoch = "", -math.inf
         candidates = [p for p in (folder / INSIDE_EPOCH,) if p.exists()] + epoch_checkpoints(folder)
         for path in candidates:
             try:
@@ -508,11 +548,11 @@ class RunState:
             except UserError as error:
                 log(f"Warning: {error}; trying the checkpoint before it")
                 continue
-            if best[0] is None or checkpoint["epoch"] > best[0]["epoch"]:
-                best = checkpoint, str(path)
+            if checkpoint["epoch"] > its_epoch:
+                newest, its_epoch = str(path), checkpoint["epoch"]
             if path.name != INSIDE_EPOCH:
                 break  # the others are older
-        return best
+        return newest
 
     def _check_global_batch(self, saved: int | None, path: str) -> None:
         if saved in (None, self.global_batch):
@@ -544,11 +584,14 @@ class RunState:
         """
         if self.folder is None or not is_main_process() or not (improved or is_due):
             return
-        state = self._state()
-        for name in improved:
-            save_checkpoint(state, self.folder / f"checkpoint-{name}.pth")
+        names = [f"checkpoint-{name}.pth" for name in improved]
         if is_due:
-            save_checkpoint(state, self.folder / f"checkpoint-{self.epoch}.pth")
+            names.append(f"checkpoint-{self.epoch}.pth")
+        first, *others = [self.folder / name for name in names]
+        save_checkpoint(self._state(), first)
+        for path in others:
+            link_checkpoint(first, path)
+        if is_due:
             # Only epochs up to this one count: an earlier, longer run must not push it out.
             written = [p for p in epoch_checkpoints(self.folder) if _epoch_of(p) <= self.epoch]
             for old in written[keep:]:
@@ -562,6 +605,7 @@ class RunState:
         path = self.folder / INSIDE_EPOCH
         if is_main_process():
             save_checkpoint(self._state() | {"progress": asdict(progress)}, path)
+        utils.barrier()  # a process that stops now would make torchrun stop rank 0 while it writes
         return path
 
     def _state(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from torchvision.io import decode_jpeg
 
 import utils
-from arguments import TORCHVISION_SETS
+from arguments import TORCHVISION_SETS, teachers_of
 from utils import UserError, few, first_line, log, name_flags
 
 DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
@@ -408,6 +408,15 @@ def open_split(args: argparse.Namespace, is_train: bool) -> Source:
     return _timm(args.data_set, args, is_train)
 
 
+def has_validation(args: argparse.Namespace) -> bool:
+    """Whether there are validation images, as far as can be told without opening a data set."""
+    if args.data_set == "IMNET":
+        return os.path.isdir(os.path.join(args.data_path, "val"))
+    if args.data_set == "image_folder":
+        return bool(args.eval_data_path)
+    return args.data_set in ("DIGITS", *TORCHVISION_SETS)
+
+
 # ----------------------------------------------------------------------------------- subsets
 
 
@@ -466,7 +475,7 @@ def match_classes(wanted: list[str], known: list[str]) -> list[int] | None:
 
 
 def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
-    """The training images and, where something is evaluated, the validation images.
+    """The training images and, where student or teacher is evaluated, the validation images.
 
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
@@ -488,7 +497,8 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
         raise UserError(
             f"--holdout and --train_samples need an indexable data set; {args.data_set} is a stream"
         )
-    if val is None and not args.disable_eval:
+    for_teacher = bool(teachers_of(args)) and args.teacher_eval and has_validation(args)
+    if val is None and (for_teacher or not args.disable_eval):
         val = open_split(args, is_train=False)
         _check_same_classes(train.classes, val.classes)
     if args.nb_classes and args.nb_classes != len(train.classes):

@@ -118,7 +118,12 @@ class SelectClasses(nn.Module):
 
     def __init__(self, network: nn.Module, index: list[int] | None) -> None:
         super().__init__()
-        self.network, self.index = network, index
+        self.network = network
+        self.index: torch.Tensor | None
+        # A tensor, since indexing with a list would wait for the GPU.
+        device = next(network.parameters()).device
+        tensor = None if index is None else torch.tensor(index, device=device)
+        self.register_buffer("index", tensor, persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, C)"""
@@ -139,10 +144,11 @@ class TeacherAdapter(nn.Module):
         self, network: Any, source: dict[str, Any], dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        config, self.class_index = network.data_config, network.class_index
+        config, index = network.data_config, network.class_index
         self.is_ema = getattr(network, "is_ema", False)
         network = fuse_layers(network, config["input_size"])
-        self.network = network.to(dtype).to(memory_format=torch.channels_last)
+        network = network.to(dtype).to(memory_format=torch.channels_last)
+        self.network = SelectClasses(network, index)
         self.convert = InputConversion(source, config).to(next(network.parameters()).device)
 
     def train(self, mode: bool = True) -> "TeacherAdapter":
@@ -155,9 +161,7 @@ class TeacherAdapter(nn.Module):
         # A copy from a GPU to the host must be waited for; otherwise it is read half-written.
         images_here = images.to(weight.device, non_blocking=weight.is_cuda)
         inputs = self.convert(images_here).to(weight.dtype)
-        logits = self.network(inputs)  # (B, the teacher's classes)
-        if self.class_index is not None:
-            logits = logits[:, self.class_index]  # (B, C)
+        logits = self.network(inputs)  # (B, C)
         return logits.to(images.device, non_blocking=images.is_cuda)
 
 

@@ -142,7 +142,7 @@ def train_one_epoch(
         schedule.weight_decay,
         device=settings.device,
         print_freq=settings.print_freq,
-        is_scaled=scaler.is_enabled(),
+        scaler=scaler,
         writer=writer,
         progress=progress,
     )
@@ -224,7 +224,7 @@ def evaluate(
         loss = F.cross_entropy(logits, batch.targets, reduction="sum")
         totals = [loss, top[:, 0].sum(), top.sum()]
         if teacher_logits is not None:
-            expected = teacher_logits[batch.places].to(device, non_blocking=True)
+            expected = utils.send(teacher_logits[batch.places], device)
             totals.append((logits.argmax(dim=1) == expected.argmax(dim=1)).sum())
             ours, theirs = F.log_softmax(logits, dim=-1), F.log_softmax(expected, dim=-1)
             totals.append(F.kl_div(ours, theirs, reduction="sum", log_target=True))

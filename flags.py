@@ -168,7 +168,12 @@ def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--batch_size", type=int, default=64, help="images per process and forward pass")
+    add(
+        "--batch_size",
+        type=int,
+        help="images per process and forward pass (default: 64; 32, 16 or 8 for fewer images, so "
+        "that an epoch has 50 batches)",
+    )
     add("--epochs", type=int, default=300, help="number of passes over the training images")
     add(
         "--update_freq",
@@ -187,7 +192,20 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--amp_dtype",
         choices=("float16", "bfloat16"),
         help="data type of mixed precision; float16 also scales the loss "
-        "(default: bfloat16 on the CPU, float16 elsewhere)",
+        "(default: bfloat16 on the CPU and on GPUs that compute in it, else float16)",
+    )
+    add(
+        "--fast_cuda",
+        type=str2bool,
+        default=True,
+        help="on CUDA, use TF32 and let cuDNN choose the fastest kernels; with false, a resumed "
+        "run ends with the same bits",
+    )
+    add(
+        "--sync_bn",
+        type=str2bool,
+        default=False,
+        help="on CUDA, compute BatchNorm statistics over the batches of all processes",
     )
     add(
         "--start_epoch",
@@ -280,8 +298,8 @@ def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--weight_decay",
         type=float,
-        default=0.05,
-        help="weight decay; not applied to biases and normalisation layers",
+        help="weight decay; not applied to biases and normalisation layers "
+        "(default: 0.05, or 1e-4 for SGD)",
     )
     add(
         "--weight_decay_end",
@@ -291,8 +309,8 @@ def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--lr",
         type=float,
-        help="peak learning rate (default: 4e-3 at a total batch of 4096, scaled by the square "
-        "root of the total batch)",
+        help="peak learning rate (default: 4e-3 at a total batch of 4096, or 0.1 at 128 for SGD, "
+        "scaled by the square root of the batch; higher for few steps from scratch)",
     )
     add(
         "--layer_decay",
@@ -415,7 +433,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--num_workers",
         type=int,
-        help="loader workers per process (default: the cores per process, at most 10)",
+        help="loader workers per process (default: the cores per process, at most the batches)",
     )
     add(
         "--pin_mem",

@@ -271,7 +271,7 @@ class DeviceLoader:
         device = self.to_network.device
         for number, host in enumerate(self.host(), start=first_batch):
             images = self.to_network(host)
-            targets = host.targets.to(device, non_blocking=True)
+            targets = utils.send(host.targets, device)
             places = self.order.places(number)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets, view, places.start)
@@ -298,7 +298,7 @@ class Data:
     """The loaders of a run, and what its checkpoints record of the data."""
 
     train_loader: DeviceLoader
-    val_loader: DeviceLoader | None  # None where nothing is evaluated
+    val_loader: DeviceLoader | None  # None where neither student nor teacher is evaluated
     train: Source
     val: Source | None
     classes: list[str]
@@ -318,6 +318,12 @@ def build_data(
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
     train, val = datasets.open_splits(args)
+    for name, source in (("training", train), ("validation", val)):
+        if source is not None:
+            identity: dict[str, Any] = {"images": len(source)}
+            if isinstance(source, ImageSource):
+                identity = source.identity()
+            utils.require_same(**{f"{name}_{part}": value for part, value in identity.items()})
     _fit_batches(args, len(train))
     config = transforms.data_config(args) | {"classes": train.classes}
     to_network = ToNetwork(config, device)

@@ -416,7 +416,7 @@ class StoredTeacher:
         if logits is not None:
             # Only a copy from page-locked memory does not wait for the GPU.
             logits = logits.pin_memory() if images.is_cuda else logits
-            return logits.to(images.device, non_blocking=True)
+            return utils.send(logits, images.device)
         if self.teacher is None:
             raise UserError(
                 f"{self.store.folder}: cached logits {places.start}-{places.stop - 1} of view "

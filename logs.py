@@ -22,6 +22,7 @@ from utils import UserError, log
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+SECONDS_BETWEEN_LOOKS = 5  # at the signals of other processes, where steps are slow
 WAITING_BYTES = 2**24  # logits and targets kept on the device until their scalars are computed
 
 
@@ -80,8 +81,8 @@ class History:
         epoch: number of the epoch, for the printed lines.
         updates: optimizer steps of the epoch.
         lr, weight_decay: (steps,) of every optimizer step of the run.
-        print_freq: optimizer steps between two printed lines.
-        is_scaled: a gradient scaler leaves out steps that are not finite.
+        print_freq: most optimizer steps between two printed lines; fewer where steps are slow.
+        scaler: where it is enabled, it leaves out steps that are not finite.
         progress: how far an interrupted run came in this epoch.
     """
 
@@ -93,12 +94,13 @@ class History:
         weight_decay: np.ndarray,
         device: torch.device,
         print_freq: int,
-        is_scaled: bool,
+        scaler: torch.amp.GradScaler,
         writer: SummaryWriter | None,
         progress: Progress,
     ) -> None:
         self.epoch, self.updates, self.lr, self.weight_decay = epoch, updates, lr, weight_decay
-        self.device, self.print_freq, self.is_scaled = device, print_freq, is_scaled
+        self.device, self.print_freq, self.scaler = device, print_freq, scaler
+        self.every = 0  # optimizer steps between two printed lines; 0 until steps were timed
         self.writer = writer
         self.waiting: list[StepScalars] = []  # batches whose scalars are still to be computed
         self.waiting_bytes = 0
@@ -155,9 +157,26 @@ class History:
         self.batches_per_update.append(self.batches_since_update)
         self.batches_since_update = 0
         if utils.world_size() == 1:
-            self.stop = utils.stop_requested(self.device)  # free: there is no other process to ask
-        if (update + 1) % self.print_freq == 0 or update + 1 == self.updates:
+            self.stop = utils.received_signal()  # free: there is no other process to ask
+        if (update + 1) % (self.every or self.print_freq) == 0 or update + 1 == self.updates:
+            steps, seconds = len(self.norms), self.stopwatch.seconds()
             self._fetch(update)
+            self._look(seconds / steps)
+        elif not self.every:
+            self._look(self.stopwatch.seconds())
+
+    def _look(self, seconds: float) -> None:
+        """Ask the other processes for signals, and plan when to do so again. Collective.
+
+        Args:
+            seconds: duration of an optimizer step.
+        """
+        most = max(1, SECONDS_BETWEEN_LOOKS / seconds)
+        # Divisors, so that lines come at the same steps whatever the earlier lines were.
+        divisors = [n for n in range(1, self.print_freq + 1) if self.print_freq % n == 0]
+        every = max(n for n in divisors if n <= most)
+        self.stop, negative = utils.largest([utils.received_signal(), -every], self.device)
+        self.every = -negative
 
     def flush(self, updates: int) -> Progress:
         """Fetch and print what is waiting; returns what a checkpoint after `updates` must hold.
@@ -183,12 +202,12 @@ class History:
 
         step_of_row = np.repeat(np.arange(len(step_norms)), self.batches_per_update)
         is_finite = np.isfinite(rows[:, 0]) & np.isfinite(step_norms[step_of_row])
-        if self.is_scaled:
-            # The scaler leaves such steps out and lowers its scale; a whole window is too much.
+        stops = not is_finite.all()
+        if self.scaler.is_enabled():
+            # The scaler leaves such steps out and halves its scale, down to what shows that not
+            # the scale is at fault. (It is saved, so this counts over epochs and restarts.)
             self.skipped += len(set(step_of_row[~is_finite]))
-            stops = len(step_norms) >= self.print_freq and not is_finite.any()
-        else:
-            stops = not is_finite.all()
+            stops = stops and self.scaler.get_scale() < 1
         if stops:
             row = int(np.argmin(is_finite))
             step, norm = first + step_of_row[row], step_norms[step_of_row[row]]
@@ -209,7 +228,6 @@ class History:
             + f"  {self.stopwatch.rate(images):.0f} images/s"
         )
         self.tables, self.norms, self.batches_per_update, self.images = [], [], [], 0
-        self.stop = utils.stop_requested(self.device)
 
     def _write(
         self,
@@ -237,10 +255,12 @@ class History:
         )
 
     def means(self) -> dict[str, float]:
-        """Means over the batches that counted, and the last learning rate of the epoch."""
-        means = dict(zip(self.names, (self.sums / max(1, self.count)).tolist(), strict=True))
+        """Means over the batches that counted, if any did, and the last lr of the epoch."""
+        means = {}
+        if self.count:
+            means = dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))
         means["lr"] = float(self.lr[(self.epoch + 1) * self.updates - 1])
-        return means | ({"skipped_steps": self.skipped} if self.is_scaled else {})
+        return means | ({"skipped_steps": self.skipped} if self.scaler.is_enabled() else {})
 
 
 class Stopwatch:
@@ -248,6 +268,10 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since `rate` was last called."""
+        return time.perf_counter() - self.started
 
     def rate(self, images: int) -> float:
         """Images per second since this was last called."""

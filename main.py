@@ -5,6 +5,10 @@ import signal
 
 import arguments
 
+# Threads of torch that wait for work sleep. By default they spin, which made a small network up to
+# 20 times slower on cores that other processes used too. Read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 if __name__ == "__main__":
     # The imports below take seconds. Ctrl-C ends them without a traceback, and --help and mistyped
     # flags are answered before them.
@@ -13,9 +17,11 @@ if __name__ == "__main__":
 
 import argparse
 import copy
+import inspect
 import math
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
 from timm.utils import ModelEmaV3, distribute_bn
@@ -34,7 +41,14 @@ from torch.nn.parallel import DistributedDataParallel
 import datasets
 import models
 import utils
-from arguments import follow_checkpoint, is_mixed, parse_args, teachers_of, views_of
+from arguments import (
+    cores_per_process,
+    follow_checkpoint,
+    is_mixed,
+    parse_args,
+    teachers_of,
+    views_of,
+)
 from check_data import check_images, read_validation
 from checkpoints import (
     EMA_KEYS,
@@ -58,23 +72,30 @@ from utils import RandomUse, UserError, log, name_flags
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    code = 1
     try:
         run(argv)
+        code = 0
     except UserError as error:
         where = f" [rank {utils.rank()}]" if utils.rank() else ""
         print(f"main.py: error{where}: {error}", file=sys.stderr, flush=True)
-        return 2
+        code = 2
     except utils.Interrupted as stop:
         log(f"Stopped: {stop}")
+        utils.leave_group(0)  # all processes stop together
         return stop.exit_code
     except KeyboardInterrupt:  # the second one: the first asks for a checkpoint
         print("main.py: stopped at once; nothing more was saved", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
+        code = 128 + signal.SIGINT
+    except Exception:
+        if utils.world_size() == 1:
+            raise
+        if not utils.has_failed():  # else this is the echo of another error, told already
+            traceback.print_exc()
     finally:
         utils.end_workers()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+    utils.leave_group(code)
+    return code
 
 
 def run(argv: list[str] | None) -> None:
@@ -87,10 +108,16 @@ def run(argv: list[str] | None) -> None:
         device = utils.init_process(args.device, args.dist_url)
     if device.type == "cpu":
         utils.keep_freed_memory()
+    elif device.type == "cuda" and args.fast_cuda:
+        utils.allow_fast_kernels()
     if args.resume:
         with name_flags(checkpoint="--resume"):
             checkpoint = read_checkpoint(args.resume)
         args = parse_args(argv, follow_checkpoint(saved_args(checkpoint), args.given, args.eval))
+    if args.use_amp and not args.amp_dtype:
+        args.amp_dtype = utils.default_amp_dtype(device)
+    if args.sync_bn and device.type != "cuda":
+        raise UserError(f"--sync_bn true: works on CUDA only, and this run uses {device}")
     if idle := arguments.effects_line(args):
         log(idle)
     if args.eval:
@@ -104,8 +131,11 @@ def run(argv: list[str] | None) -> None:
     data = build_data(args, device, args.teacher_views, fill=args.teacher_cache_only)
     log(
         f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
-        f"{utils.world_size()} process(es) with {args.num_workers} loader worker(s) each"
+        f"{utils.world_size()} process(es) with batches of {args.batch_size} and "
+        f"{args.num_workers} loader worker(s) each"
     )
+    if device.type == "cuda" and (cores := cores_per_process()) < 2:
+        log(f"Warning: {cores:.1f} cores per process; see docs/distributed.md for SLURM's setting")
     if args.check_data:
         check_images([data.train, data.val], args.num_workers)
         if data.val_loader is not None:
@@ -228,10 +258,7 @@ def train(
     if state.epoch < 0 and state.progress is None:  # not resumed
         read_validation(data)
 
-    ddp = student
-    if utils.world_size() > 1:
-        device_ids = [settings.device] if settings.device.type == "cuda" else None
-        ddp = DistributedDataParallel(student, device_ids, gradient_as_bucket_view=True)
+    ddp = exchange_gradients(student, settings.device) if utils.world_size() > 1 else student
     model = StudentWithDistillation(ddp, teacher.model)  # the teacher stays outside DDP
     if args.compile:
         student.compile()
@@ -268,16 +295,16 @@ def train(
         teacher.flush()
         record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
         is_last = epoch + 1 == args.epochs
-        is_evaluated = (epoch + 1) % args.eval_freq == 0 or is_last
-        if data.val_loader is not None and is_evaluated:
+        is_due = (epoch + 1) % args.eval_freq == 0 or is_last
+        if data.val_loader is not None and is_due and not args.disable_eval:
             record |= evaluate_all(args, data.val_loader, student, ema, settings, teacher)
         record |= teacher.scores
         recorder.write(record | {"n_parameters": n_parameters})
         improved = state.finish_epoch(epoch, record)
         if state.folder is not None:
-            is_due = (epoch + 1) % args.save_ckpt_freq == 0 or is_last
+            is_kept = (epoch + 1) % args.save_ckpt_freq == 0 or is_last
             signalled = utils.stop_requested(settings.device)
-            state.save(improved, is_due or bool(signalled), args.save_ckpt_num)
+            state.save(improved, is_kept or bool(signalled), args.save_ckpt_num)
             if signalled and not is_last:
                 raise utils.Interrupted(signalled, f"epoch {epoch}", state.folder)
     recorder.close()
@@ -285,6 +312,22 @@ def train(
     duration = timedelta(seconds=int(time.time() - started))
     log(f"Trained {max(0, args.epochs - start)} epochs in {duration}")
     log(state.summary())
+
+
+def exchange_gradients(student: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The student with gradients averaged over the processes after each backward pass.
+
+    Buffers are not sent with each forward pass: rank 0 computes with its own, as it would with
+    them sent, and `evaluate_all` and the checkpoints hand these to all ranks.
+    """
+    keywords: dict[str, Any] = {"gradient_as_bucket_view": True}
+    if device.type == "cuda":
+        keywords["device_ids"] = [device]
+    # Newer than the oldest torch that we support.
+    known = inspect.signature(DistributedDataParallel).parameters
+    newer = {"forward_sync_buffers": False, "batched_grad_copy": True}
+    keywords |= {name: value for name, value in newer.items() if name in known}
+    return DistributedDataParallel(student, **keywords)
 
 
 def evaluate_all(
@@ -325,7 +368,7 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | N
     """The autocast dtype, or None without --use_amp."""
     if not args.use_amp:
         return None
-    name = args.amp_dtype or ("bfloat16" if device.type == "cpu" else "float16")
+    name = args.amp_dtype
     if device.type == "cpu" and name == "float16":
         raise UserError("--amp_dtype float16: the CPU trains in bfloat16; leave the flag out")
     return getattr(torch, name)
@@ -343,6 +386,8 @@ def make_student(args: argparse.Namespace, device: torch.device, num_classes: in
         if args.finetune:
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix))
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters")
+    if args.sync_bn and utils.world_size() > 1:
+        student = convert_sync_batchnorm(student)
     # Never slower, and a quarter faster on convolutional networks.
     return student.to(device).to(memory_format=torch.channels_last)
 
@@ -400,7 +445,7 @@ def make_optimizer(
         fused = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
         if get_optimizer_class(args.opt, bind_defaults=False) in fused and device.type != "mps":
             keywords["fused"] = True  # one kernel per step, and no wait for fp16's overflow check
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             student,
             opt=args.opt,
             lr=args.lr,
@@ -409,8 +454,23 @@ def make_optimizer(
             layer_decay=args.layer_decay if args.layer_decay != 1 else None,
             **keywords,
         )
+        if isinstance(optimizer, torch.optim.SGD):
+            begin_momentum(optimizer)
+        return optimizer
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"--opt {args.opt}: {error}; see timm.optim.list_optimizers()") from error
+
+
+def begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give SGD its momentum from the start: zeros, with which the first step is the same.
+
+    Else the fused kernel makes the buffers in the first step, uninitialised, and leaves them so
+    where the gradient scaler skips that step.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:

@@ -84,7 +84,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     if args.teacher_min_acc1 and (loader is None or (args.teacher_cache and not is_indexable)):
         raise UserError(
             f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher is not scored in this run; "
-            "add --holdout N, remove --disable_eval true, or remove the flag"
+            "add validation images or --holdout N, or remove the flag"
         )
     if not args.teacher_cache:
         network = make_teacher(args, settings.device, data)
@@ -122,7 +122,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
 def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> nn.Module:
     """The frozen teacher, or the average of several, for the student's input and classes."""
     with name_flags(device="--teacher_device"):
-        teacher_device = utils.find_device(args.teacher_device, device)
+        teacher_device = utils.find_device(args.teacher_device) if args.teacher_device else device
     names = None
     if args.teacher_classes:
         with name_flags(text="--teacher_classes"):
@@ -338,8 +338,9 @@ def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: r
                 done = f"{batch.places.stop:,}/{store.needed:,}"
                 log(f"View {view} [{done}]  {stopwatch.rate(images_since):.0f} images/s")
                 images_since = 0
-            if signal_number := utils.received_signal():
-                store.flush()
-                when = f"a batch of view {view}"
-                raise utils.Interrupted(signal_number, when, store.folder)
+            if utils.received_signal():
+                break
         store.flush()
+        # Also keeps the processes together: no machine is views ahead of another.
+        if signal_number := utils.stop_requested(settings.device):
+            raise utils.Interrupted(signal_number, f"a batch of view {view}", store.folder)

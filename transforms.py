@@ -259,7 +259,7 @@ class ToNetwork:
 
     def __call__(self, batch: HostBatch) -> torch.Tensor:
         """A batch of size B -> images (B, 3, H, W) float32, channels last"""
-        pixels = batch.pixels.to(self.device, non_blocking=True)  # (B, H, W, 3) uint8
+        pixels = utils.send(batch.pixels, self.device)  # (B, H, W, 3) uint8
         # Whole rows at once, since loops along three channels would be too short. And in place,
         # since fetching fresh memory for a second copy costs ten times the arithmetic.
         rows = pixels.flatten(2).float()  # (B, H, W * 3)
@@ -274,7 +274,7 @@ class ToNetwork:
         areas = batch.boxes[:, 3:].prod(dim=1)
         is_plain = batch.erased.numel() == 3 * len(areas)  # one colour per rectangle
         lengths = [3] * len(areas) if is_plain else (3 * areas).tolist()
-        erased = batch.erased.to(self.device, non_blocking=True).split(lengths)
+        erased = utils.send(batch.erased, self.device).split(lengths)
         for box, values in zip(batch.boxes.tolist(), erased, strict=True):
             row, top, left, height, width = box
             shape = (3, 1, 1) if is_plain else (3, height, width)
@@ -389,7 +389,7 @@ class PairMixup:
         kept = np.where(self.is_cut[pairs], 0.0, self.lam[pairs])
         lam = 1 - (1 - kept) * (bottom - top) * (right - left) / (height * width)
         numbers = torch.from_numpy(np.stack([top, bottom, left, right, kept, lam]))  # (6, P)
-        numbers = numbers.to(images.device, torch.float32, non_blocking=True)[:, :, None]
+        numbers = utils.send(numbers.float(), images.device)[:, :, None]
         y = torch.arange(height, device=images.device)
         x = torch.arange(width, device=images.device)
         rows = (y >= numbers[0]) & (y < numbers[1])  # (P, H)

@@ -7,7 +7,10 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -15,13 +18,16 @@ from enum import IntEnum
 from io import FileIO
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------- errors
 
@@ -85,20 +91,41 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
     Returns: the device to train on.
     Raises: UserError for a device that does not exist.
     """
-    chosen = find_device(device, _default_device())
+    _refuse_tasks_without_group()
+    chosen = find_device(device or _default_device())
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         is_cuda = chosen.type == "cuda"
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store, _, _ = next(rendezvous(dist_url, rank, world))
         dist.init_process_group(
             backend="nccl" if is_cuda else "gloo",
-            init_method=dist_url,
-            world_size=int(os.environ["WORLD_SIZE"]),
-            rank=int(os.environ["RANK"]),
+            store=dist.PrefixStore("group", store),
+            world_size=world,
+            rank=rank,
             timeout=timedelta(minutes=30),
             device_id=chosen if is_cuda else None,
         )
+        _stores.append(store)
+        threading.Thread(target=_follow_failure, args=[store], daemon=True).start()
     return chosen
+
+
+def _refuse_tasks_without_group() -> None:
+    """Raise UserError where a scheduler started several processes that know nothing of each other.
+
+    Each of them would train the whole run, in the same folder.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return
+    for name, launcher in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
+        if (tasks := int(os.environ.get(name) or 1)) > 1:
+            raise UserError(
+                f"{launcher} started {tasks} processes ({name}={tasks}), each of which would train "
+                f"alone in the same folder; let {launcher} start one torchrun per machine, which "
+                "starts the processes: see docs/distributed.md"
+            )
 
 
 def keep_freed_memory() -> None:
@@ -116,27 +143,64 @@ def keep_freed_memory() -> None:
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def find_device(name: str | None, default: torch.device) -> torch.device:
+def allow_fast_kernels() -> None:
+    """Trade the last bits for speed on CUDA, in this process.
+
+    Matrix products of float32 use TF32 (10 bits of mantissa) where the GPU has it, and cuDNN tries
+    its kernels on the first batch of each shape and keeps the fastest, which may be another one in
+    the next run.
+    """
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+
+
+def default_amp_dtype(device: torch.device) -> str:
+    """bfloat16 where the device computes in it, since it needs no loss scaling, else float16."""
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has_bfloat16 else "float16"
+    return "bfloat16" if device.type == "cpu" else "float16"
+
+
+def find_device(name: str) -> torch.device:
     """The device of that name, tried out; plain 'cuda' is the GPU of this process.
 
-    Raises: UserError for a device that does not exist.
+    Raises: UserError for a device that does not exist, and for one that several processes would
+        share.
     """
-    if not name:
-        return default
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None and processes > 1:
+            remedy = "pass cuda, which gives each process a GPU of its own"
+            what = f"{processes} processes of this machine would share this GPU"
+            raise UserError(f"{name}: {what}; {remedy}", "device")
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            gpus = torch.cuda.device_count()
+            if 0 < gpus <= local_rank:
+                what = f"{processes} processes on this machine, which has {gpus} GPU(s)"
+                remedy = f"start torchrun with --nproc_per_node={gpus}"
+                raise UserError(f"{name}: {what}; {remedy}", "device")
+            device = torch.device("cuda", local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{name}: {first_line(error)}; try cpu", "device") from error
     return device
 
 
-def _default_device() -> torch.device:
+def _default_device() -> str:
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; on CUDA the copy runs beside what the CPU does next.
+
+    Not on MPS, where torch may read the source after it was freed (pytorch issue 189690).
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def world_size() -> int:
@@ -175,6 +239,15 @@ def all_reduce_(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceO
         dist.all_reduce(tensor, op=op)
 
 
+def largest(numbers: list[int], device: torch.device) -> list[int]:
+    """The largest of each number over the processes. Collective."""
+    if world_size() == 1:
+        return numbers
+    tensor = torch.tensor(numbers, device=device)
+    all_reduce_(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
 def from_main(compute: Callable[[], Any]) -> Any:
     """What rank 0 computes, on every process; must pickle. Collective."""
     found = [compute() if is_main_process() else None]
@@ -186,6 +259,83 @@ def from_main(compute: Callable[[], Any]) -> Any:
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside a DistributedDataParallel, or the network itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+# -------------------------------------------------------------------------- the end of a group
+
+_stores: list[dist.Store] = []  # of the group, where there is one; outlives errors of the backend
+_FAILED = "failed"  # the key that a process sets when an error ends it
+SECONDS_TO_LEAVE = 5  # for what other processes are doing when one fails, such as a checkpoint
+
+
+def _follow_failure(store: dist.Store) -> None:
+    """End this process some seconds after another one failed.
+
+    The main thread may wait in a collective that the failed process will never join.
+    """
+    while True:
+        time.sleep(1)
+        try:
+            has_failed = store.check([_FAILED])
+        except RuntimeError:
+            return  # the store ended with the run
+        if has_failed:
+            time.sleep(SECONDS_TO_LEAVE)
+            os._exit(1)
+
+
+def has_failed() -> bool:
+    """Whether an error has ended another process of the group, which then said why."""
+    return any(store.check([_FAILED]) for store in _stores)
+
+
+def leave_group(code: int) -> None:
+    """Leave the group at the end of a run; does nothing where there is no group.
+
+    After an error (a code that is not 0) the others wait in a collective that this process will
+    never join, and NCCL's destroy would wait for them in turn. So this process ends here, after it
+    has told the others, which then end too.
+    """
+    if not dist.is_initialized():
+        return
+    if not code:
+        dist.destroy_process_group()
+        return
+    with suppress(RuntimeError):  # the store's process may be gone already
+        _stores[0].set(_FAILED, "1")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def stop_all(message: str) -> NoReturn:
+    """End every process of the run, with code 2; only rank 0 says why. Collective."""
+    if is_main_process():
+        raise UserError(message)
+    raise SystemExit(2)
+
+
+def gather(value: T) -> list[T]:
+    """This value of every process, in the order of the ranks; must pickle. Collective."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def require_same(**values: Any) -> None:
+    """End the run where the processes hold different plain values; the first one is named.
+
+    Such processes would train different networks, or wait for each other for ever. Collective.
+    """
+    found = gather(values)
+    for number, other in enumerate(found):
+        for name, (ours, theirs) in changes(found[0], other).items():
+            stop_all(
+                f"process 0 has {name.replace('_', ' ')} {ours}, but process {number} has "
+                f"{theirs}; all machines need the same files: use a shared file system, or copy "
+                "the files to each machine again"
+            )
 
 
 # ------------------------------------------------------------------------------------ signals
@@ -260,12 +410,7 @@ def received_signal() -> int:
 
 def stop_requested(device: torch.device) -> int:
     """Number of a signal that any process received, the same on all; 0 for none. Collective."""
-    number = received_signal()
-    if world_size() == 1:
-        return number
-    flag = torch.tensor([number], device=device)
-    all_reduce_(flag, dist.ReduceOp.MAX)
-    return int(flag.item())
+    return largest([received_signal()], device)[0]
 
 
 # --------------------------------------------------------------------------------- randomness

@@ -1,13 +1,16 @@
 """Real torchrun, two processes, against one process on the same global batch."""
 
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import read_log, start, teacher_flags, torchrun
+from helpers import ROOT, children_of, read_log, start, teacher_flags, torchrun
 
 import models  # noqa: F401
 
@@ -126,3 +129,62 @@ def test_two_processes_and_two_runs_at_once_fill_one_store(runs_folder):
     cached, online = (read_log(runs_folder / name) for name in ("cached", "online"))
     for a, b in zip(cached, online, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+SOLO = """
+import sys
+import checkpoints, datasets, main, utils
+
+{patch}
+utils.stop_on_signals()
+sys.exit(main.main())
+"""
+ENDLESS = "--device cpu --num_workers 0 --model cifar_resnet8 --batch_size 8 --epochs 1000".split()
+RAISES = """
+def save(*args):
+    raise KeyError('cause')
+checkpoints.save_checkpoint = save  # on rank 0 alone; the other ranks train on
+"""
+OTHER_DATA = """
+import os
+digits = datasets.digits
+def fewer(is_train):
+    found = digits(is_train)
+    return datasets.subset(found, range(40 + int(os.environ["RANK"])))
+datasets.digits = fewer
+"""
+
+
+def end_of_group(tmp_path: Path, patch: str, *argv: object) -> tuple[str, str]:
+    """Run two processes of a patched main.py that end with an error; returns what they print."""
+    script = tmp_path / "patched.py"
+    script.write_text(SOLO.format(patch=patch))
+    process = begin(2, script, *ENDLESS, "--output_dir", tmp_path / "out", *argv)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    return out, err
+
+
+def test_an_error_of_one_process_ends_both_and_is_told_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    _, err = end_of_group(tmp_path, RAISES, "--train_samples", 32)
+    ours, _, _ = err.partition("failed (exitcode")
+    assert ours.count("KeyError: 'cause'") == 1 and ours.count("Traceback") == 1, err
+
+
+def test_processes_with_other_images_do_not_begin(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    out, err = end_of_group(tmp_path, OTHER_DATA)
+    assert "process 0 has training images 40, but process 1 has 41" in err and "Model" not in out
+
+
+def test_a_killed_process_ends_the_other_within_seconds(tmp_path):
+    process = begin(2, "main.py", *ENDLESS, "--output_dir", tmp_path)
+    for line in process.stdout:
+        if "Epoch 1 " in line:
+            break
+    began = time.monotonic()
+    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - began < 10
+    assert "Signal 9 (SIGKILL)" in err

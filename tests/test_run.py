@@ -7,13 +7,17 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from helpers import ROOT, is_same, teacher_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
+import arguments
 import checkpoints
 import engine
 import logs
+import main
 import utils
 
 
@@ -373,10 +377,8 @@ def test_log_lines_are_json_and_a_cut_line_is_dropped(tmp_path):
     ]
 
 
-def train_with_a_fault(scaled: bool, fault: str):
+def train_with_a_fault(scaled, fault, faulty=(2,), init_scale=2.0**16):
     """Six optimizer steps of which the third has the fault; returns (result, student)."""
-    import timm
-    from torch import nn
 
     import test_kd
     from distillation import DistillationLoss, StudentWithDistillation
@@ -389,7 +391,7 @@ def train_with_a_fault(scaled: bool, fault: str):
     class Faulty(DistillationLoss):
         def forward(self, student_logits, teacher_logits, targets):
             loss, parts = super().forward(student_logits, teacher_logits, targets)
-            if next(calls) == 2:
+            if next(calls) in faulty:
                 if fault == "loss":
                     loss = loss * float("nan")
                 else:  # a finite loss whose gradient is not
@@ -404,7 +406,7 @@ def train_with_a_fault(scaled: bool, fault: str):
         Faulty(nn.CrossEntropyLoss(), 0.0, 4.0),
         test_kd.DummyLoader(6),
         torch.optim.SGD(student.parameters(), lr=0.01),
-        torch.amp.GradScaler("cpu", enabled=scaled),
+        torch.amp.GradScaler("cpu", init_scale, enabled=scaled),
         schedule,
         0,
         engine.LoopSettings(test_kd.CPU, None, update_freq=1, clip_grad=None, seed=0),
@@ -418,6 +420,33 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted_under_a_scaler(fault)
     assert result["skipped_steps"] == 1
     assert all(torch.isfinite(p).all() for p in student.parameters())
     assert 0 < result["loss"] < 10
+
+
+def test_a_run_whose_every_step_is_skipped_stops():
+    """Whatever the number of steps per epoch: the scale, which is saved, shows how many."""
+    result, _ = train_with_a_fault(scaled=True, fault="loss", faulty=range(6))
+    assert result["skipped_steps"] == 6 and "loss" not in result  # no mean of nothing
+    with pytest.raises(utils.UserError, match="No checkpoint was written after this happened"):
+        train_with_a_fault(scaled=True, fault="loss", faulty=range(6), init_scale=16)
+
+
+def test_momentum_is_sound_where_the_scaler_skips_the_first_step():
+    """The fused kernel would keep uninitialised memory as its momentum."""
+    args = arguments.parse_args("--opt sgd --lr 0.1 --weight_decay 0".split())
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    weights = []
+    for factors in ([1.0], [float("nan"), 1.0]):
+        torch.manual_seed(0)
+        network = timm.create_model("resnet18", num_classes=10).eval()
+        optimizer = main.make_optimizer(args, network, torch.device("cpu"))
+        scaler = torch.amp.GradScaler("cpu")
+        for factor in factors:
+            optimizer.zero_grad()
+            scaler.scale(factor * network(images).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        weights.append(nn.utils.parameters_to_vector(network.parameters()))
+    torch.testing.assert_close(*weights)
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])

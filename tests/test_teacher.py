@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -360,10 +361,21 @@ def test_an_average_that_knows_nothing_is_named_as_a_cause(run_main, short, tmp_
     assert re.search(r"near chance: .*an average \(EMA\) that had too few steps", run.out)
 
 
-def test_a_teacher_below_the_floor_stops_the_run(run_main, short, kd):
-    run = run_main(*short, *kd, "--teacher_min_acc1", 90)
+@pytest.mark.parametrize("more", [[], ["--disable_eval", "true"]])
+def test_a_teacher_below_the_floor_stops_the_run(run_main, short, kd, more):
+    run = run_main(*short, *kd, "--teacher_min_acc1", 90, *more)
     assert run.code == 2 and "--teacher_min_acc1 90.0: the teacher scores" in run.err
     assert "--teacher_norm" in run.err and "Epoch" not in run.out
+
+
+def test_a_run_without_evaluation_still_scores_its_teacher(run_main, short, kd, imnet, tmp_path):
+    run = run_main(*short, *kd, "--disable_eval", "true", output_dir=tmp_path)
+    record = run.log[-1]
+    assert record["teacher_acc1"] > 0 and not any(name.startswith("test_") for name in record)
+    shutil.rmtree(imnet / "val")
+    flags = ["--data_path", imnet, "--input_size", 32, *kd, "--disable_eval", "true"]
+    refused = run_main(*flags, "--teacher_min_acc1", 5)
+    assert refused.code == 2 and "--teacher_min_acc1 5.0: the teacher is not scored" in refused.err
 
 
 def test_a_teacher_below_its_student_is_told_in_the_end(run_main, kd):
