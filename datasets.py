@@ -5,11 +5,13 @@ import hashlib
 import importlib
 import os
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,12 @@ import torchvision
 from PIL import ExifTags, Image, ImageOps
 from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+from torchvision.datasets.folder import (
+    IMG_EXTENSIONS,
+    find_classes,
+    has_file_allowed_extension,
+    make_dataset,
+)
 from torchvision.io import decode_jpeg
 
 import utils
@@ -39,22 +46,21 @@ class ImageSource(Dataset):
         load: index -> array; a module-level function or a partial of one, so that it pickles.
         targets: (N,) class indices.
         classes: class names, in the order of the indices.
-        names: (N,) names that tell the images apart, such as their paths below a folder; None for
-            no names.
-        contents: names -> plain values that change with any of the images; None where that cannot
-            be told.
+        names: positions (P,) -> names (P,) that tell the images apart, such as their paths below a
+            folder; by default the positions themselves.
+        contents: names of some images, array by array -> plain values that change with any of these
+            images; None where that cannot be told.
     """
 
     def __init__(
         self,
         load: Callable[[int], np.ndarray],
-        targets: Sequence[int],
+        targets: Sequence[int] | np.ndarray,
         classes: Sequence[str],
-        names: np.ndarray | None = None,
-        contents: Callable[[np.ndarray], dict[str, str]] | None = None,
+        names: Callable[[np.ndarray], np.ndarray] = np.asarray,
+        contents: Callable[[Iterable[np.ndarray]], dict[str, str]] | None = None,
     ) -> None:
-        self.load, self.contents = load, contents
-        self.names = np.arange(len(targets)) if names is None else names
+        self.load, self.names, self.contents = load, names, contents
         # An array, not a list: forked workers count references to the items of a list, which copies
         # it page by page, so that memory would grow with every worker.
         self.targets = np.asarray(targets, dtype=np.int64)
@@ -71,8 +77,12 @@ class ImageSource(Dataset):
         return {
             "images": len(self),
             "labels": _hash(self.targets),
-            "image_names": _hash(self.names),
+            "image_names": _hash(*self._all_names()),
         }
+
+    def _all_names(self) -> Iterator[np.ndarray]:
+        """The names in small arrays, since those of 100 million images take several GiB."""
+        return (self.names(part) for part in _parts(len(self)))
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell two sources, and any changed image, apart.
@@ -82,7 +92,7 @@ class ImageSource(Dataset):
         """
         names = "\0".join(self.classes).encode(errors="surrogateescape")
         classes = {"classes": len(self.classes), "class_names": _hash(names)}
-        contents = self.contents(self.names) if self.contents else {}
+        contents = self.contents(self._all_names()) if self.contents else {}
         return classes | self.identity() | contents
 
 
@@ -104,9 +114,18 @@ class StreamSource:
 Source = ImageSource | StreamSource
 
 
-def _hash(content: Any) -> str:
-    """16 hexadecimal digits that stand for bytes, or for an array without its shape."""
-    return hashlib.sha256(content).hexdigest()[:16]
+def _hash(*parts: Any) -> str:
+    """16 hexadecimal digits that stand for bytes, or for arrays one after another."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]
+
+
+def _parts(count: int) -> Iterator[np.ndarray]:
+    """0…count-1 in arrays of at most 8,192, whose paths fit into the cache of a processor."""
+    for first in range(0, count, 2**13):
+        yield np.arange(first, min(first + 2**13, count))
 
 
 def _array_source(
@@ -122,27 +141,69 @@ def _image_of_array(images: np.ndarray, index: int) -> np.ndarray:
     return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
 
-def _hash_of_array(images: np.ndarray, names: np.ndarray) -> dict[str, str]:
+def _hash_of_array(images: np.ndarray, names: Iterable[np.ndarray]) -> dict[str, str]:
     return {"pixels": f"{images.shape} {_hash(np.ascontiguousarray(images))}"}
 
 
-def _file_source(
-    folder: str, files: Sequence[tuple[str, int]], classes: Sequence[str]
-) -> ImageSource:
-    """Images in files, given by (path, class index), all below the folder."""
+class Paths:
+    """Paths below a folder, in two arrays, which workers and processes share without copies.
+
+    Forked workers copy a list page by page (see ImageSource), and an array of strings is as wide as
+    its longest.
+
+    Args:
+        text: (T,) uint8, the bytes of all paths, one after another.
+        starts: (N + 1,) int64, where each path begins in the text, and where the last one ends.
+    """
+
+    def __init__(self, text: np.ndarray, starts: np.ndarray) -> None:
+        self.text, self.starts = text, starts
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.text[self.starts[index] : self.starts[index + 1]].tobytes()
+
+    @cached_property
+    def width(self) -> int:
+        """Bytes of the longest path."""
+        parts = _parts(len(self.starts) - 1)
+        return max(int((self.starts[part + 1] - self.starts[part]).max()) for part in parts)
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """(P,) integers -> (P,) paths, as an array of bytes as wide as the longest path of all"""
+        starts, ends = self.starts[positions, None], self.starts[positions + 1, None]  # (P, 1)
+        places = starts + np.arange(self.width)  # (P, W)
+        letters = self.text[np.minimum(places, len(self.text) - 1)]
+        return np.where(places < ends, letters, 0).view(f"S{self.width}")[:, 0]
+
+
+def _arrays_of_files(
+    folder: str, files_by_class: Iterable[Iterable[tuple[str, int]]]
+) -> list[np.ndarray]:
+    """(path, class index) of files below the folder -> text and starts of Paths, and targets."""
     outside = len(os.path.join(folder, ""))
-    # Bytes in one array, not a list: see ImageSource.
-    names = np.array([os.fsencode(path[outside:]) for path, _ in files])
-    load, contents = partial(_image_of_file, folder, names), partial(_stamps_of_files, folder)
-    return ImageSource(load, [target for _, target in files], classes, names, contents)
+    # Compact from the start: as lists, the files of 100 million images would take 35 GB.
+    text, starts, targets = bytearray(), array("q", [0]), array("q")
+    for path, target in chain.from_iterable(files_by_class):
+        text += os.fsencode(path[outside:])
+        starts.append(len(text))
+        targets.append(target)
+    return [np.frombuffer(text, np.uint8), np.asarray(starts), np.asarray(targets)]
 
 
-def _image_of_file(folder: str, names: np.ndarray, index: int) -> np.ndarray:
-    path = os.path.join(folder, os.fsdecode(names[index]))
+def _file_source(folder: str, arrays: list[np.ndarray], classes: Sequence[str]) -> ImageSource:
+    """Images in files, given by `_arrays_of_files`."""
+    text, starts, targets = arrays
+    paths = Paths(text, starts)
+    load, contents = partial(_image_of_file, folder, paths), partial(_stamps_of_files, folder)
+    return ImageSource(load, targets, classes, paths.at, contents)
+
+
+def _image_of_file(folder: str, paths: Paths, index: int) -> np.ndarray:
+    path = os.path.join(folder, os.fsdecode(paths[index]))
     return decode(path, path)
 
 
-def _stamps_of_files(folder: str, names: np.ndarray) -> dict[str, str]:
+def _stamps_of_files(folder: str, names: Iterable[np.ndarray]) -> dict[str, str]:
     """Hashes of the sizes of files and of their times of modification, in nanoseconds."""
 
     def stamps(names: np.ndarray) -> list[tuple[int, int]]:
@@ -150,19 +211,20 @@ def _stamps_of_files(folder: str, names: np.ndarray) -> dict[str, str]:
         return [(file.st_size, file.st_mtime_ns) for file in found]
 
     threads = 16  # each file costs a round trip on a network file system
+    hashes = {"image_sizes": hashlib.sha256(), "image_times": hashlib.sha256()}
     try:
         with ThreadPoolExecutor(threads) as pool:
-            parts = list(pool.map(stamps, np.array_split(names, threads)))
+            for some in names:
+                parts = pool.map(stamps, np.array_split(some, threads))
+                columns = np.array([stamp for part in parts for stamp in part], np.int64).T
+                for found, column in zip(hashes.values(), columns, strict=True):
+                    found.update(column.tobytes())
     except OSError as error:
         raise UserError(
             f"cannot read the image {os.fsdecode(error.filename)} ({error.strerror}); repair it or "
             "remove it"
         ) from error
-    sizes, times = np.array([stamp for part in parts for stamp in part], np.int64).T
-    return {
-        "image_sizes": _hash(np.ascontiguousarray(sizes)),
-        "image_times": _hash(np.ascontiguousarray(times)),
-    }
+    return {name: found.hexdigest()[:16] for name, found in hashes.items()}
 
 
 def _image_of_reader(reader: Any, index: int) -> np.ndarray:
@@ -186,7 +248,7 @@ def _unreadable(name: object, error: Exception) -> UserError:
     return UserError(f"{CANNOT_READ}{name} ({first_line(error)}){REMEDY}")
 
 
-def _fingerprint_of_table(reader: Any, names: np.ndarray) -> dict[str, str]:
+def _fingerprint_of_table(reader: Any, names: Iterable[np.ndarray]) -> dict[str, str]:
     # Hugging Face's own, from the paths and times of local files or the commit of a download.
     return {"table": reader.dataset._fingerprint}
 
@@ -294,15 +356,28 @@ def _torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
 def image_folder(folder: str) -> ImageSource:
     """A folder with one folder of images per class, in alphabetical order.
 
-    Prints the endings of other files, among which photographs may have been left out.
+    One process per machine lists the files. Prints the endings of other files, among which
+    photographs may have been left out. Collective.
 
     Raises: UserError where it does not exist or holds no images.
     """
+    folder = os.path.expanduser(folder)
     if not os.path.isdir(folder):
         raise UserError(
             f"{folder}: is not a folder; it must hold one folder of images per class", "folder"
         )
+    try:
+        classes, _ = find_classes(folder)
+    except FileNotFoundError as error:
+        raise _no_images(folder, first_line(error)) from error
+    arrays = utils.once_per_machine(lambda: _list_images(folder, classes))
+    return _file_source(folder, arrays, classes)
+
+
+def _list_images(folder: str, classes: list[str]) -> list[np.ndarray]:
+    """The images of class folders, in the order of torchvision's ImageFolder."""
     skipped: Counter[str] = Counter()
+    empty = []
 
     def is_image(path: str) -> bool:
         is_known = has_file_allowed_extension(path, IMG_EXTENSIONS)
@@ -310,22 +385,31 @@ def image_folder(folder: str) -> ImageSource:
             skipped[os.path.splitext(path)[1].lower() or "without ending"] += 1
         return is_known
 
-    try:
-        found = torchvision.datasets.ImageFolder(folder, is_valid_file=is_image)
-    except FileNotFoundError as error:
+    def files_by_class() -> Iterator[list[tuple[str, int]]]:
+        for index, name in enumerate(classes):
+            found = make_dataset(folder, {name: index}, is_valid_file=is_image, allow_empty=True)
+            if not found:
+                empty.append(name)
+            yield found
+
+    arrays = _arrays_of_files(folder, files_by_class())
+    if empty:
         others = f"left out: {_in_words(skipped)}; " if skipped else ""
-        raise UserError(
-            f"{folder}: holds no images, or a class folder in it is empty ({first_line(error)}"
-            f"{others}images end in {' '.join(IMG_EXTENSIONS)}); it must hold one folder of images "
-            "per class",
-            "folder",
-        ) from error
+        raise _no_images(folder, f"no image of {few(empty)}; {others}{ENDINGS}")
     if skipped:
-        log(
-            f"{folder}: {skipped.total()} file(s) left out ({_in_words(skipped)}); images end in "
-            f"{' '.join(IMG_EXTENSIONS)}"
-        )
-    return _file_source(str(found.root), found.samples, found.classes)
+        log(f"{folder}: {skipped.total()} file(s) left out ({_in_words(skipped)}); {ENDINGS}")
+    return arrays
+
+
+ENDINGS = f"images end in {' '.join(IMG_EXTENSIONS)}"
+
+
+def _no_images(folder: str, found: str) -> UserError:
+    return UserError(
+        f"{folder}: holds no images, or a class folder in it is empty ({found}); it must hold one "
+        "folder of images per class",
+        "folder",
+    )
 
 
 def _in_words(counts: Counter[str]) -> str:
@@ -359,13 +443,13 @@ def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
         return StreamSource(data, [str(label) for label in range(args.nb_classes)])
     reader = data.reader  # the attributes below are internal to timm's readers
     files = getattr(reader, "samples", None)  # else a table of Hugging Face datasets
-    targets = [target for _, target in files] if files else reader.dataset[reader.label_key]
+    targets = reader.dataset[reader.label_key] if files is None else []
     if class_to_idx := getattr(reader, "class_to_idx", None):
         classes = sorted(class_to_idx, key=class_to_idx.get)
     else:
         classes = [str(label) for label in range(max(targets) + 1)]
     if files:
-        return _file_source(reader.root, files, classes)
+        return _file_source(reader.root, _arrays_of_files(reader.root, [files]), classes)
     load, contents = partial(_image_of_reader, reader), partial(_fingerprint_of_table, reader)
     return ImageSource(load, targets, classes, contents=contents)
 
@@ -420,6 +504,15 @@ def has_validation(args: argparse.Namespace) -> bool:
 # ----------------------------------------------------------------------------------- subsets
 
 
+def _hold_out(targets: np.ndarray, count: int) -> list[np.ndarray]:
+    """Positions to hold out, and all others; both ascending."""
+    # Fixed seed, so that a teacher and its students hold out the same images.
+    held_out = stratified(targets, count, seed=0)
+    is_other = np.ones(len(targets), bool)
+    is_other[held_out] = False
+    return [held_out, np.flatnonzero(is_other)]
+
+
 def stratified(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Choose `count` positions at random, with every class in its proportion.
 
@@ -434,10 +527,14 @@ def stratified(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def subset(source: ImageSource, positions: np.ndarray) -> ImageSource:
-    """Some images of a source, which may itself be a subset."""
-    load = partial(_image_of_subset, source, positions)
-    names, contents = source.names[positions], source.contents
-    return ImageSource(load, source.targets[positions], source.classes, names, contents)
+    """Some images of a source, which may itself be a subset. Collective."""
+    load, names = (partial(f, source, positions) for f in (_image_of_subset, _names_of_subset))
+    (targets,) = utils.once_per_machine(lambda: [source.targets[positions]])
+    return ImageSource(load, targets, source.classes, names, source.contents)
+
+
+def _names_of_subset(source: ImageSource, positions: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    return source.names(positions[chosen])
 
 
 def _image_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> np.ndarray:
@@ -484,14 +581,15 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
     if isinstance(train, ImageSource):
         if args.holdout:
             _check_at_most("--holdout", args.holdout, len(train) - 1)
-            # Fixed seed, so that a teacher and its students hold out the same images.
-            held_out = stratified(train.targets, args.holdout, seed=0)
-            val = subset(train, held_out)
-            train = subset(train, np.setdiff1d(np.arange(len(train)), held_out))
+            choose = partial(_hold_out, train.targets, args.holdout)
+            held_out, others = utils.once_per_machine(choose)
+            train, val = subset(train, others), subset(train, held_out)
         if args.train_samples:
             _check_at_most("--train_samples", args.train_samples, len(train))
-            train = subset(train, stratified(train.targets, args.train_samples, args.seed))
-        if not args.eval:
+            sample = partial(stratified, train.targets, args.train_samples, args.seed)
+            (chosen,) = utils.once_per_machine(lambda: [sample()])
+            train = subset(train, chosen)
+        if not args.eval and utils.is_main_process():
             _tell_of_untaught_classes(train)
     elif args.holdout or args.train_samples:
         raise UserError(

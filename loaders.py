@@ -4,7 +4,7 @@ import argparse
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +21,7 @@ import utils
 from arguments import fit_to_images, is_mixed
 from datasets import ImageSource, Source, StreamSource
 from transforms import BlockMixup, HostBatch, PairMixup, Patches, ToNetwork, ToPixels, collate
-from utils import RandomUse, UserError, log, seed_sequence
+from utils import ROUNDS, RandomUse, UserError, log, permute, seed_sequence
 
 
 class Batch(NamedTuple):
@@ -63,6 +63,7 @@ class BatchOrder(Protocol):
 
 # -------------------------------------------------------------------------- images and order
 
+PLACES_AT_ONCE = 4096  # of an order that are computed ahead
 READ_ONLY = -1  # the view of images that are decoded, to see whether they can be, and not shown
 
 
@@ -139,24 +140,44 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return self.batches_in_epoch - self.first_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches = range(self.first_batch, self.batches_in_epoch)
-        order = view_order(self.seed, self.view, self.count).tolist() if batches else []
-        for batch in batches:
-            yield [(self.view, order[place]) for place in self.places(batch)]
+        # Some batches at once, since a call of view_order costs as much as hundreds of places.
+        step = max(1, PLACES_AT_ONCE // self.batch_size)
+        for first in range(self.first_batch, self.batches_in_epoch, step):
+            numbers = range(first, min(first + step, self.batches_in_epoch))
+            batches = [np.asarray(self.places(number)) for number in numbers]
+            order = view_order(self.seed, self.view, self.count, np.concatenate(batches))
+            indices = iter(order.tolist())
+            for batch in batches:
+                yield [(self.view, index) for index in itertools.islice(indices, len(batch))]
 
 
-def view_order(seed: int, view: int, count: int) -> np.ndarray:
-    """The order in which a view shows the images: (count,) indices.
+def view_order(
+    seed: int, view: int, count: int, places: Sequence[int] | np.ndarray | None = None
+) -> np.ndarray:
+    """The images that a view shows at some places of its order; computed, not stored.
 
     Views 2k and 2k + 1 are both random, but what one shows in its last half, the other shows in its
     first. The images that do not fill a global batch, always fewer than half, are the last ones: so
     two views show every image, whatever the batch size.
+
+    Args:
+        count: number of images.
+        places: (P,) integers below `count`; None for all.
+    Returns: (P,) int64 indices of images.
     """
-    rng = np.random.default_rng(seed_sequence(RandomUse.ORDER, seed, view))
-    if view % 2 == 0:
-        return rng.permutation(count)
-    first, last = np.split(view_order(seed, view - 1, count), [count // 2])
-    return np.concatenate([rng.permutation(last), rng.permutation(first)])
+    places = np.arange(count) if places is None else np.asarray(places)
+    if view % 2:
+        # Shuffle both halves and exchange them; the result are places in the order of the view
+        # before.
+        keys = seed_sequence(RandomUse.ORDER, seed, view).generate_state(2 * ROUNDS, np.uint64)
+        half = count // 2
+        is_first = places < count - half
+        found = np.empty(len(places), np.int64)
+        found[is_first] = half + permute(places[is_first], count - half, keys[:ROUNDS])
+        found[~is_first] = permute(places[~is_first] - (count - half), half, keys[ROUNDS:])
+        places, view = found, view - 1
+    keys = seed_sequence(RandomUse.ORDER, seed, view).generate_state(ROUNDS, np.uint64)
+    return permute(places, count, keys)
 
 
 class EvalBatches(Sampler[list[tuple[int, int]]]):
@@ -391,7 +412,7 @@ def _train_loader(
     fill: bool,
 ) -> DeviceLoader:
     transform = transforms.train_transform(args, config)
-    mixup = transforms.make_mixup(args, len(train.classes), len(train))
+    mixup = transforms.make_mixup(args, len(train.classes))
     if isinstance(train, StreamSource):
         if views:
             raise UserError(
@@ -427,7 +448,7 @@ def image_sample(loader: DeviceLoader, most: int = 16) -> list[float]:
     order, host_batches = loader.order, loader.host_batches
     assert isinstance(order, EpochBatches) and isinstance(host_batches, DataLoader)
     count = min(max(most, loader.mixup.unit if loader.mixup else 1), order.end)
-    indices = view_order(order.seed, 0, order.count)[:count].tolist()
+    indices = view_order(order.seed, 0, order.count, range(count)).tolist()
     batch = collate([host_batches.dataset[0, index] for index in indices])
     shown = loader.to_network(batch)
     if loader.mixup is not None:

@@ -250,7 +250,9 @@ def train(
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = math.ceil(data.train_loader.batches_in_epoch / args.update_freq)
     schedule = make_schedule(args, steps)
-    images = data.train.identity() if isinstance(data.train, datasets.ImageSource) else {}
+    images = {}
+    if isinstance(data.train, datasets.ImageSource):
+        images = utils.from_main(data.train.identity)
     state = RunState(student, ema, optimizer, scaler, vars(args), data.config, images)
     with name_flags(checkpoint="--resume" if args.resume else "--output_dir"):
         start = state.resume(args.output_dir, args.resume, args.auto_resume, args.start_epoch)

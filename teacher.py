@@ -95,7 +95,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
         return RunTeacher(network, None, scores, logits if is_indexable else None)
 
     store = open_teacher_cache(args, data, settings.amp_dtype)
-    missing = store.check_space(views_of(args))
+    missing = utils.from_main(lambda: store.check_space(views_of(args)))
     cached = None
     if loader is not None and isinstance(data.val, ImageSource):
         prints = utils.from_main(data.val.fingerprint)

@@ -283,6 +283,8 @@ class ToNetwork:
 
 # -------------------------------------------------------------------------- mixup and cutmix
 
+PAIRS_AT_ONCE = 256  # whose numbers PairMixup draws together; another value gives other numbers
+
 
 class BlockMixup:
     """timm's mixup, drawn for each block of `batch_size` images from (seed, view, block) alone.
@@ -314,7 +316,6 @@ class PairMixup:
     mixes mirrored positions of a batch instead.)
 
     Args:
-        images: number of training images.
         seed: of all draws.
         mixup_alpha … num_classes: as for timm's Mixup.
     """
@@ -323,7 +324,6 @@ class PairMixup:
 
     def __init__(
         self,
-        images: int,
         seed: int,
         *,
         mixup_alpha: float,
@@ -334,59 +334,78 @@ class PairMixup:
         label_smoothing: float,
         num_classes: int,
     ) -> None:
-        self.pairs, self.seed = images // 2, seed
+        self.seed = seed
         self.mixup_alpha, self.cutmix_minmax = mixup_alpha, cutmix_minmax
         self.cutmix_alpha = 1.0 if cutmix_minmax else cutmix_alpha
         self.prob, self.switch_prob = prob, switch_prob
         self.label_smoothing, self.num_classes = label_smoothing, num_classes
-        self.view: int | None = None
+        self.drawn_key, self.drawn = (-1, -1), np.empty((7, 0))  # view and block, numbers
 
-    def _draw(self, view: int) -> None:
-        size = self.pairs
-        rng = np.random.default_rng(seed_sequence(RandomUse.PAIR_MIXUP, self.seed, view))
-        self.is_cut = rng.random(size) < (self.switch_prob if self.mixup_alpha else 1.0)
-        self.is_cut &= self.cutmix_alpha > 0
+    def draw(self, view: int, pairs: range) -> np.ndarray:
+        """Numbers of pairs of a view: (7, P) float64.
+
+        Their rows are: whether the pair is cut (CutMix, not mixup), lambda, whether it is mixed at
+        all, and two numbers in 0…1 per axis for the position of the box.
+        """
+        first, last = pairs.start // PAIRS_AT_ONCE, (pairs.stop - 1) // PAIRS_AT_ONCE
+        blocks = [self._block(view, number) for number in range(first, last + 1)]
+        begin = pairs.start - first * PAIRS_AT_ONCE
+        return np.concatenate(blocks, axis=1)[:, begin : begin + len(pairs)]
+
+    def _block(self, view: int, number: int) -> np.ndarray:
+        """The numbers of the pairs of one block; those of the last block asked for are kept."""
+        if self.drawn_key == (view, number):
+            return self.drawn
+        size = PAIRS_AT_ONCE
+        rng = np.random.default_rng(seed_sequence(RandomUse.PAIR_MIXUP, self.seed, view, number))
+        is_cut = rng.random(size) < (self.switch_prob if self.mixup_alpha else 1.0)
+        is_cut &= self.cutmix_alpha > 0
 
         def lambdas(alpha: float) -> np.ndarray:
             return rng.beta(alpha, alpha, size) if alpha else np.ones(size)
 
         lam_mix, lam_cut = lambdas(self.mixup_alpha), lambdas(self.cutmix_alpha)
-        self.lam = np.where(self.is_cut, lam_cut, lam_mix)
-        self.is_mixed = rng.random(size) < self.prob
-        self.position = rng.random((4, size))  # of the box
-        self.view = view
+        lam = np.where(is_cut, lam_cut, lam_mix)
+        is_mixed = rng.random(size) < self.prob
+        self.drawn_key = (view, number)
+        self.drawn = np.stack([is_cut, lam, is_mixed, *rng.random((4, size))])
+        return self.drawn
 
-    def _boxes(self, pairs: slice, sides: tuple[int, int]) -> Iterator[tuple[np.ndarray, ...]]:
+    def boxes(
+        self, numbers: np.ndarray, sides: tuple[int, int]
+    ) -> Iterator[tuple[np.ndarray, ...]]:
         """First and last + 1 row, then column, of the box of each pair; (P,) int64 each.
 
         timm's `rand_bbox` and `rand_bbox_minmax`, which draw one box at a time, for many pairs.
+
+        Args:
+            numbers: (7, P), from `draw`.
+            sides: height and width of the images.
         """
+        is_cut, lam, is_mixed = numbers[0].astype(bool), numbers[1], numbers[2].astype(bool)
         for axis, side in enumerate(sides):
-            u, v = self.position[2 * axis : 2 * axis + 2, pairs]
+            u, v = numbers[3 + 2 * axis : 5 + 2 * axis]
             if self.cutmix_minmax:
                 least, most = (int(side * part) for part in self.cutmix_minmax)
                 length = least + (u * max(1, most - least)).astype(np.int64)
                 first = (v * (side - length + 1)).astype(np.int64)
                 last = first + length
             else:
-                length = (side * np.sqrt(1 - self.lam[pairs])).astype(np.int64)
+                length = (side * np.sqrt(1 - lam)).astype(np.int64)
                 middle = (u * side).astype(np.int64)
                 first = (middle - length // 2).clip(0, side)
                 last = (middle + (length + 1) // 2).clip(0, side)
-            is_cut, is_mixed = self.is_cut[pairs], self.is_mixed[pairs]
             yield np.where(is_cut, first, 0) * is_mixed, np.where(is_cut, last, side) * is_mixed
 
     def __call__(
         self, images: torch.Tensor, targets: torch.Tensor, view: int, start: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image"""
-        if view != self.view:
-            self._draw(view)
-        pairs = slice(start // 2, (start + len(images)) // 2)
         height, width = images.shape[2:]
-        (top, bottom), (left, right) = self._boxes(pairs, (height, width))
+        drawn = self.draw(view, range(start // 2, (start + len(images)) // 2))  # (7, P)
+        (top, bottom), (left, right) = self.boxes(drawn, (height, width))
         # Inside the box an image keeps this share of itself: lambda, or nothing where it is cut.
-        kept = np.where(self.is_cut[pairs], 0.0, self.lam[pairs])
+        kept = np.where(drawn[0], 0.0, drawn[1])
         lam = 1 - (1 - kept) * (bottom - top) * (right - left) / (height * width)
         numbers = torch.from_numpy(np.stack([top, bottom, left, right, kept, lam]))  # (6, P)
         numbers = utils.send(numbers.float(), images.device)[:, :, None]
@@ -407,9 +426,7 @@ class PairMixup:
         return mixed.contiguous(memory_format=torch.channels_last), soft
 
 
-def make_mixup(
-    args: argparse.Namespace, num_classes: int, images: int
-) -> BlockMixup | PairMixup | None:
+def make_mixup(args: argparse.Namespace, num_classes: int) -> BlockMixup | PairMixup | None:
     """Mixes images and labels, including label smoothing; None without mixup and cutmix."""
     if not is_mixed(args):
         return None
@@ -423,5 +440,5 @@ def make_mixup(
         "num_classes": num_classes,
     }
     if args.mixup_mode == "pair":
-        return PairMixup(images, args.seed, **keywords)
+        return PairMixup(args.seed, **keywords)
     return BlockMixup(Mixup(mode=args.mixup_mode, **keywords), args.batch_size, args.seed)

@@ -1,6 +1,8 @@
 """What every other file may use: errors, processes, signals, randomness and small files."""
 
 import ctypes
+import json
+import math
 import multiprocessing
 import os
 import random
@@ -256,6 +258,104 @@ def from_main(compute: Callable[[], Any]) -> Any:
     return found[0]
 
 
+SHARED = "distill-shared-"  # the beginning of the names of files of `once_per_machine`
+
+
+def once_per_machine(make: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+    """Large arrays that the first process of each machine makes, and all of its processes share.
+
+    They travel through files in the folder for temporary files (TMPDIR), which all processes map
+    into memory, read-only, and whose names are deleted as soon as they are mapped. A later run
+    deletes what a killed run left. A process that is alone on its machine keeps the arrays.
+
+    Processes wait through the store of the group: it has no time limit of half an hour, and leaves
+    no thread behind, so that loader workers can still be forked. Collective.
+
+    Args:
+        make: called on the first process of each machine; its arrays must not be empty.
+    Raises: whatever `make` raises, on the process that called it (the others of the machine exit),
+        and UserError where the files cannot be written or are not seen.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world_size() == 1 or processes == 1:
+        return make()
+    store, local_rank = _stores[0], int(os.environ.get("LOCAL_RANK", 0))
+    first = rank() - local_rank  # torchrun numbers the processes of a machine in one run
+    call = store.add(f"shared/calls/{rank()}", 1)
+    key = f"shared/{call}/{first}"
+    paths: list[str] = []
+    try:
+        if local_rank == 0:
+            try:
+                _delete_old_files()
+                for array in make():
+                    paths.append(_save(array))
+            except BaseException:
+                store.set(key, "failed")
+                raise
+            store.set(key, json.dumps(paths))
+        _wait(store, [key])
+        if (found := store.get(key)) == b"failed":
+            raise SystemExit(2)
+        arrays = [_map(path) for path in json.loads(found)]
+        store.set(f"{key}/{local_rank}", "mapped")
+        if local_rank == 0:
+            _wait(store, [f"{key}/{process}" for process in range(processes)])
+    finally:
+        for path in paths:
+            os.unlink(path)
+    return arrays
+
+
+def _wait(store: dist.Store, keys: list[str]) -> None:
+    """Wait for keys as long as it takes; torchrun sends a signal where another process has ended.
+
+    Raises: Interrupted.
+    """
+    while not store.check(keys):
+        if number := received_signal():
+            raise Interrupted(number, "the start of the run", None)
+        time.sleep(0.01)
+
+
+def _map(path: str) -> np.ndarray:
+    """Map the array in a file of `_save`, read-only. Raises: UserError."""
+    try:
+        # A plain array, since slicing an np.memmap takes several times as long.
+        return np.asarray(np.load(path, mmap_mode="r"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: written by the first process of this machine, but rank {rank()} cannot read "
+            f"it ({first_line(error)}); set TMPDIR to a folder that all processes of the machine "
+            "share"
+        ) from error
+
+
+def _save(array: np.ndarray) -> str:
+    """Write an array to a new temporary file; returns its path. Raises: UserError."""
+    descriptor, path = tempfile.mkstemp(".npy", SHARED)
+    try:
+        with open(descriptor, "wb") as file:
+            np.save(file, array)
+    except OSError as error:
+        os.unlink(path)
+        free = shutil.disk_usage(tempfile.gettempdir()).free / 2**20
+        raise UserError(
+            f"{tempfile.gettempdir()}: cannot write {array.nbytes / 2**20:.0f} MiB there, which "
+            f"the processes of this machine would share ({first_line(error)}; {free:.0f} MiB "
+            "free); set TMPDIR to a folder with more space"
+        ) from error
+    return path
+
+
+def _delete_old_files() -> None:
+    """Delete files of `_save` that a killed run left: those not written to for an hour."""
+    for path in Path(tempfile.gettempdir()).glob(f"{SHARED}*.npy"):
+        with suppress(OSError):  # of another user, or deleted by now
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside a DistributedDataParallel, or the network itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -423,7 +523,7 @@ class RandomUse(IntEnum):
     AUGMENTATION = 2  # seed, view, image
     STEP = 3  # seed, epoch, batch, rank; dropout and drop path
     BLOCK_MIXUP = 4  # seed, view, block
-    PAIR_MIXUP = 5  # seed, view
+    PAIR_MIXUP = 5  # seed, view, block of pairs
     ORDER = 6  # seed, view
 
 
@@ -448,6 +548,44 @@ def seed_rng(device: torch.device, use: RandomUse, *key: int) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
+
+
+ROUNDS = 10  # of `permute`: with 6, pairs of places among 12 are measurably uneven
+LEAST_SIDE = 4  # of `permute`: with 3, many permutations of 4 to 7 numbers would never occur
+
+
+def permute(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """What a pseudo-random permutation of 0…count-1 puts at some positions; nothing is stored.
+
+    A Feistel network on the numbers below side * side >= count. A number that it sends beyond the
+    count goes through the network again until it is below ('cycle-walking'). Both are of Black and
+    Rogaway, 'Ciphers with arbitrary finite domains', 2002. The function of a round is SplitMix64
+    (Steele, Lea and Flood, 'Fast splittable pseudorandom number generators', 2014): its output
+    number `right`, from the state `key`.
+
+    Args:
+        positions: (P,) integers below `count`.
+        keys: (ROUNDS,) random uint64; each gives another permutation.
+    Returns: (P,) int64, all different where the positions are.
+    """
+    side = np.uint64(max(LEAST_SIDE, math.isqrt(count) + 1))
+    found = np.array(positions, np.uint64)
+    outside: slice | np.ndarray = slice(None)
+    while len(found[outside]):
+        left, right = np.divmod(found[outside], side)
+        for key in keys:
+            left, right = right, (left + _split_mix(key, right)) % side
+        found[outside] = left * side + right
+        outside = np.flatnonzero(found >= count)
+    return found.astype(np.int64)
+
+
+def _split_mix(state: np.uint64, steps: np.ndarray) -> np.ndarray:
+    """Outputs of SplitMix64 so many steps after a state, uint64 modulo 2**64."""
+    z = state + steps * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 # -------------------------------------------------------------------------------- small files

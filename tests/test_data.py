@@ -1,9 +1,14 @@
 """Images: the right label on each, each exactly once, the same whatever the machine does."""
 
 import argparse
+import hashlib
+import itertools
+import math
 import os
 import random
 import subprocess
+import tracemalloc
+from collections import Counter
 from operator import itemgetter
 from pathlib import Path
 
@@ -15,6 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data import IterableImageDataset
 from timm.data import mixup as timm_mixup
 from timm.data.auto_augment import rand_augment_transform
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 import arguments
@@ -67,6 +73,7 @@ def test_stratified_samples_follow_the_seed_alone():
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypatch):
+    monkeypatch.setattr(loaders, "PLACES_AT_ONCE", 50)  # so that batches are computed in parts
     steps = {}
     for rank in range(world):
         monkeypatch.setattr(loaders.utils, "rank", lambda rank=rank: rank)
@@ -104,6 +111,49 @@ def test_every_view_is_a_permutation_in_which_each_image_may_be_anywhere():
         assert sorted(order) == list(range(10))
         places[order, np.arange(10)] += 1
     assert np.abs(places - 200).max() < 4.5 * (200 * 0.9) ** 0.5
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_the_order_of_a_view_is_a_permutation_at_every_size(view):
+    for count in [*range(1, 130), 1023, 1024, 1025, 65_536, 100_003]:
+        order = loaders.view_order(5, view, count)
+        assert np.array_equal(np.sort(order), np.arange(count)), count
+    some = np.array([99_999, 0, 50_001, 50_000, 50_002])
+    assert np.array_equal(loaders.view_order(5, view, 100_003, some), order[some])
+
+
+def test_orders_of_many_seeds_are_as_even_as_shuffles():
+    """Chi-squared over whole orders and over neighbours, within 4.5 standard deviations."""
+    for count, seeds, places in ((4, 2400, 4), (7, 2100, 2)):
+        found = Counter(tuple(loaders.view_order(seed, 0, count)[:places]) for seed in range(seeds))
+        cells = math.perm(count, places)
+        mean = seeds / cells
+        squares = sum((number - mean) ** 2 for number in found.values())
+        squares += (cells - len(found)) * mean**2
+        freedom = cells - 1
+        assert abs(squares / mean - freedom) < 4.5 * (2 * freedom) ** 0.5, (count, found)
+
+
+def test_neighbouring_views_and_seeds_have_unrelated_orders():
+    """By chance one of 10,000 images is at its place in both, and one has its follower in both."""
+    orders = [loaders.view_order(seed, view, 10_000) for seed in (0, 1) for view in (0, 1, 2, 3)]
+    for a, b in itertools.combinations(orders, 2):
+        assert (a == b).sum() < 8
+        followers = [dict(zip(order[:-1], order[1:], strict=True)) for order in (a, b)]
+        assert sum(followers[0].get(x) == y for x, y in followers[1].items()) < 8
+
+
+def test_an_epoch_of_a_billion_images_begins_without_their_list():
+    mixup = pair_mixup()
+    tracemalloc.start()
+    batches = loaders.EpochBatches(10**9, 256, seed=0)
+    batches.set_epoch(1, first_batch=batches.batches_in_epoch // 2)
+    indices = [index for _, index in next(iter(batches))]
+    numbers = mixup.draw(1, range(5 * 10**8 - 128, 5 * 10**8))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
+    assert len(set(indices)) == 256 and max(indices) < 10**9 and numbers.shape == (7, 128)
 
 
 @pytest.mark.parametrize("world", [1, 3, 8])
@@ -180,6 +230,32 @@ def test_an_image_folder_gives_each_image_its_folders_class(imnet):
     for index in (0, 9, 23):
         image, target = source[index]
         assert abs(image.mean() - (60 * target + 31.5)) < 10
+
+
+def test_a_folder_lists_what_torchvisions_image_folder_lists(tmp_path):
+    """In its order, and with the hashes of names and labels that earlier checkpoints hold."""
+    for name in (
+        "b/1.jpg",
+        "b/10.PNG",
+        "b/2.jpg",
+        "a/z/deep/1.jpg",
+        "a/z.jpg",
+        "a/é.webp",
+        "c/x.bmp",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    expected = ImageFolder(tmp_path)
+    names = np.array([os.fsencode(os.path.relpath(p, tmp_path)) for p, _ in expected.samples])
+    source = datasets.image_folder(str(tmp_path))
+    assert source.classes == expected.classes and source.targets.tolist() == expected.targets
+    chosen = np.array([1, 4, 6])
+    for found, wanted in ((source, names), (datasets.subset(source, chosen), names[chosen])):
+        assert np.array_equal(found.names(np.arange(len(found))), wanted)
+        assert found.identity()["image_names"] == hashlib.sha256(wanted).hexdigest()[:16]
+    with pytest.raises(UserError, match=f"cannot read the image {tmp_path}/b/2.jpg "):
+        source[5]
 
 
 def test_timms_own_readers_give_images_and_classes(imnet):
@@ -705,8 +781,8 @@ def test_a_cache_from_before_photographs_were_upright_is_refused(run_main, kd, s
 # -------------------------------------------------------------------------- mixup in pairs
 
 
-def pair_mixup(*flags: object, images: int = 64) -> transforms.PairMixup:
-    return transforms.make_mixup(parsed("--mixup_mode", "pair", *flags), 10, images)
+def pair_mixup(*flags: object) -> transforms.PairMixup:
+    return transforms.make_mixup(parsed("--mixup_mode", "pair", *flags), 10)
 
 
 IMAGES = torch.randn(64, 3, 12, 10, generator=torch.Generator().manual_seed(0))
@@ -746,16 +822,17 @@ def test_partners_are_mixed_by_their_lambda_or_box(flags):
 
 
 def test_a_pairs_mix_does_not_depend_on_its_batch_and_a_views_does_on_the_view():
-    whole, labels = pair_mixup()(IMAGES.clone(), LABELS, 3, 0)
+    first = 2 * transforms.PAIRS_AT_ONCE - 20  # so that the 64 images are of two blocks
+    whole, labels = pair_mixup()(IMAGES.clone(), LABELS, 3, first)
     for size in (2, 6, 32):
         mixup = pair_mixup()
-        parts = [
-            mixup(IMAGES[start : start + size].clone(), LABELS[start : start + size], 3, start)
-            for start in range(0, 64, size)
-        ]
+        parts = []
+        for offset in range(0, 64, size):
+            some = slice(offset, offset + size)
+            parts.append(mixup(IMAGES[some].clone(), LABELS[some], 3, first + offset))
         assert torch.equal(torch.cat([images for images, _ in parts]), whole)
         assert torch.equal(torch.cat([soft for _, soft in parts]), labels)
-    other, _ = pair_mixup()(IMAGES.clone(), LABELS, 4, 0)
+    other, _ = pair_mixup()(IMAGES.clone(), LABELS, 4, first)
     assert not torch.equal(other, whole)
 
 
@@ -766,9 +843,9 @@ def test_pairs_are_mixed_as_timm_does_on_average(flags):
     """Share of an image's own label: quantiles over 4,000 pairs within 0.03 of timm's pair mode."""
     args = parsed("--mixup_mode", "pair", "--smoothing", 0, *flags)
     images, labels = torch.zeros(8000, 1, 32, 32), torch.arange(8000) % 2
-    _, ours = transforms.make_mixup(args, 2, 8000)(images, labels, 0, 0)
+    _, ours = transforms.make_mixup(args, 2)(images, labels, 0, 0)
     args.batch_size, args.mixup_mode = 8000, "elem"
-    whole = transforms.make_mixup(args, 2, 8000).mixup
+    whole = transforms.make_mixup(args, 2).mixup
     whole.mode = "pair"
     np.random.seed(0)
     _, theirs = whole(images, labels)
@@ -798,9 +875,9 @@ def test_the_boxes_of_pairs_have_the_areas_and_positions_of_timms(side, minmax):
     """200,000 pairs; distributions closer than chance allows in one of 1,000 comparisons."""
     count = 200_000
     flags = ["--mixup", 0, *(["--cutmix_minmax", *minmax] if minmax else [])]
-    mixup = pair_mixup(*flags, images=2 * count)
-    mixup._draw(1)
-    ours = np.concatenate([np.stack(e) for e in mixup._boxes(slice(None), (side, side))])
+    mixup = pair_mixup(*flags)
+    numbers = mixup.draw(1, range(count))
+    ours = np.concatenate([np.stack(e) for e in mixup.boxes(numbers, (side, side))])
     theirs = boxes_of_timm(side, minmax, count)
     for name, measure in {
         "area": lambda box: (box[1] - box[0]) * (box[3] - box[2]),
@@ -815,7 +892,7 @@ def test_the_boxes_of_pairs_have_the_areas_and_positions_of_timms(side, minmax):
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_a_blocks_mix_is_timms_and_does_not_depend_on_what_came_before(mode):
     args = parsed("--mixup_mode", mode, "--batch_size", 16)
-    mixup = transforms.make_mixup(args, 10, 64)
+    mixup = transforms.make_mixup(args, 10)
     whole, labels = mixup(IMAGES.clone(), LABELS, 3, 0)
     third, soft = mixup(IMAGES[32:48].clone(), LABELS[32:48], 3, 32)
     assert torch.equal(whole[32:48], third) and torch.equal(labels[32:48], soft)

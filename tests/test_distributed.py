@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from helpers import ROOT, children_of, read_log, start, teacher_flags, torchrun
 
 import models  # noqa: F401
+import utils
 
 # LayerNorm, since BatchNorm's statistics are those of a process's own images.
 FLAGS = """--device cpu --num_workers 1 --model convnext_atto --input_size 32 --train_samples 96
@@ -88,6 +91,58 @@ def test_only_rank_0_prints(runs):
     stdout = runs["two"][0]
     assert stdout.count("Model convnext_atto") == 1
     assert stdout.count("Teacher cifar_resnet8") == 1 and "2 process(es)" in stdout
+
+
+ONCE_PER_MACHINE = """
+import os, sys
+import numpy as np
+import datasets, utils
+utils.init_process("cpu", "env://")
+made = []
+def make():
+    made.append(1)
+    return [np.full(3, utils.rank()), np.array([0.5])]
+for _ in range(2):
+    numbers, half = utils.once_per_machine(make)
+source = datasets.image_folder(sys.argv[1])
+print(len(made), numbers.tolist(), half[0], numbers.flags.writeable, len(source), source[23][1])
+try:
+    datasets.image_folder(sys.argv[2])
+except utils.UserError as error:
+    print("refused", error)
+except SystemExit as stop:
+    print("exit", stop.code)
+"""
+
+
+def test_one_process_per_machine_lists_a_folder_and_makes_what_all_share(imnet, tmp_path):
+    """Two processes on one machine and one on another, by what torchrun would tell them."""
+    temporary, empty = tmp_path / "tmp", tmp_path / "empty"
+    temporary.mkdir()
+    (empty / "ant").mkdir(parents=True)
+    killed, new = (temporary / f"{utils.SHARED}{name}.npy" for name in ("killed", "new"))
+    for path in (killed, new):
+        path.write_bytes(b"left by another run")
+    os.utime(killed, (0, 0))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
+    common |= {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = []
+    for rank, local_rank, local_world in ((0, 0, 2), (1, 1, 2), (2, 0, 1)):
+        names = {"RANK": rank, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world}
+        env = os.environ | common | {name: str(value) for name, value in names.items()}
+        argv = [sys.executable, "-c", ONCE_PER_MACHINE, imnet / "train", empty]
+        processes.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True))
+    lines = [process.communicate()[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert lines[0][0] == "2 [0, 0, 0] 0.5 False 24 2"
+    assert lines[1] == ["0 [0, 0, 0] 0.5 False 24 2", "exit 2"]
+    assert lines[2][0] == "2 [2, 2, 2] 0.5 True 24 2"  # alone, and therefore without files
+    for first in (0, 2):
+        assert lines[first][1].startswith(f"refused {empty}: holds no images")
+    assert list(temporary.iterdir()) == [new]
 
 
 STORE = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 70 --epochs 2

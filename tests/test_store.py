@@ -395,7 +395,7 @@ def test_a_cache_of_the_first_format_is_refused(run_main, kd, tmp_path, stores):
     path.write_text(json.dumps(manifest | {"format": 1}))
     run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path / "cache")
     assert run.code == 2 and run.err.count("\n") == 1
-    assert "holds a cache of format 1, but this version reads and writes format 2" in run.err
+    assert "holds a cache of format 1, but this version reads and writes format 3" in run.err
     assert "pass another folder" in run.err
 
 
