@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import importlib
+import io
 import os
 import sys
 from array import array
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import (
@@ -43,7 +44,8 @@ class ImageSource(Dataset):
     """Images by index, as arrays (H, W, 3) uint8 without any transform.
 
     Args:
-        load: index -> array; a module-level function or a partial of one, so that it pickles.
+        load: index -> array or LargeJpeg; a module-level function or a partial of one, so that it
+            pickles.
         targets: (N,) class indices.
         classes: class names, in the order of the indices.
         names: positions (P,) -> names (P,) that tell the images apart, such as their paths below a
@@ -54,7 +56,7 @@ class ImageSource(Dataset):
 
     def __init__(
         self,
-        load: Callable[[int], np.ndarray],
+        load: Callable[[int], "Picture"],
         targets: Sequence[int] | np.ndarray,
         classes: Sequence[str],
         names: Callable[[np.ndarray], np.ndarray] = np.asarray,
@@ -70,7 +72,7 @@ class ImageSource(Dataset):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.load(index), int(self.targets[index])
+        return np.asarray(self.load(index)), int(self.targets[index])
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the earlier run, wherever the files are."""
@@ -198,9 +200,9 @@ def _file_source(folder: str, arrays: list[np.ndarray], classes: Sequence[str]) 
     return ImageSource(load, targets, classes, paths.at, contents)
 
 
-def _image_of_file(folder: str, paths: Paths, index: int) -> np.ndarray:
+def _image_of_file(folder: str, paths: Paths, index: int) -> "Picture":
     path = os.path.join(folder, os.fsdecode(paths[index]))
-    return decode(path, path)
+    return open_image(path, path)
 
 
 def _stamps_of_files(folder: str, names: Iterable[np.ndarray]) -> dict[str, str]:
@@ -227,20 +229,21 @@ def _stamps_of_files(folder: str, names: Iterable[np.ndarray]) -> dict[str, str]
     return {name: found.hexdigest()[:16] for name, found in hashes.items()}
 
 
-def _image_of_reader(reader: Any, index: int) -> np.ndarray:
+def _image_of_reader(reader: Any, index: int) -> "Picture":
     # timm's ImageDataset replaces an unreadable image by the next one; here that is an error.
     name = reader.filename(index) if hasattr(reader, "filename") else index  # internal to timm
     try:
         file = reader[index][0]
     except Exception as error:  # each reader has its own
         raise _unreadable(name, error) from error
-    return decode(file, name)
+    return open_image(file, name)
 
 
 # ------------------------------------------------------------------------ from a file to pixels
 
-DECODER = 2  # raised where the same file begins to give other pixels: see teacher.manifest_of
+DECODER = 3  # raised where the same file begins to give other pixels: see teacher.manifest_of
 CANNOT_READ, REMEDY = "cannot read the image ", "; repair it or remove it"
+LARGE = 2_000_000  # pixels of a JPEG from which a part of it is decoded at a smaller scale
 METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow keeps it
 
 
@@ -253,25 +256,104 @@ def _fingerprint_of_table(reader: Any, names: Iterable[np.ndarray]) -> dict[str,
     return {"table": reader.dataset._fingerprint}
 
 
-def decode(file: Any, name: object) -> np.ndarray:
-    """A file, its path or a PIL image -> (H, W, 3) uint8; odd images as docs/images.md says.
+class LargeJpeg:
+    """A JPEG of at least LARGE pixels of which only the header was read.
+
+    np.asarray decodes the whole photograph, as `decode` does. Both ways of decoding read the whole
+    file, so that both find one that is truncated.
+
+    Attributes:
+        shape: (H, W, 3) of the upright photograph.
+    """
+
+    def __init__(self, image: ImageFile.ImageFile, name: object) -> None:
+        """From a PIL image that is open and not loaded."""
+        self.content, self.name = _content(image), name
+        self.orientation = _orientation(image)
+        is_on_its_side = self.orientation in (5, 6, 7, 8)
+        width, height = image.size[::-1] if is_on_its_side else image.size
+        self.shape = height, width, 3
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        try:
+            with Image.open(io.BytesIO(self.content)) as image:
+                return _pixels(image)
+        except Exception as error:
+            raise _unreadable(self.name, error) from error
+
+    def reduced(
+        self, scale: int, top: int, left: int, height: int, width: int
+    ) -> tuple[Image.Image, tuple[float, float, float, float]]:
+        """The upright photograph at 1/scale, and where a box of its full size lies in that picture.
+
+        libjpeg computes only the low frequencies of each block of 8 x 8 pixels, for a third to a
+        half of the time of all frequencies.
+
+        Args:
+            scale: 2, 4 or 8.
+            top, left, height, width: the box, in pixels of the full size.
+        Returns: an RGB image, and (left, top, right, bottom) in fractions of its pixels, as
+            Image.resize takes a box.
+        Raises: UserError that names the file.
+        """
+        try:
+            with Image.open(io.BytesIO(self.content)) as image:
+                stored = image.size
+                image.draft(None, (stored[0] // scale, stored[1] // scale))
+                if image.size != (-(-stored[0] // scale), -(-stored[1] // scale)):
+                    raise ValueError(f"not decoded at 1/{scale} of its size")
+                picture = _rgb(image)
+        except Exception as error:
+            np.asarray(self)  # raises with the message that the file has everywhere else
+            raise _unreadable(self.name, error) from error
+        # A last pixel that the file fills in part is the first one where the photograph is turned.
+        x = picture.width - self.shape[1] / scale if self.orientation in (2, 3, 6, 7) else 0
+        y = picture.height - self.shape[0] / scale if self.orientation in (3, 4, 7, 8) else 0
+        right, bottom = x + (left + width) / scale, y + (top + height) / scale
+        return picture, (x + left / scale, y + top / scale, right, bottom)
+
+
+Picture = np.ndarray | LargeJpeg
+
+
+def open_image(file: Any, name: object) -> Picture:
+    """A file, its path or a PIL image -> the pixels as of `decode`, or a JPEG still to be decoded.
 
     Raises: UserError that names the image.
     """
     try:
         if isinstance(file, Image.Image):
-            return _rgb(file)
+            return np.array(_rgb(file))
         with Image.open(file) as image:  # reads only the header, and refuses absurd sizes
-            if (image.format, image.mode) != ("JPEG", "RGB") or _orientation(image) != 1:
-                return _rgb(image)
-            # The same library as Pillow's and the same pixels, without Pillow's copies: a fifth
-            # faster.
-            assert image.fp is not None  # open until the end of the block
-            image.fp.seek(0)
-            content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
-        return decode_jpeg(content).permute(1, 2, 0).numpy()
+            if image.format in ("JPEG", "MPO") and image.width * image.height >= LARGE:
+                return LargeJpeg(image, name)
+            return _pixels(image)
     except Exception as error:  # the decoders raise a dozen types on damaged files
         raise _unreadable(name, error) from error
+
+
+def decode(file: Any, name: object) -> np.ndarray:
+    """A file, its path or a PIL image -> (H, W, 3) uint8; odd images as docs/images.md says.
+
+    Raises: UserError that names the image.
+    """
+    return np.asarray(open_image(file, name))
+
+
+def _pixels(image: ImageFile.ImageFile) -> np.ndarray:
+    """A PIL image that is open and not loaded -> (H, W, 3) uint8, as `decode` gives it."""
+    if (image.format, image.mode) != ("JPEG", "RGB") or _orientation(image) != 1:
+        return np.array(_rgb(image))
+    # The same library as Pillow's and the same pixels, without Pillow's copies: a fifth faster.
+    content = torch.frombuffer(bytearray(_content(image)), dtype=torch.uint8)
+    return decode_jpeg(content).permute(1, 2, 0).numpy()
+
+
+def _content(image: ImageFile.ImageFile) -> bytes:
+    """The whole file of a PIL image that is open and not loaded."""
+    assert image.fp is not None  # open until the image is loaded or closed
+    image.fp.seek(0)
+    return image.fp.read()
 
 
 def decode_of_stream(image: Image.Image) -> np.ndarray:
@@ -279,8 +361,8 @@ def decode_of_stream(image: Image.Image) -> np.ndarray:
     return decode(image, "of the stream")
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image of any mode -> (H, W, 3) uint8: upright, and on white where it is transparent."""
+def _rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode -> its RGB: upright, and on white where it is transparent."""
     image.load()  # only now every format knows its orientation; Pillow has turned TIFFs by now
     orientation = _orientation(image)
     if image.mode.startswith(("I", "F")):
@@ -288,14 +370,15 @@ def _rgb(image: Image.Image) -> np.ndarray:
     elif image.has_transparency_data:
         picture, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         image.paste(picture, mask=picture)
-    image = image.convert("RGB")
+    if image.mode != "RGB" or orientation != 1:
+        image = image.convert("RGB")  # also where it is RGB: the image is changed below
     if orientation != 1:
         # An EXIF of one entry, since Pillow would also write the others anew, and fail where one of
         # them is damaged.
         image.info.clear()
         image.getexif()[ExifTags.Base.Orientation] = orientation
         image = ImageOps.exif_transpose(image)
-    return np.array(image)
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -537,7 +620,7 @@ def _names_of_subset(source: ImageSource, positions: np.ndarray, chosen: np.ndar
     return source.names(positions[chosen])
 
 
-def _image_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> np.ndarray:
+def _image_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> Picture:
     return source.load(positions[index])
 
 

@@ -92,8 +92,7 @@ class TransformedImages(Dataset):
             return (image[:1, :1], Patches(1, 1)), target
         if self.seed is not None:
             utils.seed_rng(torch.device("cpu"), RandomUse.AUGMENTATION, self.seed, view, index)
-        image, target = self.source[index]
-        return self.transform(image), target
+        return self.transform(self.source.load(index)), int(self.source.targets[index])
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

@@ -1,4 +1,4 @@
-"""Speed of the input pipeline on one core, stage by stage, next to that of the ConvNeXt script.
+"""CPU time of the input pipeline on one core, stage by stage, next to that of the ConvNeXt script.
 
 Both read the same JPEG files with the full default augmentation: ours up to normalised images on
 the device, theirs as ImageFolder, timm's create_transform and the default collate make them.
@@ -23,29 +23,32 @@ import datasets
 import loaders
 import transforms
 
-COUNT, BATCH = 64, 32
+SIZES = {(500, 375): 64, (4000, 3000): 6}  # of JPEGs, and how many of them
+BATCH = 32
 CPU = torch.device("cpu")
 THEIRS = "all: ImageFolder + timm's transforms + collate"
 OURS = "all: this project"
 
 
-def write_photographs(folder: Path) -> None:
-    """Write synthetic JPEGs of ImageNet's usual size, 500 x 375 pixels."""
+def write_photographs(folder: Path, size: tuple[int, int], count: int) -> None:
+    """Write synthetic JPEGs of this width and height: ImageNet's usual size, or a camera's."""
     rng = np.random.default_rng(0)
-    for index in range(COUNT):
-        pixels = np.zeros((375, 500, 3))
-        for side in (4, 8, 16, 32, 64, 128, 256):  # detail falls off with its frequency
+    width, height = size
+    sides = [side for side in (2**power for power in range(2, 13)) if side < width]
+    for index in range(count):
+        pixels = np.zeros((height, width, 3))
+        for side in sides:  # detail falls off with its frequency
             coarse = rng.integers(0, 256, (side * 3 // 4, side, 3), dtype=np.uint8)
-            layer = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+            layer = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
             pixels += np.asarray(layer) / side**0.5
         pixels += rng.normal(0, 12, pixels.shape)
         pixels = 255 * (pixels - pixels.min()) / (pixels.max() - pixels.min())
         path = folder / str(index % 2) / f"{index}.jpg"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(path, quality=93)
+        Image.fromarray(pixels.astype(np.uint8)).save(path, quality=93 if width < 1000 else 90)
 
 
-def stages(folder: Path) -> dict[str, Callable[[int], None]]:
+def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
     """What to time: each function works through all images once, given the number of the round."""
     args = arguments.parse_args(["--data_path", str(folder), "--num_workers", "0"])
     config = transforms.data_config(args)
@@ -68,10 +71,10 @@ def stages(folder: Path) -> dict[str, Callable[[int], None]]:
     crop, *colour_steps = our_images.transform.steps.transforms
     pillow_crop, *_ = theirs.transforms
 
-    decoded = [source[index][0] for index in range(COUNT)]
+    decoded = [source[index][0] for index in range(count)]
     cropped = [crop(image) for image in decoded]
     pictures = [Image.fromarray(image) for image in decoded]
-    items = [our_images[0, index] for index in range(COUNT)]
+    items = [our_images[0, index] for index in range(count)]
 
     def each(function: Callable, values: Sequence) -> Callable[[int], None]:
         def run(view: int) -> None:
@@ -81,7 +84,7 @@ def stages(folder: Path) -> dict[str, Callable[[int], None]]:
         return run
 
     def in_batches(values: Sequence) -> list[Sequence]:
-        return [values[start : start + BATCH] for start in range(0, COUNT, BATCH)]
+        return [values[start : start + BATCH] for start in range(0, count, BATCH)]
 
     def change_colours(image: Image.Image) -> Image.Image:
         for step in colour_steps:
@@ -89,43 +92,49 @@ def stages(folder: Path) -> dict[str, Callable[[int], None]]:
         return image
 
     def run_ours(view: int) -> None:
-        for indices in in_batches(range(COUNT)):
+        for indices in in_batches(range(count)):
             to_network(transforms.collate([our_images[view, index] for index in indices]))
 
     return {
-        "decode": each(lambda index: source[index], range(COUNT)),
+        "decode the whole image": each(lambda index: source[index], range(count)),
         "crop and resize (torch)": each(crop, decoded),
         "crop and resize (Pillow, as in timm)": each(pillow_crop, pictures),
+        "decode, crop and resize": each(lambda index: crop(source.load(index)), range(count)),
         "flip and RandAugment": each(change_colours, cropped),
         "pixels, collate, normalise, erase": each(
             lambda batch: to_network(transforms.collate(batch)), in_batches(items)
         ),
         THEIRS: each(
             lambda indices: default_collate([their_images[index] for index in indices]),
-            in_batches(range(COUNT)),
+            in_batches(range(count)),
         ),
         OURS: run_ours,
     }
 
 
-def measure(rounds: int) -> dict[str, Any]:
-    """Milliseconds per image of each stage, and the ratio of the two whole pipelines."""
+def measure(rounds: int) -> list[dict[str, Any]]:
+    """Per size of photographs: milliseconds per image of each stage, and the pipelines' ratio."""
     torch.set_num_threads(1)
+    return [measure_size(size, count, rounds) for size, count in SIZES.items()]
+
+
+def measure_size(size: tuple[int, int], count: int, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_photographs(folder)
-        size = statistics.mean(path.stat().st_size for path in folder.rglob("*.jpg"))
-        timed = stages(folder)
+        write_photographs(folder, size, count)
+        bytes_per_file = statistics.mean(path.stat().st_size for path in folder.rglob("*.jpg"))
+        timed = stages(folder, count)
         for round_number in range(-1, rounds):  # one to warm up
             for stage, run in timed.items():
-                started = time.perf_counter()
+                started = time.process_time()
                 run(round_number + 1)  # each round draws anew
                 if round_number >= 0:
-                    times.setdefault(stage, []).append((time.perf_counter() - started) / COUNT)
+                    times.setdefault(stage, []).append((time.process_time() - started) / count)
     pairs = zip(times[THEIRS], times[OURS], strict=True)
     return {
-        "kB per file": size / 1000,
+        "size": size,
+        "kB per file": bytes_per_file / 1000,
         "ms": {stage: 1000 * statistics.median(values) for stage, values in times.items()},
         "ratio": statistics.median(theirs / ours for theirs, ours in pairs),
     }

@@ -58,8 +58,8 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
 
 def show_pipeline(result: dict[str, Any]) -> None:
     """Print a table with a row per stage."""
-    size = result["kB per file"]
-    print(f"\nInput pipeline, one core, 500 x 375 JPEGs of {size:.0f} kB, to 224 pixels\n")
+    size, kilobytes = "{} x {}".format(*result["size"]), result["kB per file"]
+    print(f"\nInput pipeline, one core, {size} JPEGs of {kilobytes:.0f} kB, to 224 pixels\n")
     print_row("stage", "ms per image", "images per second")
     print_row("---", "---", "---")
     for stage, ms in result["ms"].items():
@@ -100,7 +100,8 @@ def main() -> None:
         show_steps(result["steps"])
     if "pipeline" in chosen:  # last: it keeps torch to one thread
         result["pipeline"] = pipeline.measure(args.rounds)
-        show_pipeline(result["pipeline"])
+        for size in result["pipeline"]:
+            show_pipeline(size)
     Path(args.json).write_text(json.dumps(result, indent=1))
 
 

@@ -523,6 +523,85 @@ def test_a_picture_that_can_not_be_read_is_named(kind, ending, tmp_path, monkeyp
         datasets.decode(str(path), str(path))
 
 
+def large_photograph(path: Path, size=(1701, 1203), mode: str = "RGB", **options) -> Image.Image:
+    """Write colours that change every two pixels of a crop; returns the upright picture."""
+    coarse = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    picture.save(path, quality=95, **options)
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def turned(orientation: int) -> dict[str, Image.Exif]:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return {"exif": exif}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [turned(orientation) for orientation in range(1, 9)]
+    + [{"mode": "L"}, {"mode": "CMYK"}, {"progressive": True}, {"format": "MPO"}],
+    ids=lambda options: str(dict(options.get("exif", options))),
+)
+def test_a_large_photograph_is_cropped_where_its_full_decode_is(options, tmp_path):
+    """With timm's draws, at every scale, and whatever part of the last block the file fills."""
+    upright = large_photograph(tmp_path / "p.jpg", **options)
+    shown = datasets.open_image(str(tmp_path / "p.jpg"), "p.jpg")
+    assert shown.shape == (*upright.size[::-1], 3)
+    for size, area in ((64, 1.0), (64, 0.4), (128, 0.3)):  # at 1/8, 1/4 and 1/2
+        crops = [
+            kind(size, scale=(area, area), interpolation="bicubic")
+            for kind in (transforms.FastResizedCrop, transforms.RandomResizedCropAndInterpolation)
+        ]
+        for seed in range(3):
+            ours, theirs, next_draws = [], [], []
+            for crop, picture, found in zip(crops, (shown, upright), (ours, theirs), strict=True):
+                random.seed(seed)
+                found.append(np.asarray(crop(picture)).astype(int))
+                next_draws.append(random.random())
+            assert next_draws[0] == next_draws[1]
+            assert 0 < np.abs(ours[0] - theirs[0]).mean() < 0.75
+
+
+@pytest.mark.parametrize("size, shape", [(224, (1999, 1000)), (304, (2000, 1200)), (32, None)])
+def test_pixels_are_exact_of_smaller_photographs_small_crops_and_evaluations(size, shape, tmp_path):
+    """Below two megapixels, and of crops of less than four times the sides of the result."""
+    path = tmp_path / "a" / "p.jpg"
+    path.parent.mkdir()
+    picture = np.asarray(large_photograph(path, shape or (2000, 1200)))
+    args = parsed("--input_size", size, "--model", "cifar_resnet8")
+    config = transforms.data_config(args)
+    source = datasets.image_folder(str(tmp_path))
+    assert np.array_equal(source[0][0], picture)
+    train, val = transforms.train_transform(args, config), transforms.eval_transform(config)
+    images = loaders.TransformedImages(source, train, seed=0)
+    for view in range(4):
+        seed_rng(CPU, RandomUse.AUGMENTATION, 0, view, 0)
+        expected, _ = train(picture)
+        assert np.array_equal(images[view, 0][0][0], expected)
+    assert np.array_equal(loaders.TransformedImages(source, val, None)[0, 0][0][0], val(picture)[0])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("missing", [2, 1000, 100_000])
+def test_a_large_photograph_that_is_cut_off_is_refused_in_one_way(orientation, missing, tmp_path):
+    path = tmp_path / "a" / "p.jpg"
+    path.parent.mkdir()
+    large_photograph(path, **turned(orientation))
+    path.write_bytes(path.read_bytes()[:-missing])
+    source = datasets.image_folder(str(tmp_path))
+    args = parsed("--input_size", 64, "--model", "cifar_resnet8")
+    config = transforms.data_config(args)
+    shown = loaders.TransformedImages(source, transforms.train_transform(args, config), seed=0)
+    messages = []
+    for read in (lambda: source[0], lambda: shown[0, 0], lambda: shown[loaders.READ_ONLY, 0]):
+        with pytest.raises(UserError, match="p.jpg .*truncated.*; repair it or remove it") as found:
+            read()
+        messages.append(str(found.value))
+    assert len(set(messages)) == 1
+
+
 def photograph(seed: int, size: tuple[int, int] = (300, 220)) -> Image.Image:
     """Smooth colours with edges and some noise, as resizing meets them."""
     rng = np.random.default_rng(seed)
