@@ -6,10 +6,12 @@ from typing import TypeVar
 
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-import utils
-from datasets import CANNOT_READ, REMEDY, ImageSource, Source, StreamSource
+import runtime
+from datasets import ImageSource, Source, StreamSource
 from loaders import READ_ONLY, Data
-from utils import UserError, log
+from pictures import CANNOT_READ, REMEDY
+from runtime import log
+from utils import UserError
 
 T = TypeVar("T")
 BATCH = 32  # images that a worker reads before it answers
@@ -49,10 +51,10 @@ def check_images(sources: Sequence[Source | None], num_workers: int) -> None:
     loader = DataLoader(
         Faults(images),
         BATCH,
-        sampler=range(utils.rank(), len(images), utils.world_size()),
+        sampler=range(runtime.rank(), len(images), runtime.world_size()),
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=utils.leave_signals_to_the_trainer,
+        worker_init_fn=runtime.leave_signals_to_the_trainer,
     )
     count = 0
     first: list[tuple[int, str]] = []
@@ -60,12 +62,12 @@ def check_images(sources: Sequence[Source | None], num_workers: int) -> None:
         faults = [(index, fault) for index, fault in batch if fault]
         count += len(faults)
         first += faults[: MOST - len(first)]
-    found = utils.gather((count, first))
+    found = runtime.gather((count, first))
     count = sum(part for part, _ in found)
     if count:
         lines = [fault for _, fault in sorted(pair for _, part in found for pair in part)[:MOST]]
         lines += [f"and {count - MOST:,} more"] if count > MOST else []
-        utils.stop_all(
+        runtime.stop_all(
             f"--check_data true: {count:,} of {len(images):,} images cannot be read; repair or "
             "remove them, then run the same command\n  " + "\n  ".join(lines)
         )
@@ -91,8 +93,8 @@ def read_validation(data: Data) -> None:
     except UserError as error:
         fault = str(error)
     loader.order.view = 0
-    if faults := [fault for fault in utils.gather(fault) if fault]:
-        utils.stop_all(faults[0])
+    if faults := [fault for fault in runtime.gather(fault) if fault]:
+        runtime.stop_all(faults[0])
 
 
 def _follow(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
@@ -101,8 +103,8 @@ def _follow(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
     for number, batch in enumerate(batches, start=1):
         yield batch
         share = f"{100 * number // count} % of {what}"
-        if signal_number := utils.received_signal():
-            raise utils.Interrupted(signal_number, f"reading {share}", None)
+        if signal_number := runtime.received_signal():
+            raise runtime.Interrupted(signal_number, f"reading {share}", None)
         if time.monotonic() > printed + SECONDS:
             log(f"Read {share}")
             printed = time.monotonic()

@@ -19,22 +19,17 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import runtime
 import utils
 from arguments import DATA_FLAGS, NOT_RECIPE, is_url, missing_file
 from logs import Progress, scores_of
 from models import classifier_of
-from utils import (
-    UserError,
-    could_not_write,
-    few,
-    fsync_folder,
-    is_main_process,
-    lock,
-    log,
-    world_size,
-)
+from runtime import is_main_process, lock, log, world_size
+from utils import UserError, could_not_write, few, fsync_folder
 
-FORMAT = 1  # of the checkpoints of a run; files from before the number are read as well
+# Of the checkpoints of a run; raised where the same seed begins to show other images. Older files,
+# and those from before the number, are read as well.
+FORMAT = 2
 INSIDE_EPOCH = "checkpoint-step.pth"
 
 
@@ -436,17 +431,19 @@ class RunState:
         Returns: the epoch to start with.
         """
         if not path and output_dir and auto_resume:
-            path = utils.from_main(lambda: self._newest(Path(output_dir)))  # one for all processes
+            path = runtime.from_main(
+                lambda: self._newest(Path(output_dir))
+            )  # one for all processes
             if path and not os.path.exists(path):
                 raise UserError(
-                    f"{path}: process 0 resumes from this file, but process {utils.rank()} cannot "
-                    "find it; use a folder on a file system that all machines share",
+                    f"{path}: process 0 resumes from this file, but process {runtime.rank()} "
+                    "cannot find it; use a folder on a file system that all machines share",
                     "checkpoint",
                 )
         if path:
             start_epoch = self._restore(read_checkpoint(path), path, start_epoch)
         updates = self.progress.updates if self.progress else 0
-        utils.require_same(first_epoch=start_epoch, steps_done_in_it=updates)
+        runtime.require_same(first_epoch=start_epoch, steps_done_in_it=updates)
         return start_epoch
 
     def _restore(self, checkpoint: Any, path: str, start_epoch: int) -> int:
@@ -475,6 +472,11 @@ class RunState:
         self.best = dict(checkpoint.get("best", {}))
         self.scores = dict(checkpoint.get("scores", {}))
         self.progress = Progress.from_saved(checkpoint.get("progress"))
+        if checkpoint.get("format", 0) < FORMAT:
+            log(
+                f"Warning: {path}: written by an earlier version, which showed images in another "
+                "order; the resumed run will not match an uninterrupted one"
+            )
         self._check_global_batch(checkpoint.get("global_batch"), path)
         if checkpoint.get("world_size", world_size()) != world_size():
             log(
@@ -605,7 +607,7 @@ class RunState:
         path = self.folder / INSIDE_EPOCH
         if is_main_process():
             save_checkpoint(self._state() | {"progress": asdict(progress)}, path)
-        utils.barrier()  # a process that stops now would make torchrun stop rank 0 while it writes
+        runtime.barrier()  # a process that ends now would make torchrun end rank 0 as it writes
         return path
 
     def _state(self) -> dict[str, Any]:

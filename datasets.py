@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import importlib
-import io
 import os
 import sys
 from array import array
@@ -17,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torchvision
-from PIL import ExifTags, Image, ImageFile, ImageOps
 from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import (
@@ -28,11 +25,12 @@ from torchvision.datasets.folder import (
     has_file_allowed_extension,
     make_dataset,
 )
-from torchvision.io import decode_jpeg
 
-import utils
+import runtime
 from arguments import TORCHVISION_SETS, teachers_of
-from utils import UserError, few, first_line, log, name_flags
+from pictures import Picture, open_image, unreadable
+from runtime import log
+from utils import UserError, few, first_line, name_flags
 
 DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
 
@@ -56,7 +54,7 @@ class ImageSource(Dataset):
 
     def __init__(
         self,
-        load: Callable[[int], "Picture"],
+        load: Callable[[int], Picture],
         targets: Sequence[int] | np.ndarray,
         classes: Sequence[str],
         names: Callable[[np.ndarray], np.ndarray] = np.asarray,
@@ -200,7 +198,7 @@ def _file_source(folder: str, arrays: list[np.ndarray], classes: Sequence[str]) 
     return ImageSource(load, targets, classes, paths.at, contents)
 
 
-def _image_of_file(folder: str, paths: Paths, index: int) -> "Picture":
+def _image_of_file(folder: str, paths: Paths, index: int) -> Picture:
     path = os.path.join(folder, os.fsdecode(paths[index]))
     return open_image(path, path)
 
@@ -229,182 +227,19 @@ def _stamps_of_files(folder: str, names: Iterable[np.ndarray]) -> dict[str, str]
     return {name: found.hexdigest()[:16] for name, found in hashes.items()}
 
 
-def _image_of_reader(reader: Any, index: int) -> "Picture":
+def _image_of_reader(reader: Any, index: int) -> Picture:
     # timm's ImageDataset replaces an unreadable image by the next one; here that is an error.
     name = reader.filename(index) if hasattr(reader, "filename") else index  # internal to timm
     try:
         file = reader[index][0]
     except Exception as error:  # each reader has its own
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
     return open_image(file, name)
-
-
-# ------------------------------------------------------------------------ from a file to pixels
-
-DECODER = 3  # raised where the same file begins to give other pixels: see teacher.manifest_of
-CANNOT_READ, REMEDY = "cannot read the image ", "; repair it or remove it"
-LARGE = 2_000_000  # pixels of a JPEG from which a part of it is decoded at a smaller scale
-METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow keeps it
-
-
-def _unreadable(name: object, error: Exception) -> UserError:
-    return UserError(f"{CANNOT_READ}{name} ({first_line(error)}){REMEDY}")
 
 
 def _fingerprint_of_table(reader: Any, names: Iterable[np.ndarray]) -> dict[str, str]:
     # Hugging Face's own, from the paths and times of local files or the commit of a download.
     return {"table": reader.dataset._fingerprint}
-
-
-class LargeJpeg:
-    """A JPEG of at least LARGE pixels of which only the header was read.
-
-    np.asarray decodes the whole photograph, as `decode` does. Both ways of decoding read the whole
-    file, so that both find one that is truncated.
-
-    Attributes:
-        shape: (H, W, 3) of the upright photograph.
-    """
-
-    def __init__(self, image: ImageFile.ImageFile, name: object) -> None:
-        """From a PIL image that is open and not loaded."""
-        self.content, self.name = _content(image), name
-        self.orientation = _orientation(image)
-        is_on_its_side = self.orientation in (5, 6, 7, 8)
-        width, height = image.size[::-1] if is_on_its_side else image.size
-        self.shape = height, width, 3
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        try:
-            with Image.open(io.BytesIO(self.content)) as image:
-                return _pixels(image)
-        except Exception as error:
-            raise _unreadable(self.name, error) from error
-
-    def reduced(
-        self, scale: int, top: int, left: int, height: int, width: int
-    ) -> tuple[Image.Image, tuple[float, float, float, float]]:
-        """The upright photograph at 1/scale, and where a box of its full size lies in that picture.
-
-        libjpeg computes only the low frequencies of each block of 8 x 8 pixels, for a third to a
-        half of the time of all frequencies.
-
-        Args:
-            scale: 2, 4 or 8.
-            top, left, height, width: the box, in pixels of the full size.
-        Returns: an RGB image, and (left, top, right, bottom) in fractions of its pixels, as
-            Image.resize takes a box.
-        Raises: UserError that names the file.
-        """
-        try:
-            with Image.open(io.BytesIO(self.content)) as image:
-                stored = image.size
-                image.draft(None, (stored[0] // scale, stored[1] // scale))
-                if image.size != (-(-stored[0] // scale), -(-stored[1] // scale)):
-                    raise ValueError(f"not decoded at 1/{scale} of its size")
-                picture = _rgb(image)
-        except Exception as error:
-            np.asarray(self)  # raises with the message that the file has everywhere else
-            raise _unreadable(self.name, error) from error
-        # A last pixel that the file fills in part is the first one where the photograph is turned.
-        x = picture.width - self.shape[1] / scale if self.orientation in (2, 3, 6, 7) else 0
-        y = picture.height - self.shape[0] / scale if self.orientation in (3, 4, 7, 8) else 0
-        right, bottom = x + (left + width) / scale, y + (top + height) / scale
-        return picture, (x + left / scale, y + top / scale, right, bottom)
-
-
-Picture = np.ndarray | LargeJpeg
-
-
-def open_image(file: Any, name: object) -> Picture:
-    """A file, its path or a PIL image -> the pixels as of `decode`, or a JPEG still to be decoded.
-
-    Raises: UserError that names the image.
-    """
-    try:
-        if isinstance(file, Image.Image):
-            return np.array(_rgb(file))
-        with Image.open(file) as image:  # reads only the header, and refuses absurd sizes
-            if image.format in ("JPEG", "MPO") and image.width * image.height >= LARGE:
-                return LargeJpeg(image, name)
-            return _pixels(image)
-    except Exception as error:  # the decoders raise a dozen types on damaged files
-        raise _unreadable(name, error) from error
-
-
-def decode(file: Any, name: object) -> np.ndarray:
-    """A file, its path or a PIL image -> (H, W, 3) uint8; odd images as docs/images.md says.
-
-    Raises: UserError that names the image.
-    """
-    return np.asarray(open_image(file, name))
-
-
-def _pixels(image: ImageFile.ImageFile) -> np.ndarray:
-    """A PIL image that is open and not loaded -> (H, W, 3) uint8, as `decode` gives it."""
-    if (image.format, image.mode) != ("JPEG", "RGB") or _orientation(image) != 1:
-        return np.array(_rgb(image))
-    # The same library as Pillow's and the same pixels, without Pillow's copies: a fifth faster.
-    content = torch.frombuffer(bytearray(_content(image)), dtype=torch.uint8)
-    return decode_jpeg(content).permute(1, 2, 0).numpy()
-
-
-def _content(image: ImageFile.ImageFile) -> bytes:
-    """The whole file of a PIL image that is open and not loaded."""
-    assert image.fp is not None  # open until the image is loaded or closed
-    image.fp.seek(0)
-    return image.fp.read()
-
-
-def decode_of_stream(image: Image.Image) -> np.ndarray:
-    """A PIL image of one of timm's streams -> (H, W, 3) uint8."""
-    return decode(image, "of the stream")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode -> its RGB: upright, and on white where it is transparent."""
-    image.load()  # only now every format knows its orientation; Pillow has turned TIFFs by now
-    orientation = _orientation(image)
-    if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_eight_bits(image))
-    elif image.has_transparency_data:
-        picture, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
-        image.paste(picture, mask=picture)
-    if image.mode != "RGB" or orientation != 1:
-        image = image.convert("RGB")  # also where it is RGB: the image is changed below
-    if orientation != 1:
-        # An EXIF of one entry, since Pillow would also write the others anew, and fail where one of
-        # them is damaged.
-        image.info.clear()
-        image.getexif()[ExifTags.Base.Orientation] = orientation
-        image = ImageOps.exif_transpose(image)
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """How EXIF (or XMP) says that the image is to be turned, 1 to 8; 1 is upright."""
-    if METADATA.isdisjoint(image.info):
-        return 1
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged EXIF, for which Pillow raises many types, does not spoil an image
-        return 1
-
-
-def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Integers of 16 bits, or floating-point values in 0…1 or 0…255 -> (H, W) uint8.
-
-    Raises: ValueError for other values, whose black and white are not known.
-    """
-    values = np.asarray(image, dtype=np.float32)
-    low, high = values.min(), values.max()  # NaN where one of the values is
-    white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
-    if not 0 <= low <= high <= white:
-        expected = "0…1 or 0…255" if image.mode == "F" else "0…65535"
-        raise ValueError(
-            f"its values lie in {low:g}…{high:g} and not in {expected}; save it with 8 bits"
-        )
-    return np.round(values * (255 / white)).astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------- kinds of data sets
@@ -426,7 +261,7 @@ def _torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
         # One process per machine downloads; the others wait and find the files.
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             data_set(folder, train=is_train, download=True)
-        utils.barrier()
+        runtime.barrier()
         data = data_set(folder, train=is_train)
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -453,7 +288,7 @@ def image_folder(folder: str) -> ImageSource:
         classes, _ = find_classes(folder)
     except FileNotFoundError as error:
         raise _no_images(folder, first_line(error)) from error
-    arrays = utils.once_per_machine(lambda: _list_images(folder, classes))
+    arrays = runtime.once_per_machine(lambda: _list_images(folder, classes))
     return _file_source(folder, arrays, classes)
 
 
@@ -611,8 +446,9 @@ def stratified(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 def subset(source: ImageSource, positions: np.ndarray) -> ImageSource:
     """Some images of a source, which may itself be a subset. Collective."""
-    load, names = (partial(f, source, positions) for f in (_image_of_subset, _names_of_subset))
-    (targets,) = utils.once_per_machine(lambda: [source.targets[positions]])
+    load = partial(_image_of_subset, source, positions)
+    names = partial(_names_of_subset, source, positions)
+    (targets,) = runtime.once_per_machine(lambda: [source.targets[positions]])
     return ImageSource(load, targets, source.classes, names, source.contents)
 
 
@@ -665,14 +501,14 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
         if args.holdout:
             _check_at_most("--holdout", args.holdout, len(train) - 1)
             choose = partial(_hold_out, train.targets, args.holdout)
-            held_out, others = utils.once_per_machine(choose)
+            held_out, others = runtime.once_per_machine(choose)
             train, val = subset(train, others), subset(train, held_out)
         if args.train_samples:
             _check_at_most("--train_samples", args.train_samples, len(train))
             sample = partial(stratified, train.targets, args.train_samples, args.seed)
-            (chosen,) = utils.once_per_machine(lambda: [sample()])
+            (chosen,) = runtime.once_per_machine(lambda: [sample()])
             train = subset(train, chosen)
-        if not args.eval and utils.is_main_process():
+        if not args.eval and runtime.is_main_process():
             _tell_of_untaught_classes(train)
     elif args.holdout or args.train_samples:
         raise UserError(

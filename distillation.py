@@ -24,7 +24,8 @@ import models
 from checkpoints import find_weights, load_weights, read_checkpoint, weight_keys
 from losses import kl_divergence
 from models.fusion import fuse_layers
-from utils import UserError, few, unwrap
+from runtime import unwrap
+from utils import UserError, few
 
 
 class DistillationLoss(nn.Module):

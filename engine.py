@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import runtime
 import utils
 from loaders import Batch, Loader
 from logs import History, Progress
-from utils import RandomUse, UserError, unwrap
+from runtime import unwrap
+from utils import RandomUse, UserError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -155,7 +157,7 @@ def train_one_epoch(
             schedule.apply(optimizer, step)
         # Seeded per batch, so that dropout and drop path do not depend on what ran before: a run
         # that resumes here continues with the same numbers.
-        key = settings.seed, epoch, number, utils.rank()
+        key = settings.seed, epoch, number, runtime.rank()
         utils.seed_rng(settings.device, RandomUse.STEP, *key)
         is_last = part == window - 1
         # Processes exchange gradients only once per optimizer step; before the last batch of a
@@ -224,7 +226,7 @@ def evaluate(
         loss = F.cross_entropy(logits, batch.targets, reduction="sum")
         totals = [loss, top[:, 0].sum(), top.sum()]
         if teacher_logits is not None:
-            expected = utils.send(teacher_logits[batch.places], device)
+            expected = runtime.send(teacher_logits[batch.places], device)
             totals.append((logits.argmax(dim=1) == expected.argmax(dim=1)).sum())
             ours, theirs = F.log_softmax(logits, dim=-1), F.log_softmax(expected, dim=-1)
             totals.append(F.kl_div(ours, theirs, reduction="sum", log_target=True))
@@ -234,7 +236,7 @@ def evaluate(
         count += len(batch.targets)
     sums = torch.cat([sums, torch.tensor([count], dtype=wide, device=device)])
     if shared:
-        utils.all_reduce_(sums)
+        runtime.all_reduce_(sums)
     *totals_of_all, images = sums.tolist()
     if not math.isfinite(totals_of_all[0]):
         raise UserError(

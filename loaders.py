@@ -16,12 +16,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import Compose
 
 import datasets
+import pictures
+import runtime
 import transforms
 import utils
 from arguments import fit_to_images, is_mixed
 from datasets import ImageSource, Source, StreamSource
+from runtime import log
 from transforms import BlockMixup, HostBatch, PairMixup, Patches, ToNetwork, ToPixels, collate
-from utils import ROUNDS, RandomUse, UserError, log, permute, seed_sequence
+from utils import ROUNDS, RandomUse, UserError, permute, seed_sequence
 
 
 class Batch(NamedTuple):
@@ -119,7 +122,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         unit: int | None = None,
     ) -> None:
         self.count, self.batch_size, self.seed, self.views = count, batch_size, seed, views
-        self.rank, self.world = utils.rank(), utils.world_size()
+        self.rank, self.world = runtime.rank(), runtime.world_size()
         self.view, self.first_batch = 0, 0
         self.end = count - count % (unit or batch_size * self.world)  # the first place not shown
         blocks = math.ceil(self.end / batch_size)
@@ -184,7 +187,7 @@ class EvalBatches(Sampler[list[tuple[int, int]]]):
 
     def __init__(self, count: int, batch_size: int, shared: bool) -> None:
         self.batch_size, self.view, self.first_batch = batch_size, 0, 0
-        self.images = range(utils.rank(), count, utils.world_size()) if shared else range(count)
+        self.images = range(runtime.rank(), count, runtime.world_size()) if shared else range(count)
         self.batches_in_epoch = math.ceil(len(self.images) / batch_size)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -225,7 +228,7 @@ class Stream:
 
     def places(self, batch: int) -> range:
         """A number for each image of one batch of this rank, none twice in an epoch."""
-        start = (batch * utils.world_size() + utils.rank()) * self.batch_size
+        start = (batch * runtime.world_size() + runtime.rank()) * self.batch_size
         return range(start, start + self.batch_size)
 
     def __iter__(self) -> Iterator[HostBatch]:
@@ -291,7 +294,7 @@ class DeviceLoader:
         device = self.to_network.device
         for number, host in enumerate(self.host(), start=first_batch):
             images = self.to_network(host)
-            targets = utils.send(host.targets, device)
+            targets = runtime.send(host.targets, device)
             places = self.order.places(number)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets, view, places.start)
@@ -343,7 +346,7 @@ def build_data(
             identity: dict[str, Any] = {"images": len(source)}
             if isinstance(source, ImageSource):
                 identity = source.identity()
-            utils.require_same(**{f"{name}_{part}": value for part, value in identity.items()})
+            runtime.require_same(**{f"{name}_{part}": value for part, value in identity.items()})
     _fit_batches(args, len(train))
     config = transforms.data_config(args) | {"classes": train.classes}
     to_network = ToNetwork(config, device)
@@ -362,7 +365,7 @@ def _loader_keywords(args: argparse.Namespace, device: torch.device) -> dict[str
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and device.type == "cuda",
         "persistent_workers": args.num_workers > 0,
-        "worker_init_fn": utils.leave_signals_to_the_trainer,
+        "worker_init_fn": runtime.leave_signals_to_the_trainer,
         "collate_fn": collate,
     }
 
@@ -372,9 +375,9 @@ def _fit_batches(args: argparse.Namespace, images: int) -> None:
         log(line)
     if not args.batch_size:
         raise UserError(
-            f"{images} training image(s) are too few for {utils.world_size()} process(es), each of "
-            f"which needs {2 if is_mixed(args) else 1}; add images, use fewer processes, or pass "
-            "--mixup 0 --cutmix 0"
+            f"{images} training image(s) are too few for {runtime.world_size()} process(es), each "
+            f"of which needs {2 if is_mixed(args) else 1}; add images, use fewer processes, or "
+            "pass --mixup 0 --cutmix 0"
         )
 
 
@@ -389,7 +392,7 @@ def build_eval_loader(
     transform, to_network = transforms.eval_transform(config), ToNetwork(config, device)
     loader_keywords = _loader_keywords(args, device)
     if isinstance(val, StreamSource):
-        val.stream.transform = Compose([datasets.decode_of_stream, transform])
+        val.stream.transform = Compose([pictures.decode_of_stream, transform])
         stream = Stream(val.stream, loader_keywords | {"batch_size": batch_size}, is_train=False)
         return DeviceLoader(stream, stream, to_network)
     order = EvalBatches(len(val), batch_size, args.dist_eval)
@@ -418,7 +421,7 @@ def _train_loader(
                 f"--teacher_views {views}: needs images in a fixed order, which the stream "
                 f"{args.data_set} does not have; use a folder, or leave the flag out"
             )
-        train.stream.transform = Compose([datasets.decode_of_stream, transform])
+        train.stream.transform = Compose([pictures.decode_of_stream, transform])
         stream = Stream(
             train.stream, loader_keywords | {"batch_size": args.batch_size}, is_train=True
         )

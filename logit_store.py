@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
+import runtime
 import utils
 from loaders import Batch, BatchOrder
-from utils import UserError, few, log
+from runtime import log
+from utils import UserError, few
 
 FORMAT = 3  # of the files and of the order of their rows; rises when a program would misread others
 PENDING_BYTES = 2**25  # logits waiting to be written; each write waits for the device
@@ -195,7 +197,7 @@ class LogitFile:
             open(self.stem.with_suffix(".sums"), "r+b", buffering=0) as marks,
             open(self.stem.with_suffix(".logits"), "r+b", buffering=0) as file,
         ):
-            utils.lock(marks)
+            runtime.lock(marks)
             order = order[self.sums[places[order]] == 0]
             if not len(order):
                 return  # another process stored them first
@@ -418,7 +420,7 @@ class StoredTeacher:
         if logits is not None:
             # Only a copy from page-locked memory does not wait for the GPU.
             logits = logits.pin_memory() if images.is_cuda else logits
-            return utils.send(logits, images.device)
+            return runtime.send(logits, images.device)
         if self.teacher is None:
             raise UserError(
                 f"{self.store.folder}: cached logits {places.start}-{places.stop - 1} of view "
@@ -448,7 +450,7 @@ def open_store(
         row_format: for top-k rows, the temperature of the store's first run is used.
     Raises: UserError where the store was created with something else.
     """
-    found = utils.from_main(lambda: claim(folder, make_manifest()))
+    found = runtime.from_main(lambda: claim(folder, make_manifest()))
     row_format.temperature = found["note"]["kd_temperature"]
     return LogitStore(folder, images, needed, row_format, found["id"])
 

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import runtime
 import utils
-from utils import UserError, log
+from runtime import log
+from utils import UserError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -156,8 +158,8 @@ class History:
         self.norms.append(grad_norm.detach())
         self.batches_per_update.append(self.batches_since_update)
         self.batches_since_update = 0
-        if utils.world_size() == 1:
-            self.stop = utils.received_signal()  # free: there is no other process to ask
+        if runtime.world_size() == 1:
+            self.stop = runtime.received_signal()  # free: there is no other process to ask
         if (update + 1) % (self.every or self.print_freq) == 0 or update + 1 == self.updates:
             steps, seconds = len(self.norms), self.stopwatch.seconds()
             self._fetch(update)
@@ -175,7 +177,7 @@ class History:
         # Divisors, so that lines come at the same steps whatever the earlier lines were.
         divisors = [n for n in range(1, self.print_freq + 1) if self.print_freq % n == 0]
         every = max(n for n in divisors if n <= most)
-        self.stop, negative = utils.largest([utils.received_signal(), -every], self.device)
+        self.stop, negative = runtime.largest([runtime.received_signal(), -every], self.device)
         self.every = -negative
 
     def flush(self, updates: int) -> Progress:
@@ -194,11 +196,11 @@ class History:
         table = torch.cat(self.tables)  # (batches, metrics + 1)
         norms = torch.stack(self.norms).float()  # (optimizer steps,)
         largest = table[:, -1].clone()
-        utils.all_reduce_(table)
-        utils.all_reduce_(largest, dist.ReduceOp.MAX)
-        rows = (table[:, :-1] / utils.world_size()).cpu().numpy()
+        runtime.all_reduce_(table)
+        runtime.all_reduce_(largest, dist.ReduceOp.MAX)
+        rows = (table[:, :-1] / runtime.world_size()).cpu().numpy()
         step_norms, largest_logits = norms.cpu().numpy(), largest.cpu().numpy()
-        images = self.images * utils.world_size()
+        images = self.images * runtime.world_size()
 
         step_of_row = np.repeat(np.arange(len(step_norms)), self.batches_per_update)
         is_finite = np.isfinite(rows[:, 0]) & np.isfinite(step_norms[step_of_row])
@@ -309,10 +311,10 @@ class Recorder:
         log.txt is the same whether or not the run was interrupted.
         """
         path = writer = None
-        if output_dir and utils.is_main_process():
+        if output_dir and runtime.is_main_process():
             path = Path(output_dir) / "log.txt"
             drop_lines_from(path, start_epoch)
-        if log_dir and utils.is_main_process():
+        if log_dir and runtime.is_main_process():
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             utils.make_folder(log_dir)

@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import datasets
 import models
+import runtime
 import utils
 from arguments import (
     cores_per_process,
@@ -65,9 +66,10 @@ from distillation import DistillationLoss, SelectClasses, StudentWithDistillatio
 from engine import LoopSettings, Schedule, cosine_schedule, evaluate, train_one_epoch
 from loaders import Data, DeviceLoader, build_data, build_eval_loader
 from logs import History, Recorder
+from runtime import log
 from teacher import RunTeacher, fill_store, prepare_teacher
 from transforms import data_config
-from utils import RandomUse, UserError, log, name_flags
+from utils import RandomUse, UserError, name_flags
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,24 +79,24 @@ def main(argv: list[str] | None = None) -> int:
         run(argv)
         code = 0
     except UserError as error:
-        where = f" [rank {utils.rank()}]" if utils.rank() else ""
+        where = f" [rank {runtime.rank()}]" if runtime.rank() else ""
         print(f"main.py: error{where}: {error}", file=sys.stderr, flush=True)
         code = 2
-    except utils.Interrupted as stop:
+    except runtime.Interrupted as stop:
         log(f"Stopped: {stop}")
-        utils.leave_group(0)  # all processes stop together
+        runtime.leave_group(0)  # all processes stop together
         return stop.exit_code
     except KeyboardInterrupt:  # the second one: the first asks for a checkpoint
         print("main.py: stopped at once; nothing more was saved", file=sys.stderr, flush=True)
         code = 128 + signal.SIGINT
     except Exception:
-        if utils.world_size() == 1:
+        if runtime.world_size() == 1:
             raise
-        if not utils.has_failed():  # else this is the echo of another error, told already
+        if not runtime.has_failed():  # else this is the echo of another error, told already
             traceback.print_exc()
     finally:
-        utils.end_workers()
-    utils.leave_group(code)
+        runtime.end_workers()
+    runtime.leave_group(code)
     return code
 
 
@@ -105,17 +107,17 @@ def run(argv: list[str] | None) -> None:
     """
     args = parse_args(argv)
     with name_flags(device="--device"):
-        device = utils.init_process(args.device, args.dist_url)
+        device = runtime.init_process(args.device, args.dist_url)
     if device.type == "cpu":
-        utils.keep_freed_memory()
+        runtime.keep_freed_memory()
     elif device.type == "cuda" and args.fast_cuda:
-        utils.allow_fast_kernels()
+        runtime.allow_fast_kernels()
     if args.resume:
         with name_flags(checkpoint="--resume"):
             checkpoint = read_checkpoint(args.resume)
         args = parse_args(argv, follow_checkpoint(saved_args(checkpoint), args.given, args.eval))
     if args.use_amp and not args.amp_dtype:
-        args.amp_dtype = utils.default_amp_dtype(device)
+        args.amp_dtype = runtime.default_amp_dtype(device)
     if args.sync_bn and device.type != "cuda":
         raise UserError(f"--sync_bn true: works on CUDA only, and this run uses {device}")
     if idle := arguments.effects_line(args):
@@ -131,7 +133,7 @@ def run(argv: list[str] | None) -> None:
     data = build_data(args, device, args.teacher_views, fill=args.teacher_cache_only)
     log(
         f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
-        f"{utils.world_size()} process(es) with batches of {args.batch_size} and "
+        f"{runtime.world_size()} process(es) with batches of {args.batch_size} and "
         f"{args.num_workers} loader worker(s) each"
     )
     if device.type == "cuda" and (cores := cores_per_process()) < 2:
@@ -186,10 +188,10 @@ def claim_output_dir(args: argparse.Namespace) -> FileIO | None:
                 f"--{flag} {path}: lies in --output_dir {folder}, where this run would overwrite "
                 "it; pass another --output_dir"
             )
-    lock = utils.lock_folder(folder) if utils.is_main_process() else None
-    if not args.auto_resume and not args.resume and utils.is_main_process():
+    lock = runtime.lock_folder(folder) if runtime.is_main_process() else None
+    if not args.auto_resume and not args.resume and runtime.is_main_process():
         move_aside(folder)
-    utils.barrier()
+    runtime.barrier()
     return lock
 
 
@@ -252,7 +254,7 @@ def train(
     schedule = make_schedule(args, steps)
     images = {}
     if isinstance(data.train, datasets.ImageSource):
-        images = utils.from_main(data.train.identity)
+        images = runtime.from_main(data.train.identity)
     state = RunState(student, ema, optimizer, scaler, vars(args), data.config, images)
     with name_flags(checkpoint="--resume" if args.resume else "--output_dir"):
         start = state.resume(args.output_dir, args.resume, args.auto_resume, args.start_epoch)
@@ -260,7 +262,7 @@ def train(
     if state.epoch < 0 and state.progress is None:  # not resumed
         read_validation(data)
 
-    ddp = exchange_gradients(student, settings.device) if utils.world_size() > 1 else student
+    ddp = exchange_gradients(student, settings.device) if runtime.world_size() > 1 else student
     model = StudentWithDistillation(ddp, teacher.model)  # the teacher stays outside DDP
     if args.compile:
         student.compile()
@@ -277,7 +279,9 @@ def train(
         teacher.flush()
         saved = state.save_inside_epoch(history.flush(updates))
         if history.stop:
-            raise utils.Interrupted(history.stop, f"step {updates} of epoch {history.epoch}", saved)
+            raise runtime.Interrupted(
+                history.stop, f"step {updates} of epoch {history.epoch}", saved
+            )
 
     for epoch in range(start, args.epochs):
         stats = train_one_epoch(
@@ -305,10 +309,10 @@ def train(
         improved = state.finish_epoch(epoch, record)
         if state.folder is not None:
             is_kept = (epoch + 1) % args.save_ckpt_freq == 0 or is_last
-            signalled = utils.stop_requested(settings.device)
+            signalled = runtime.stop_requested(settings.device)
             state.save(improved, is_kept or bool(signalled), args.save_ckpt_num)
             if signalled and not is_last:
-                raise utils.Interrupted(signalled, f"epoch {epoch}", state.folder)
+                raise runtime.Interrupted(signalled, f"epoch {epoch}", state.folder)
     recorder.close()
     teacher.warn_if_below(state.scores)
     duration = timedelta(seconds=int(time.time() - started))
@@ -347,8 +351,8 @@ def evaluate_all(
     teacher_logits = teacher.logits if teacher else None
 
     def score(model: nn.Module) -> dict[str, float]:
-        if utils.world_size() > 1:
-            distribute_bn(model, utils.world_size())  # every rank scores what rank 0 will save
+        if runtime.world_size() > 1:
+            distribute_bn(model, runtime.world_size())  # every rank scores what rank 0 will save
         return evaluate(loader, model, settings, args.dist_eval, teacher_logits)
 
     record = {f"test_{name}": value for name, value in score(student).items()}
@@ -388,7 +392,7 @@ def make_student(args: argparse.Namespace, device: torch.device, num_classes: in
         if args.finetune:
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix))
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters")
-    if args.sync_bn and utils.world_size() > 1:
+    if args.sync_bn and runtime.world_size() > 1:
         student = convert_sync_batchnorm(student)
     # Never slower, and a quarter faster on convolutional networks.
     return student.to(device).to(memory_format=torch.channels_last)
@@ -519,5 +523,5 @@ def report_schedule(
 
 
 if __name__ == "__main__":
-    utils.stop_on_signals()
+    runtime.stop_on_signals()
     sys.exit(main())

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 import models
+import runtime
 import utils
 from arguments import is_mixed, teachers_of, views_of
 from checkpoints import local_file
-from datasets import DECODER, ImageSource, Source
+from datasets import ImageSource, Source
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
 from engine import LogitsByPlaces, LoopSettings, evaluate
 from flags import AUGMENTATION, MIXING, flags_of_group
@@ -32,7 +33,9 @@ from logit_store import (
     open_store,
 )
 from logs import Stopwatch
-from utils import UserError, log, name_flags
+from pictures import DECODER
+from runtime import log
+from utils import UserError, name_flags
 
 CAUSES = (
     "likely causes: another normalisation (--teacher_norm), another size (--teacher_input_size), "
@@ -95,13 +98,13 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
         return RunTeacher(network, None, scores, logits if is_indexable else None)
 
     store = open_teacher_cache(args, data, settings.amp_dtype)
-    missing = utils.from_main(lambda: store.check_space(views_of(args)))
+    missing = runtime.from_main(lambda: store.check_space(views_of(args)))
     cached = None
     if loader is not None and isinstance(data.val, ImageSource):
-        prints = utils.from_main(data.val.fingerprint)
+        prints = runtime.from_main(data.val.fingerprint)
         cached = store.validation_file([prints, data.config], len(data.val))
     counts = torch.tensor([missing, cached.missing() if cached else 0], device=settings.device)
-    utils.all_reduce_(counts, torch.distributed.ReduceOp.MAX)  # one decision for all processes
+    runtime.all_reduce_(counts, torch.distributed.ReduceOp.MAX)  # one decision for all processes
     missing, unscored = counts.tolist()
     source: nn.Module | None = None
     if missing or unscored:
@@ -122,7 +125,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
 def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> nn.Module:
     """The frozen teacher, or the average of several, for the student's input and classes."""
     with name_flags(device="--teacher_device"):
-        teacher_device = utils.find_device(args.teacher_device) if args.teacher_device else device
+        teacher_device = runtime.find_device(args.teacher_device) if args.teacher_device else device
     names = None
     if args.teacher_classes:
         with name_flags(text="--teacher_classes"):
@@ -319,7 +322,7 @@ def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: r
 
     Args:
         teacher: from `prepare_teacher`, with a cache.
-    Raises: utils.Interrupted where a signal asks to stop; what was computed is stored.
+    Raises: runtime.Interrupted where a signal asks to stop; what was computed is stored.
     """
     loader, order, stored = data.train_loader, data.train_loader.order, teacher.model
     assert isinstance(order, EpochBatches) and isinstance(stored, StoredTeacher)
@@ -329,18 +332,18 @@ def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: r
         first = store.file_of(view).first_missing(store.needed)
         # Rows before `first` are cached. Ranks take batches in turn, hence the division by world
         # size.
-        loader.set_epoch(view, first // (order.batch_size * utils.world_size()))
+        loader.set_epoch(view, first // (order.batch_size * runtime.world_size()))
         for number, batch in enumerate(loader, start=1):
             with torch.inference_mode(), settings.autocast():
                 stored(batch.images, batch.key)
-            images_since += len(batch.images) * utils.world_size()
+            images_since += len(batch.images) * runtime.world_size()
             if number % 50 == 0 or number == len(loader):
                 done = f"{batch.places.stop:,}/{store.needed:,}"
                 log(f"View {view} [{done}]  {stopwatch.rate(images_since):.0f} images/s")
                 images_since = 0
-            if utils.received_signal():
+            if runtime.received_signal():
                 break
         store.flush()
         # Also keeps the processes together: no machine is views ahead of another.
-        if signal_number := utils.stop_requested(settings.device):
-            raise utils.Interrupted(signal_number, f"a batch of view {view}", store.folder)
+        if signal_number := runtime.stop_requested(settings.device):
+            raise runtime.Interrupted(signal_number, f"a batch of view {view}", store.folder)

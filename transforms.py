@@ -25,9 +25,10 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import default_collate
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
+import runtime
 import utils
 from arguments import SMALL, is_mixed
-from datasets import LargeJpeg, Picture
+from pictures import LargeJpeg, Picture
 from utils import RandomUse, seed_sequence
 
 # ------------------------------------------------------------------------ what a network sees
@@ -270,7 +271,7 @@ class ToNetwork:
 
     def __call__(self, batch: HostBatch) -> torch.Tensor:
         """A batch of size B -> images (B, 3, H, W) float32, channels last"""
-        pixels = utils.send(batch.pixels, self.device)  # (B, H, W, 3) uint8
+        pixels = runtime.send(batch.pixels, self.device)  # (B, H, W, 3) uint8
         # Whole rows at once, since loops along three channels would be too short. And in place,
         # since fetching fresh memory for a second copy costs ten times the arithmetic.
         rows = pixels.flatten(2).float()  # (B, H, W * 3)
@@ -285,7 +286,7 @@ class ToNetwork:
         areas = batch.boxes[:, 3:].prod(dim=1)
         is_plain = batch.erased.numel() == 3 * len(areas)  # one colour per rectangle
         lengths = [3] * len(areas) if is_plain else (3 * areas).tolist()
-        erased = utils.send(batch.erased, self.device).split(lengths)
+        erased = runtime.send(batch.erased, self.device).split(lengths)
         for box, values in zip(batch.boxes.tolist(), erased, strict=True):
             row, top, left, height, width = box
             shape = (3, 1, 1) if is_plain else (3, height, width)
@@ -419,7 +420,7 @@ class PairMixup:
         kept = np.where(drawn[0], 0.0, drawn[1])
         lam = 1 - (1 - kept) * (bottom - top) * (right - left) / (height * width)
         numbers = torch.from_numpy(np.stack([top, bottom, left, right, kept, lam]))  # (6, P)
-        numbers = utils.send(numbers.float(), images.device)[:, :, None]
+        numbers = runtime.send(numbers.float(), images.device)[:, :, None]
         y = torch.arange(height, device=images.device)
         x = torch.arange(width, device=images.device)
         rows = (y >= numbers[0]) & (y < numbers[1])  # (P, H)

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 import torch.distributed
 
+import runtime
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import datasets  # noqa: E402
 import loaders  # noqa: E402
-import utils  # noqa: E402
 from arguments import parse_args  # noqa: E402
 
 CLASSES = 1000
@@ -45,20 +46,20 @@ def image_of(index: int) -> np.ndarray:
 
 def source_of_numbers(images: int) -> datasets.ImageSource:
     """A source whose images and labels follow from the index alone."""
-    (targets,) = utils.once_per_machine(lambda: [np.arange(images) % CLASSES])
+    (targets,) = runtime.once_per_machine(lambda: [np.arange(images) % CLASSES])
     return datasets.ImageSource(image_of, targets, [str(label) for label in range(CLASSES)])
 
 
 def run_rank(images: int, holdout: int) -> None:
     """One rank; rank 0 prints the seconds of the slowest rank as JSON."""
     started = time.perf_counter()
-    device = utils.init_process("cpu", "env://")
+    device = runtime.init_process("cpu", "env://")
     datasets.open_split = lambda args, is_train: source_of_numbers(images)
     data = loaders.build_data(
         parse_args(FLAGS + (["--holdout", str(holdout)] if holdout else [])), device
     )
     assert isinstance(data.train, datasets.ImageSource)
-    utils.from_main(data.train.identity)
+    runtime.from_main(data.train.identity)
     loader = data.train_loader
     loader.set_epoch(0)
     next(iter(loader))
@@ -67,16 +68,16 @@ def run_rank(images: int, holdout: int) -> None:
     loader.set_epoch(0, loader.batches_in_epoch - 2)
     for _ in loader:
         pass
-    utils.barrier()
+    runtime.barrier()
     started = time.perf_counter()
     loader.set_epoch(1)
     next(iter(loader))
     seconds.append(time.perf_counter() - started)
     slowest = torch.tensor(seconds)
-    utils.all_reduce_(slowest, torch.distributed.ReduceOp.MAX)
-    utils.log(json.dumps(slowest.tolist()))
+    runtime.all_reduce_(slowest, torch.distributed.ReduceOp.MAX)
+    runtime.log(json.dumps(slowest.tolist()))
     time.sleep(1)  # for a last reading of the memory
-    utils.end_workers()
+    runtime.end_workers()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -35,7 +35,7 @@ import arguments
 import engine
 import loaders
 import logs
-import utils
+import runtime
 from distillation import DistillationLoss, StudentWithDistillation, TeacherAdapter
 from examples import digits_demo
 from loaders import Batch
@@ -286,7 +286,7 @@ def _times(pair: Pair, rounds: int, device: torch.device) -> dict[str, list[floa
     """Seconds per step of each variant in each round."""
     silence_the_loop()
     if device.type == "cpu":
-        utils.keep_freed_memory()  # as main.run does
+        runtime.keep_freed_memory()  # as main.run does
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runners: list[Runner | RunnerElsewhere] = [

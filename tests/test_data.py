@@ -27,6 +27,7 @@ import arguments
 import check_data
 import datasets
 import loaders
+import pictures
 import transforms
 from utils import RandomUse, UserError, seed_rng, seed_sequence
 
@@ -76,8 +77,8 @@ def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypat
     monkeypatch.setattr(loaders, "PLACES_AT_ONCE", 50)  # so that batches are computed in parts
     steps = {}
     for rank in range(world):
-        monkeypatch.setattr(loaders.utils, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(loaders.utils, "world_size", lambda: world)
+        monkeypatch.setattr(loaders.runtime, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(loaders.runtime, "world_size", lambda: world)
         batches = loaders.EpochBatches(100, 24 // world, seed=7)
         batches.set_epoch(3)
         for step, keys in enumerate(batches):
@@ -160,8 +161,8 @@ def test_an_epoch_of_a_billion_images_begins_without_their_list():
 def test_evaluation_batches_hold_every_image_once(world, monkeypatch):
     seen = []
     for rank in range(world):
-        monkeypatch.setattr(loaders.utils, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(loaders.utils, "world_size", lambda: world)
+        monkeypatch.setattr(loaders.runtime, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(loaders.runtime, "world_size", lambda: world)
         for batch in loaders.EvalBatches(101, 16, shared=True):
             seen += [index for _, index in batch]
     assert sorted(seen) == list(range(101))
@@ -310,7 +311,7 @@ def test_classes_that_differ_between_train_and_val_are_told(tmp_path):
 def test_every_kind_of_picture_becomes_rgb_and_right(tmp_path):
     grey = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
     color = np.stack([grey, grey[::-1], 255 - grey], axis=2)
-    pictures = {
+    cases = {
         "grey.png": (Image.fromarray(grey), grey),
         "16-bit.png": (Image.fromarray(grey.astype(np.uint16) * 257), grey),
         "rgb.png": (Image.fromarray(color), color),
@@ -320,10 +321,10 @@ def test_every_kind_of_picture_becomes_rgb_and_right(tmp_path):
         "cmyk.tif": (Image.fromarray(color).convert("CMYK"), color),
         "one-bit.png": (Image.fromarray(grey > 100), np.uint8(255) * (grey > 100)),
     }
-    for name, (picture, expected) in pictures.items():
+    for name, (picture, expected) in cases.items():
         picture.save(tmp_path / name)
         with Image.open(tmp_path / name) as image, open(tmp_path / name, "rb") as file:
-            answers = [datasets.decode(given, name) for given in (tmp_path / name, image, file)]
+            answers = [pictures.decode(given, name) for given in (tmp_path / name, image, file)]
         assert all(np.array_equal(answer, answers[0]) for answer in answers), name
         shown = answers[0].astype(int)
         expected = expected if expected.ndim == 3 else np.repeat(expected[:, :, None], 3, axis=2)
@@ -358,7 +359,7 @@ def transparent_logo(folder: Path) -> tuple[list[Path], np.ndarray]:
 def test_what_is_transparent_is_white_and_hides_no_color(tmp_path):
     paths, expected = transparent_logo(tmp_path)
     for path in paths:
-        np.testing.assert_array_equal(datasets.decode(path, path), expected, str(path))
+        np.testing.assert_array_equal(pictures.decode(path, path), expected, str(path))
 
 
 def photographs_of_a_phone(folder: Path) -> list[tuple[Path, Image.Image]]:
@@ -380,7 +381,7 @@ def test_photographs_of_a_phone_are_upright(tmp_path):
         assert expected.size == ((24, 40) if int(path.stem) > 4 else (40, 24))
         with Image.open(path) as picture, open(path, "rb") as file:
             for given in (path, picture, file):
-                shown = datasets.decode(given, path)
+                shown = pictures.decode(given, path)
                 np.testing.assert_array_equal(shown, np.asarray(expected), str(path))
 
 
@@ -396,7 +397,7 @@ def test_a_damaged_exif_spoils_neither_an_image_nor_its_orientation(tmp_path):
         for ending in ("jpg", "webp"):
             path = tmp_path / f"odd.{ending}"
             photograph(0, (40, 24)).save(path, exif=exif)
-            assert datasets.decode(path, path).shape == shape, exif
+            assert pictures.decode(path, path).shape == shape, exif
 
 
 def test_odd_images_look_alike_in_training_and_in_evaluation(tmp_path):
@@ -461,7 +462,7 @@ def test_of_an_animated_image_the_first_frame_is_shown(ending, tmp_path):
     frames[0].save(path, save_all=True, append_images=frames[1:], **options)
     with Image.open(path) as image:
         assert image.n_frames == 2
-    np.testing.assert_array_equal(datasets.decode(path, path), color)
+    np.testing.assert_array_equal(pictures.decode(path, path), color)
 
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -482,7 +483,7 @@ def test_pictures_of_more_than_8_bits_keep_their_greys(values, tmp_path):
     path = tmp_path / "wide.tif"
     Image.fromarray(values).save(path)
     expected = np.repeat(RAMP[:, :, None], 3, axis=2)
-    np.testing.assert_array_equal(datasets.decode(path, path), expected)
+    np.testing.assert_array_equal(pictures.decode(path, path), expected)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +497,7 @@ def test_a_picture_of_an_unknown_range_is_refused_by_name(value, kind, tmp_path)
     path = tmp_path / "wide.tif"
     Image.fromarray(values).save(path)
     with pytest.raises(UserError, match=r"wide.tif \(its values lie in .*save it with 8 bits"):
-        datasets.decode(path, path)
+        pictures.decode(path, path)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr"])
@@ -506,7 +507,7 @@ def test_a_jpeg_shows_pillows_pixels(mode, options, tmp_path):
     photograph(3).convert(mode).save(path, quality=90, **options)
     with Image.open(path) as image:
         expected = np.array(image.convert("RGB"))
-    assert np.array_equal(datasets.decode(str(path), path), expected)
+    assert np.array_equal(pictures.decode(str(path), path), expected)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
@@ -520,7 +521,7 @@ def test_a_picture_that_can_not_be_read_is_named(kind, ending, tmp_path, monkeyp
         whole = path.read_bytes()
         path.write_bytes({"empty": b"", "text": b"hello", "cut": whole[: len(whole) // 2]}[kind])
     with pytest.raises(UserError, match=f"cannot read the image .*{kind}.{ending}"):
-        datasets.decode(str(path), str(path))
+        pictures.decode(str(path), str(path))
 
 
 def large_photograph(path: Path, size=(1701, 1203), mode: str = "RGB", **options) -> Image.Image:
@@ -547,7 +548,7 @@ def turned(orientation: int) -> dict[str, Image.Exif]:
 def test_a_large_photograph_is_cropped_where_its_full_decode_is(options, tmp_path):
     """With timm's draws, at every scale, and whatever part of the last block the file fills."""
     upright = large_photograph(tmp_path / "p.jpg", **options)
-    shown = datasets.open_image(str(tmp_path / "p.jpg"), "p.jpg")
+    shown = pictures.open_image(str(tmp_path / "p.jpg"), "p.jpg")
     assert shown.shape == (*upright.size[::-1], 3)
     for size, area in ((64, 1.0), (64, 0.4), (128, 0.3)):  # at 1/8, 1/4 and 1/2
         crops = [
@@ -852,7 +853,7 @@ def test_a_cache_from_before_photographs_were_upright_is_refused(run_main, kd, s
     flags = [*short, *kd, "--teacher_cache", tmp_path]
     assert run_main(*flags).code == 0
     path = tmp_path / "manifest.json"
-    path.write_text(path.read_text().replace(f'"decoder": {datasets.DECODER},', ""))
+    path.write_text(path.read_text().replace(f'"decoder": {pictures.DECODER},', ""))
     run = run_main(*flags)
     assert run.code == 2 and "--teacher_cache" in run.err and "decoder" in run.err
 

@@ -15,7 +15,7 @@ import torch
 from helpers import ROOT, children_of, read_log, start, teacher_flags, torchrun
 
 import models  # noqa: F401
-import utils
+import runtime
 
 # LayerNorm, since BatchNorm's statistics are those of a process's own images.
 FLAGS = """--device cpu --num_workers 1 --model convnext_atto --input_size 32 --train_samples 96
@@ -97,13 +97,13 @@ ONCE_PER_MACHINE = """
 import os, sys
 import numpy as np
 import datasets, utils
-utils.init_process("cpu", "env://")
+runtime.init_process("cpu", "env://")
 made = []
 def make():
     made.append(1)
-    return [np.full(3, utils.rank()), np.array([0.5])]
+    return [np.full(3, runtime.rank()), np.array([0.5])]
 for _ in range(2):
-    numbers, half = utils.once_per_machine(make)
+    numbers, half = runtime.once_per_machine(make)
 source = datasets.image_folder(sys.argv[1])
 print(len(made), numbers.tolist(), half[0], numbers.flags.writeable, len(source), source[23][1])
 try:
@@ -120,7 +120,7 @@ def test_one_process_per_machine_lists_a_folder_and_makes_what_all_share(imnet, 
     temporary, empty = tmp_path / "tmp", tmp_path / "empty"
     temporary.mkdir()
     (empty / "ant").mkdir(parents=True)
-    killed, new = (temporary / f"{utils.SHARED}{name}.npy" for name in ("killed", "new"))
+    killed, new = (temporary / f"{runtime.SHARED}{name}.npy" for name in ("killed", "new"))
     for path in (killed, new):
         path.write_bytes(b"left by another run")
     os.utime(killed, (0, 0))
@@ -191,7 +191,7 @@ import sys
 import checkpoints, datasets, main, utils
 
 {patch}
-utils.stop_on_signals()
+runtime.stop_on_signals()
 sys.exit(main.main())
 """
 ENDLESS = "--device cpu --num_workers 0 --model cifar_resnet8 --batch_size 8 --epochs 1000".split()

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 
 import checkpoints
-import datasets
+import pictures
 from utils import UserError
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -93,5 +93,5 @@ def test_a_damaged_safetensors_file_is_refused_by_name_or_read(data):
 @MANY
 @given(data=damaged(PICTURES))
 def test_a_damaged_picture_is_refused_by_name_or_shown(data):
-    picture = read_or_refused(data, "p.img", lambda path: datasets.decode(path, path))
+    picture = read_or_refused(data, "p.img", lambda path: pictures.decode(path, path))
     assert picture is None or (picture.ndim == 3 and picture.shape[2] == 3)

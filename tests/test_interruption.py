@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import CPU, ROOT, children_of, is_same, read_log, start, torchrun
 
-import utils
+import runtime
 from checkpoints import INSIDE_EPOCH
 from utils import UserError
 
@@ -135,12 +135,12 @@ def test_a_run_waits_no_longer_than_its_step_for_a_signal():
     """The handler itself only leaves a note."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        utils.stop_on_signals()
+        runtime.stop_on_signals()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.05)
-        assert utils.stop_requested(CPU) == signal.SIGTERM
+        assert runtime.stop_requested(CPU) == signal.SIGTERM
     finally:
-        utils._received.clear()
+        runtime._received.clear()
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
-    assert utils.stop_requested(CPU) == 0
+    assert runtime.stop_requested(CPU) == 0

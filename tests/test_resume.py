@@ -193,7 +193,7 @@ def test_a_file_that_the_run_reads_is_never_overwritten_by_it(run_main, short, t
 HOLD = """
 import sys, time, utils
 from pathlib import Path
-lock = utils.lock_folder(Path(sys.argv[1]))
+lock = runtime.lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """

@@ -63,7 +63,7 @@ def test_checkpoints_hold_plain_values_and_no_teacher(run_main, short, kd, tmp_p
     for name in (1, "best", "best-ema"):
         saved = run.checkpoint(name)
         assert {"model", "model_ema", "optimizer", "scaler", "epoch", "args"} <= saved.keys()
-        assert saved["format"] == checkpoints.FORMAT == 1
+        assert saved["format"] == checkpoints.FORMAT == 2
         assert saved["model"].keys() == saved["model_ema"].keys()
         assert sum(v.numel() for k, v in saved["model"].items() if "num_batches" not in k) < 80_000
         assert saved["args"]["kd_alpha"] == 0.7 and saved["data"]["classes"][3] == "3"
@@ -118,6 +118,7 @@ def test_a_checkpoint_from_before_the_format_number_is_resumed(
     torch.save(saved, path)
     resumed = run_main(*flags, output_dir=tmp_path / "old")
     assert resumed.code == 0 and "2 steps of the next" in resumed.out, resumed.err
+    assert "written by an earlier version" in resumed.out
     assert resumed.log[1] == whole.log[1]
     shared = whole.log[0].keys() - {"train_kd"} if not teacher else whole.log[0].keys()
     assert {key: resumed.log[0][key] for key in shared} == {
@@ -128,9 +129,9 @@ def test_a_checkpoint_from_before_the_format_number_is_resumed(
 
 def test_a_checkpoint_of_a_newer_version_is_refused(run_main, short, tmp_path):
     saved = run_main(*short, output_dir=tmp_path).checkpoint(1)
-    torch.save(saved | {"format": 2}, tmp_path / "newer.pth")
+    torch.save(saved | {"format": 3}, tmp_path / "newer.pth")
     run = run_main(*short, "--resume", tmp_path / "newer.pth")
-    assert run.code == 2 and "written by a newer version (format 2; this version reads" in run.err
+    assert run.code == 2 and "written by a newer version (format 3; this version reads" in run.err
 
 
 def test_nothing_is_saved_where_it_is_not_wanted(run_main, short, tmp_path):
@@ -470,7 +471,7 @@ def test_the_log_does_not_depend_on_when_its_scalars_are_computed(
 def test_on_the_cpu_freed_memory_is_kept_for_the_next_step():
     faults = """
 import resource, sys, torch, utils
-utils.keep_freed_memory()
+runtime.keep_freed_memory()
 for turn in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)  # 64 MiB, 16,384 pages
