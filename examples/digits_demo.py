@@ -24,7 +24,7 @@ from arguments import usable_cores  # noqa: E402
 
 SEEDS = range(4)
 
-TEACHER = "--model cifar_resnet20 --epochs 60 --cutmix 0"
+TEACHER = "--model cifar_resnet20 --epochs 60 --batch_size 64 --cutmix 0"
 STUDENT = "--model cifar_resnet8 --epochs 300"
 # Digits have no colours to jitter and 8 pixels leave little to erase: crops, mixup and cutmix only.
 COMMON = (
