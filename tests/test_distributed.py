@@ -96,7 +96,7 @@ def test_only_rank_0_prints(runs):
 ONCE_PER_MACHINE = """
 import os, sys
 import numpy as np
-import datasets, utils
+import datasets, runtime, utils
 runtime.init_process("cpu", "env://")
 made = []
 def make():
@@ -188,7 +188,7 @@ def test_two_processes_and_two_runs_at_once_fill_one_store(runs_folder):
 
 SOLO = """
 import sys
-import checkpoints, datasets, main, utils
+import checkpoints, datasets, main, runtime, utils
 
 {patch}
 runtime.stop_on_signals()
@@ -205,7 +205,8 @@ import os
 digits = datasets.digits
 def fewer(is_train):
     found = digits(is_train)
-    return datasets.subset(found, range(40 + int(os.environ["RANK"])))
+    count = 40 + int(os.environ["RANK"])
+    return datasets.ImageSource(found.load, found.targets[:count], found.classes)
 datasets.digits = fewer
 """
 

@@ -191,7 +191,7 @@ def test_a_file_that_the_run_reads_is_never_overwritten_by_it(run_main, short, t
 
 
 HOLD = """
-import sys, time, utils
+import sys, time, runtime
 from pathlib import Path
 lock = runtime.lock_folder(Path(sys.argv[1]))
 print("held", flush=True)

@@ -470,7 +470,7 @@ def test_the_log_does_not_depend_on_when_its_scalars_are_computed(
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_on_the_cpu_freed_memory_is_kept_for_the_next_step():
     faults = """
-import resource, sys, torch, utils
+import resource, sys, runtime, torch
 runtime.keep_freed_memory()
 for turn in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
