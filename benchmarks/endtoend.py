@@ -30,7 +30,7 @@ import datasets
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 64  # of the JPEGs, in pixels
-JPEGS = {"train": 600, "val": 300}
+JPEGS = {"train": 480, "val": 240}
 OURS, TIMM = "main.py", "timm's pieces"
 CACHED, ONLINE, PLAIN = "one teacher cache", "teacher online", "plain"
 ALPHAS, TEMPERATURES = (0.3, 0.5, 0.7, 0.9), (2.0, 4.0)
@@ -52,13 +52,13 @@ class Job:
     output_dir: str
     seed: int
     model: str = "resnet10t"
-    teacher: str = "resnet34"
+    teacher: str = "resnet18"
     classes: int = 10
     alpha: float = 0.7
     temperature: float = 4.0
     input_size: int = 64
     batch_size: int = 32
-    epochs: int = 6
+    epochs: int = 5
     warmup_epochs: int = 1
     lr: float = 2e-3
     min_lr: float = 1e-6
@@ -156,7 +156,7 @@ def against_timm(folder: Path, rounds: int) -> dict[str, Any]:
     """The distilled run of both, one after the other."""
     write_digits(folder / "jpegs")
     job = Job(str(folder / "jpegs"), str(folder / "teacher/checkpoint-best.pth"), "", 0)
-    teacher = ["--model", job.teacher, "--input_size", str(job.input_size), "--epochs", "12"]
+    teacher = ["--model", job.teacher, "--input_size", str(job.input_size), "--epochs", "8"]
     data = ["--data_path", job.data_path, "--hflip", "0", "--num_workers", "1", "--device", "cpu"]
     scored = run_main([*teacher, *data, *shlex.split(TEACHER)], folder / "teacher")
     results: dict[str, list[Whole]] = {OURS: [], TIMM: []}

@@ -82,7 +82,7 @@ def show_processes(result: dict[str, dict[str, float]]) -> None:
 def show_endtoend(result: dict[str, Any]) -> None:
     """Print a table per comparison, with a row per variant."""
     titles = {
-        "timm": "A distilled run, resnet10t ← resnet34 at 64 pixels",
+        "timm": "A distilled run, resnet10t ← resnet18 at 64 pixels",
         "sweep": "A sweep of 8 students, cifar_resnet8 ← cifar_resnet56 on digits",
     }
     for name, comparison in result.items():
