@@ -5,9 +5,13 @@ import signal
 
 import arguments
 
-# Threads of torch that wait for work sleep. By default they spin, which made a small network up to
-# 20 times slower on cores that other processes used too. Read once, when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads of torch that wait for work spin for 10,000 turns and then sleep. By default they spin 30
+# times longer, which made a small network 60 times slower on cores that other processes used too;
+# threads that sleep at once made it 3 times slower on quiet cores. Measured in docs/benchmarks.md;
+# read once, when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if __name__ == "__main__":
     # The imports below take seconds. Ctrl-C ends them without a traceback, and --help and mistyped
@@ -131,10 +135,12 @@ def run(argv: list[str] | None) -> None:
 
     log(f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}, on {device}")
     data = build_data(args, device, args.teacher_views, fill=args.teacher_cache_only)
+    each = f"batches of {args.batch_size}, {args.num_workers} loader worker(s)"
+    if device.type == "cpu":
+        each += f", {runtime.choose_threads(args.batch_size * args.input_size**2)} CPU thread(s)"
     log(
         f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
-        f"{runtime.world_size()} process(es) with batches of {args.batch_size} and "
-        f"{args.num_workers} loader worker(s) each"
+        f"{runtime.world_size()} process(es), each with {each}"
     )
     if device.type == "cuda" and (cores := cores_per_process()) < 2:
         log(f"Warning: {cores:.1f} cores per process; see docs/distributed.md for SLURM's setting")

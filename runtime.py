@@ -29,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import UserError, changes, first_line
 
 T = TypeVar("T")
+DEFAULT_THREADS = torch.get_num_threads()  # torch's own choice: one per core
+PIXELS_PER_THREAD = 8192  # of a batch; measured, see docs/benchmarks.md
 
 # ---------------------------------------------------------------------------------- processes
 
@@ -92,6 +94,23 @@ def keep_freed_memory() -> None:
         return  # not glibc
     mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which free() would unmap
     mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def choose_threads(pixels: int) -> int:
+    """Give each CPU thread of torch a share of a batch that is worth waking the thread for.
+
+    A function of the command and the machine alone, since the last bits of a result depend on the
+    number of threads. Where OMP_NUM_THREADS or MKL_NUM_THREADS is set, nothing changes.
+
+    Args:
+        pixels: images of a batch, times height, times width.
+    Returns: the number of threads, at most as many as torch had chosen.
+    """
+    if not os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
+        threads = max(1, min(DEFAULT_THREADS, pixels // PIXELS_PER_THREAD))
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+    return torch.get_num_threads()
 
 
 def allow_fast_kernels() -> None:

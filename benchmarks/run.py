@@ -1,7 +1,7 @@
 """Measure what this project claims about speed; prints tables and writes JSON.
 
-    python benchmarks/run.py                      # everything, some minutes
-    python benchmarks/run.py steps --rounds 5     # one part: steps, pipeline or processes
+    python benchmarks/run.py                      # everything, an hour on two cores
+    python benchmarks/run.py steps --rounds 5     # one part: steps, pipeline, processes or endtoend
 
 Every figure is a median over rounds, and each round runs all variants. Compare ratios, since
 machines differ.
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from benchmarks import pipeline, processes, steps  # noqa: E402
+from benchmarks import endtoend, pipeline, processes, steps  # noqa: E402
 
-PARTS = ("steps", "pipeline", "processes")
+PARTS = ("steps", "pipeline", "processes", "endtoend")
 
 
 def machine() -> str:
@@ -78,6 +79,24 @@ def show_processes(result: dict[str, dict[str, float]]) -> None:
         print_row(name, f"{mib:.0f} MiB")
 
 
+def show_endtoend(result: dict[str, Any]) -> None:
+    """Print a table per comparison, with a row per variant."""
+    titles = {
+        "timm": "A distilled run, resnet10t ← resnet18 at 64 pixels",
+        "sweep": "A sweep of 8 students, cifar_resnet8 ← cifar_resnet56 on digits",
+    }
+    for name, comparison in result.items():
+        print(f"\n{titles[name]}; teacher {comparison['teacher_accuracy']:.1f} %\n")
+        print_row("", "wall time, s", "CPU time, s", "ratio of wall, of CPU time", "accuracy in %")
+        print_row(*["---"] * 5)
+        for variant, row in comparison["rows"].items():
+            times = f"{row['wall']:.1f}", f"{row['cpu']:.1f}"
+            ratios = f"{row['wall ratio']:.2f}, {row['cpu ratio']:.2f}"
+            accuracies = row["accuracies"]
+            spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+            print_row(variant, *times, ratios, f"{statistics.mean(accuracies):.1f}{spread}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,6 +114,9 @@ def main() -> None:
     if "processes" in chosen:  # first: the others take memory and cores
         result["processes"] = processes.measure(max(3, args.rounds // 3))
         show_processes(result["processes"])
+    if "endtoend" in chosen:
+        result["endtoend"] = endtoend.measure(max(1, args.rounds // 3))
+        show_endtoend(result["endtoend"])
     if "steps" in chosen:
         result["steps"] = steps.measure(args.rounds, torch.device(args.device))
         show_steps(result["steps"])

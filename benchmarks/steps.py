@@ -109,6 +109,7 @@ class MemoryLoader:
 def digits_loader(batch_size: int, device: torch.device) -> loaders.DeviceLoader:
     """All training digits as the demo shows them, by the project's own loader."""
     flags = [*shlex.split(digits_demo.COMMON), "--batch_size", str(batch_size)]
+    flags += ["--output_dir", "unused"]  # what COMMON says of checkpoints needs a folder
     return loaders.build_data(arguments.parse_args(flags), device).train_loader
 
 

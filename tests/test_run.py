@@ -18,6 +18,7 @@ import checkpoints
 import engine
 import logs
 import main
+import runtime
 import utils
 
 
@@ -482,3 +483,21 @@ for turn in range(40):
     counts = list(map(int, out.stdout.split()))
     # The heap grows for some turns until a freed block fits; then nothing is fetched any more.
     assert len(counts) == 40 and statistics.median(counts[20:]) < 1000, out.stdout + out.stderr
+
+
+def test_small_batches_take_one_thread_and_a_given_number_of_threads_is_kept(
+    run_main, short, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runtime, "DEFAULT_THREADS", 3)
+    given = torch.get_num_threads()
+    try:
+        assert ", 1 CPU thread(s)" in run_main(*short).out  # 16 digits of 8 x 8 pixels
+        assert torch.get_num_threads() == 1
+        assert runtime.choose_threads(16 * 32 * 32) == 2
+        assert runtime.choose_threads(16 * 128 * 128) == torch.get_num_threads() == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        assert ", 3 CPU thread(s)" in run_main(*short).out
+    finally:
+        torch.set_num_threads(given)
