@@ -48,7 +48,6 @@ OTHER_FLAGS = {
     "wd": "weight_decay",
     "workers": "num_workers",
 }
-FEW_STEPS_LR, LEAST_WAY = 2e-3, 3.0  # of AdamW: see default_lr
 OTHER_DATA_SETS = {"cifar100": "CIFAR", "imagenet": "IMNET"}
 
 # Flags that say where and how a run computes and what it writes, not what it computes. They are
@@ -225,12 +224,21 @@ def fit_to_images(args: argparse.Namespace, images: int) -> list[str]:
 
 
 def default_batch_size(images: int) -> int:
-    """The largest power of two from 8 to 64 that makes 50 batches of so many images."""
+    """The largest power of two from 8 to 64 with which the images make 50 batches; else 8."""
     return next((size for size in (64, 32, 16) if images >= 50 * size), 8)
 
 
+FEW_STEPS_LR = 2e-3  # the most that `default_lr` raises the rate to
+LEAST_WAY = 3.0  # what `default_lr` wants the rate times the steps to be
+
+
 def default_lr(args: argparse.Namespace, total_batch: int, steps: int) -> float:
-    """The peak learning rate for a total batch, in a run of so many optimizer steps."""
+    """The peak learning rate.
+
+    Args:
+        total_batch: images per optimizer step, over all processes.
+        steps: optimizer steps of the run.
+    """
     if is_sgd(args.opt):
         # He et al. 2016, section 4.2: 0.1 at a batch of 128.
         return 0.1 * (total_batch / 128) ** 0.5

@@ -9,7 +9,8 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -306,22 +307,33 @@ def load_network(
 # ---------------------------------------------------------------------- the files of a run
 
 
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write `state` so that `path` is always either the old file or the whole new one.
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for the new content of a file; `path` is always the old or the new file.
 
     Raises: UserError where the file system refuses; every older file is left as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        # A kill may have left one, and it may be a second name of another checkpoint.
+        temporary.unlink(missing_ok=True)
+        yield temporary
         os.replace(temporary, path)
         fsync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
         temporary.unlink(missing_ok=True)
         raise could_not_write(path, error) from error
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write `state` so that `path` is always either the old file or the whole new one.
+
+    Raises: UserError where the file system refuses; every older file is left as it was.
+    """
+    with _replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def link_checkpoint(existing: Path, path: Path) -> None:
@@ -330,20 +342,13 @@ def link_checkpoint(existing: Path, path: Path) -> None:
     A checkpoint is never changed, only replaced, so names that share a file stay apart.
     Raises: UserError where the file system refuses; every older file is left as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+    with _replacing(path) as temporary:
         try:
             os.link(existing, temporary)
         except OSError:
             shutil.copyfile(existing, temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise could_not_write(path, error) from error
 
 
 def files_of_run(folder: Path) -> list[Path]:
@@ -431,9 +436,8 @@ class RunState:
         Returns: the epoch to start with.
         """
         if not path and output_dir and auto_resume:
-            path = runtime.from_main(
-                lambda: self._newest(Path(output_dir))
-            )  # one for all processes
+            # One for all processes, whatever each of them sees in the folder.
+            path = runtime.from_main(lambda: self._newest(Path(output_dir)))
             if path and not os.path.exists(path):
                 raise UserError(
                     f"{path}: process 0 resumes from this file, but process {runtime.rank()} "
@@ -443,7 +447,7 @@ class RunState:
         if path:
             start_epoch = self._restore(read_checkpoint(path), path, start_epoch)
         updates = self.progress.updates if self.progress else 0
-        runtime.require_same(first_epoch=start_epoch, steps_done_in_it=updates)
+        runtime.require_same({"first_epoch": start_epoch, "steps_done_in_it": updates})
         return start_epoch
 
     def _restore(self, checkpoint: Any, path: str, start_epoch: int) -> int:

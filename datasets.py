@@ -259,7 +259,7 @@ def _torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
     data_set = getattr(torchvision.datasets, class_name)
     try:
         # One process per machine downloads; the others wait and find the files.
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if runtime.local_rank() == 0:
             data_set(folder, train=is_train, download=True)
         runtime.barrier()
         data = data_set(folder, train=is_train)

@@ -171,8 +171,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--batch_size",
         type=int,
-        help="images per process and forward pass (default: 64; 32, 16 or 8 for fewer images, so "
-        "that an epoch has 50 batches)",
+        help="images per process and forward pass (default: 64, or 32, 16 or 8 so that an epoch "
+        "of few images has 50 batches)",
     )
     add("--epochs", type=int, default=300, help="number of passes over the training images")
     add(
@@ -198,8 +198,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--fast_cuda",
         type=str2bool,
         default=True,
-        help="on CUDA, use TF32 and let cuDNN choose the fastest kernels; with false, a resumed "
-        "run ends with the same bits",
+        help="on CUDA, use TF32 and let cuDNN choose the fastest kernels; pass false for restarts "
+        "that are as exact as the GPU's kernels",
     )
     add(
         "--sync_bn",
@@ -433,7 +433,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--num_workers",
         type=int,
-        help="loader workers per process (default: the cores per process, at most the batches)",
+        help="loader workers per process (default: the cores per process, at most one per batch)",
     )
     add(
         "--pin_mem",

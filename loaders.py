@@ -326,6 +326,7 @@ class Data:
     val: Source | None
     classes: list[str]
     config: dict[str, Any]
+    images: dict[str, Any]  # what tells the training images from others; {} for a stream
 
 
 def build_data(
@@ -341,12 +342,9 @@ def build_data(
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
     train, val = datasets.open_splits(args)
-    for name, source in (("training", train), ("validation", val)):
-        if source is not None:
-            identity: dict[str, Any] = {"images": len(source)}
-            if isinstance(source, ImageSource):
-                identity = source.identity()
-            runtime.require_same(**{f"{name}_{part}": value for part, value in identity.items()})
+    images = _same_images(train, "training")
+    if val is not None and runtime.world_size() > 1:
+        _same_images(val, "validation")
     _fit_batches(args, len(train))
     config = transforms.data_config(args) | {"classes": train.classes}
     to_network = ToNetwork(config, device)
@@ -356,7 +354,20 @@ def build_data(
     if val is not None:
         val_loader = build_eval_loader(args, val, config, device)
     train_loader.start_workers()
-    return Data(train_loader, val_loader, train, val, train.classes, config)
+    return Data(train_loader, val_loader, train, val, train.classes, config, images)
+
+
+def _same_images(source: Source, name: str) -> dict[str, Any]:
+    """What tells the images of a source from others (ImageSource.identity); {} for a stream.
+
+    All processes compare the number of images, and one per machine also names and labels, which the
+    processes of a machine share. Collective; the run ends where they differ.
+    """
+    values: dict[str, Any] = {"images": len(source)}
+    if isinstance(source, ImageSource) and runtime.local_rank() == 0:
+        values |= source.identity()
+    same = runtime.require_same(values, f"{name} ")
+    return same if isinstance(source, ImageSource) else {}
 
 
 def _loader_keywords(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

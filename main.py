@@ -137,7 +137,8 @@ def run(argv: list[str] | None) -> None:
     data = build_data(args, device, args.teacher_views, fill=args.teacher_cache_only)
     each = f"batches of {args.batch_size}, {args.num_workers} loader worker(s)"
     if device.type == "cpu":
-        each += f", {runtime.choose_threads(args.batch_size * args.input_size**2)} CPU thread(s)"
+        threads = runtime.choose_threads(args.batch_size * args.input_size**2)
+        each += f", {threads} CPU thread(s)"
     log(
         f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
         f"{runtime.world_size()} process(es), each with {each}"
@@ -258,10 +259,7 @@ def train(
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = math.ceil(data.train_loader.batches_in_epoch / args.update_freq)
     schedule = make_schedule(args, steps)
-    images = {}
-    if isinstance(data.train, datasets.ImageSource):
-        images = runtime.from_main(data.train.identity)
-    state = RunState(student, ema, optimizer, scaler, vars(args), data.config, images)
+    state = RunState(student, ema, optimizer, scaler, vars(args), data.config, data.images)
     with name_flags(checkpoint="--resume" if args.resume else "--output_dir"):
         start = state.resume(args.output_dir, args.resume, args.auto_resume, args.start_epoch)
     report_schedule(args, schedule, steps, start * steps, state.changes)

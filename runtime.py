@@ -61,7 +61,7 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
             device_id=chosen if is_cuda else None,
         )
         _stores.append(store)
-        threading.Thread(target=_follow_failure, args=[store], daemon=True).start()
+        threading.Thread(target=_follow_failure, daemon=True).start()
     return chosen
 
 
@@ -138,7 +138,6 @@ def find_device(name: str) -> torch.device:
     Raises: UserError for a device that does not exist, and for one that several processes would
         share.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         device = torch.device(name)
@@ -148,11 +147,11 @@ def find_device(name: str) -> torch.device:
             raise UserError(f"{name}: {what}; {remedy}", "device")
         if device.type == "cuda" and device.index is None:
             gpus = torch.cuda.device_count()
-            if 0 < gpus <= local_rank:
+            if 0 < gpus <= local_rank():
                 what = f"{processes} processes on this machine, which has {gpus} GPU(s)"
                 remedy = f"start torchrun with --nproc_per_node={gpus}"
                 raise UserError(f"{name}: {what}; {remedy}", "device")
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", local_rank())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{name}: {first_line(error)}; try cpu", "device") from error
@@ -181,6 +180,11 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process in the group; 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine, as torchrun tells it; else 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def is_main_process() -> bool:
@@ -247,13 +251,13 @@ def once_per_machine(make: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world_size() == 1 or processes == 1:
         return make()
-    store, local_rank = _stores[0], int(os.environ.get("LOCAL_RANK", 0))
-    first = rank() - local_rank  # torchrun numbers the processes of a machine in one run
+    store, number = _stores[0], local_rank()
+    first = rank() - number  # torchrun numbers the processes of a machine in one run
     call = store.add(f"shared/calls/{rank()}", 1)
     key = f"shared/{call}/{first}"
     paths: list[str] = []
     try:
-        if local_rank == 0:
+        if number == 0:
             try:
                 _delete_old_files()
                 for array in make():
@@ -266,8 +270,8 @@ def once_per_machine(make: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
         if (found := store.get(key)) == b"failed":
             raise SystemExit(2)
         arrays = [_map(path) for path in json.loads(found)]
-        store.set(f"{key}/{local_rank}", "mapped")
-        if local_rank == 0:
+        store.set(f"{key}/{number}", "mapped")
+        if number == 0:
             _wait(store, [f"{key}/{process}" for process in range(processes)])
     finally:
         for path in paths:
@@ -336,25 +340,23 @@ _FAILED = "failed"  # the key that a process sets when an error ends it
 SECONDS_TO_LEAVE = 5  # for what other processes are doing when one fails, such as a checkpoint
 
 
-def _follow_failure(store: dist.Store) -> None:
+def _follow_failure() -> None:
     """End this process some seconds after another one failed.
 
     The main thread may wait in a collective that the failed process will never join.
     """
-    while True:
+    while not has_failed():
         time.sleep(1)
-        try:
-            has_failed = store.check([_FAILED])
-        except RuntimeError:
-            return  # the store ended with the run
-        if has_failed:
-            time.sleep(SECONDS_TO_LEAVE)
-            os._exit(1)
+    time.sleep(SECONDS_TO_LEAVE)
+    os._exit(1)
 
 
 def has_failed() -> bool:
     """Whether an error has ended another process of the group, which then said why."""
-    return any(store.check([_FAILED]) for store in _stores)
+    try:
+        return any(store.check([_FAILED]) for store in _stores)
+    except RuntimeError:  # the process that holds the store has ended
+        return False
 
 
 def leave_group(code: int) -> None:
@@ -391,19 +393,25 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def require_same(**values: Any) -> None:
+def require_same(values: dict[str, Any], of: str = "") -> dict[str, Any]:
     """End the run where the processes hold different plain values; the first one is named.
 
     Such processes would train different networks, or wait for each other for ever. Collective.
+
+    Args:
+        values: by their names; a process may leave some out.
+        of: what the error puts in front of a name, with a space.
+    Returns: the values of rank 0.
     """
     found = gather(values)
     for number, other in enumerate(found):
         for name, (ours, theirs) in changes(found[0], other).items():
             stop_all(
-                f"process 0 has {name.replace('_', ' ')} {ours}, but process {number} has "
+                f"process 0 has {of}{name.replace('_', ' ')} {ours}, but process {number} has "
                 f"{theirs}; all machines need the same files: use a shared file system, or copy "
                 "the files to each machine again"
             )
+    return found[0]
 
 
 # ------------------------------------------------------------------------------------ signals

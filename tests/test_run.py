@@ -305,6 +305,18 @@ def test_tensorboard_has_the_scalars_of_every_step(run_main, short, kd, tmp_path
     assert [event.step for event in events.Scalars("test/acc1")] == [0, 1]
 
 
+def test_a_file_left_by_a_kill_does_not_lead_into_another_checkpoint(tmp_path):
+    """A kill between link and rename leaves a second name of the best checkpoint."""
+    best, last, ema = (tmp_path / f"checkpoint-{name}.pth" for name in ("best", 3, "best-ema"))
+    checkpoints.save_checkpoint({"epoch": 2}, best)
+    for path in (last, ema):
+        path.with_name(f".{path.name}.tmp").hardlink_to(best)
+    checkpoints.save_checkpoint({"epoch": 3}, last)
+    checkpoints.link_checkpoint(last, ema)
+    read = [checkpoints.read_checkpoint(str(path))["epoch"] for path in (best, last, ema)]
+    assert read == [2, 3, 3]
+
+
 def test_a_full_disk_keeps_the_older_checkpoint_whole(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint-0.pth"
     checkpoints.save_checkpoint({"model": torch.ones(3)}, path)
