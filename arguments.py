@@ -155,6 +155,8 @@ def follow_checkpoint(
     skipped = set(NOT_RECIPE)
     if {"data_set", "data_path"} & set(given):
         skipped |= set(DATA_FLAGS)  # other data: none of the old flags belongs to it
+    if "epochs" in given and "warmup_epochs" not in saved_args.get("given", ()):
+        skipped.add("warmup_epochs")  # was chosen for the earlier number of epochs
     known = {action.dest for action in get_args_parser()._actions} - skipped
     if is_eval:
         known &= {"model", "input_size", "batch_size", *DATA_FLAGS}
@@ -296,6 +298,11 @@ def teachers_of(args: argparse.Namespace) -> list[Teacher]:
     ]
 
 
+def data_flag(args: argparse.Namespace) -> str:
+    """The flag that names the data, with its value."""
+    return f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"
+
+
 def is_mixed(args: argparse.Namespace) -> bool:
     """Whether images are mixed by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or bool(args.cutmix_minmax)
@@ -324,10 +331,13 @@ def _require(
 
 
 def _shown(args: argparse.Namespace, flag: str) -> str:
-    value = getattr(args, flag)
+    return f"--{flag} {as_typed(getattr(args, flag))}"
+
+
+def as_typed(value: Any) -> str:
+    """A value as one types it on the command line."""
     values = value if isinstance(value, list) else [value]
-    words = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
-    return f"--{flag} {' '.join(words)}"
+    return " ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
 
 
 class Range(NamedTuple):

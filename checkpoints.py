@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import nn
 
 import runtime
 import utils
-from arguments import DATA_FLAGS, NOT_RECIPE, is_url, missing_file
+from arguments import DATA_FLAGS, NOT_RECIPE, as_typed, is_url, missing_file
 from logs import Progress, scores_of
 from models import classifier_of
 from runtime import is_main_process, lock, log, world_size
@@ -250,7 +250,7 @@ def weight_keys(checkpoint: Any, use_ema: str = "auto") -> tuple[tuple[str, ...]
 
     Args:
         use_ema: 'true' for the EMA, 'false' for the raw weights, 'auto' for those with the better
-            recorded accuracy, else the EMA.
+            recorded accuracy: where only the raw weights have one, the raw weights, else the EMA.
     """
     if use_ema != "auto":
         return (EMA_KEYS if use_ema == "true" else RAW_KEYS), ""
@@ -262,35 +262,83 @@ def weight_keys(checkpoint: Any, use_ema: str = "auto") -> tuple[tuple[str, ...]
     raw, ema = scores.get("test_acc1"), scores.get("test_acc1_ema")
     if not has_both:
         return EMA_KEYS + RAW_KEYS, ""
-    if raw is None or ema is None:
-        return EMA_KEYS + RAW_KEYS, ", chosen without recorded accuracies; see use_ema"
-    if raw > ema:
-        return RAW_KEYS, f", recorded accuracy {raw:.2f} %, that of the EMA {ema:.2f} %"
-    return EMA_KEYS, f", recorded accuracy {ema:.2f} %, that of the raw weights {raw:.2f} %"
+    if raw is None and ema is None:
+        return EMA_KEYS, ", chosen without recorded accuracies"
+    other = "that of the {} {:.2f} %".format
+    if ema is None or (raw is not None and raw > ema):
+        rest = "none of the EMA" if ema is None else other("EMA", ema)
+        return RAW_KEYS, f", recorded accuracy {raw:.2f} %, {rest}"
+    rest = "none of the raw weights" if raw is None else other("raw weights", raw)
+    return EMA_KEYS, f", recorded accuracy {ema:.2f} %, {rest}"
 
 
-def load_finetune(model: nn.Module, path: str, keys: str, prefix: str) -> str:
+def class_names(checkpoint: Any) -> list[str] | None:
+    """The class names in a checkpoint of this project; None for any other file."""
+    saved = checkpoint.get("data") if isinstance(checkpoint, dict) else None
+    return saved.get("classes") if isinstance(saved, dict) else None
+
+
+def load_finetune(
+    model: nn.Module, path: str, keys: str, prefix: str, classes: Sequence[str]
+) -> str:
     """Load pre-trained weights into `model`; a classifier of other classes stays as initialised.
+
+    Where the file names its classes, the classifier is taken by these names: whole, or not at all.
 
     Args:
         keys: keys to look under, separated by '|'; EMA weights are taken only if named.
         prefix: load only the weights with this prefix.
+        classes: the model's classes in order.
     Returns: a line that says what was loaded.
     Raises: UserError where no weight, or only part of the network, fits.
     """
     checkpoint = read_checkpoint(path)
     weights = find_weights(checkpoint, path, (*keys.split("|"), "state_dict"), prefix)
+    names = class_names(checkpoint)
+    if names:
+        _order_classifier(model, weights.state, names, classes)
     remedy = "pass the architecture that the file was trained as"
     fresh = load_weights(model, weights, remedy=remedy, allow_new_classifier=True)
-    new = f"; newly initialised: {', '.join(fresh)}" if fresh else ""
-    return f"Fine-tuning from {path}: {weights.description}{new}"
+    if fresh:
+        of_classes = f" (other classes: {few(names)})" if names else ""
+        note = f"newly initialised: {', '.join(fresh)}{of_classes}"
+    else:
+        note = "classifier " + ("matched by class name" if names else "in the file's order")
+    return f"Fine-tuning from {path}: {weights.description}; {note}"
+
+
+def _order_classifier(
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    names: Sequence[str],
+    classes: Sequence[str],
+) -> None:
+    """Put the classifier's rows into the order of other classes; remove it where one is unknown.
+
+    Args:
+        state: weights under the model's names; changed.
+        names: the classes of the rows.
+    """
+    position = {name: row for row, name in enumerate(names)}
+    rows = [position[name] for name in classes if name in position]
+    for name in [name for name in state if name.startswith(f"{classifier_name(model)}.")]:
+        if len(rows) < len(classes):
+            del state[name]
+        else:
+            state[name] = state[name][rows]
 
 
 def load_network(
-    checkpoint: Any, path: str, network: nn.Module, keys: tuple[str, ...] = RAW_KEYS
+    checkpoint: Any,
+    path: str,
+    network: nn.Module,
+    keys: tuple[str, ...] = RAW_KEYS,
+    other: str = "",
 ) -> None:
     """Load the weights of a run's checkpoint into a network of the same architecture.
 
+    Args:
+        other: what else to do about a checkpoint of another model, such as ', or …'.
     Raises: UserError for a checkpoint of another model or from a newer version of this project.
     """
     weights = find_weights(checkpoint, path, keys)
@@ -300,7 +348,7 @@ def load_network(
             f"reads up to {FORMAT}); update this code",
             "checkpoint",
         )
-    remedy = "the checkpoint is of another model: pass its --model, or another --output_dir"
+    remedy = f"the checkpoint is of another model: pass its --model{other}"
     load_weights(network, weights, remedy=remedy)
 
 
@@ -396,7 +444,8 @@ def _can_resume(checkpoint: dict[str, Any]) -> bool:
 
 def list_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
     """'--lr 0.001 → 0.002, --seed 0 → 1'"""
-    return ", ".join(f"--{name} {old} → {new}" for name, (old, new) in changes.items())
+    told = ((name, as_typed(old), as_typed(new)) for name, (old, new) in changes.items())
+    return ", ".join(f"--{name} {old} → {new}" for name, old, new in told)
 
 
 class RunState:
@@ -452,7 +501,7 @@ class RunState:
 
     def _restore(self, checkpoint: Any, path: str, start_epoch: int) -> int:
         self._compare(checkpoint, path)
-        load_network(checkpoint, path, self.student)
+        load_network(checkpoint, path, self.student, other=", or another --output_dir")
         if self.ema is not None:
             saved = checkpoint.get("model_ema") or self.student.state_dict()
             self.ema.module.load_state_dict(saved)
@@ -514,21 +563,31 @@ class RunState:
         for name in ("model", "kd", "opt"):
             if name in recipe:
                 old, new = recipe[name]
-                what = f"was trained with --{name} {old}, but this run uses {new}"
+                what = f"was trained with --{name} {as_typed(old)}, but this run uses "
+                what += as_typed(new)
                 raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
         skipped = NOT_RECIPE | set(DATA_FLAGS)
         self.changes = {name: change for name, change in recipe.items() if name not in skipped}
         if images := utils.changes(checkpoint.get("images", {}), self.images):
             old, new = images.get("images", ("", ""))
-            count = f"{old} images, now {new}" if old != new else "as many, but not the same"
-            what = f"was trained on other images ({count})"
+            how = f"{old} images, now {new}" if old != new else "as many, but not the same"
+            if images.keys() <= {"image_sizes", "pixels"}:
+                how = "the same names and labels, but other contents"
+            what = f"was trained on other images ({how})"
             if self.changes:
                 what += f"; these flags differ: {list_changes(self.changes)}"
             raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
         if not _can_resume(checkpoint):
             return
-        epochs = checkpoint["epoch"] + 1
-        is_finished = epochs >= self.args["epochs"] and not checkpoint.get("progress")
+        epochs, asked, planned = checkpoint["epoch"] + 1, self.args["epochs"], was.get("epochs", 0)
+        if asked <= epochs < planned:
+            raise UserError(
+                f"{path}: {epochs} of {planned} epochs are done, so --epochs {asked} leaves "
+                "nothing to train; pass a larger --epochs, or another --output_dir to start from "
+                "the beginning",
+                "checkpoint",
+            )
+        is_finished = epochs >= asked
         if is_finished and self.changes:
             raise UserError(
                 f"{path}: this run is finished ({epochs} epochs) and was trained with another "

@@ -33,6 +33,7 @@ from runtime import log
 from utils import UserError, few, first_line, name_flags
 
 DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
+IDENTIFYING = 10_000  # images whose contents are compared where a run resumes
 
 
 # ------------------------------------------------------------------------------------ sources
@@ -73,16 +74,16 @@ class ImageSource(Dataset):
         return np.asarray(self.load(index)), int(self.targets[index])
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the earlier run, wherever the files are."""
-        return {
-            "images": len(self),
-            "labels": _hash(self.targets),
-            "image_names": _hash(*self._all_names()),
-        }
+        """What a resumed run must have in common with the earlier run, wherever the files are.
 
-    def _all_names(self) -> Iterator[np.ndarray]:
-        """The names in small arrays, since those of 100 million images take several GiB."""
-        return (self.names(part) for part in _parts(len(self)))
+        Of up to IDENTIFYING files the sizes, so that images replaced under their names are noticed
+        without a look at every one of millions.
+        Raises: UserError for an image file that cannot be found.
+        """
+        some = np.linspace(0, len(self) - 1, min(len(self), IDENTIFYING)).astype(np.int64)
+        found = self.contents([self.names(some)]) if self.contents else {}
+        changed_by_a_copy = {"image_times", "table"}
+        return self._listing() | {n: v for n, v in found.items() if n not in changed_by_a_copy}
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell two sources, and any changed image, apart.
@@ -93,7 +94,15 @@ class ImageSource(Dataset):
         names = "\0".join(self.classes).encode(errors="surrogateescape")
         classes = {"classes": len(self.classes), "class_names": _hash(names)}
         contents = self.contents(self._all_names()) if self.contents else {}
-        return classes | self.identity() | contents
+        return classes | self._listing() | contents
+
+    def _listing(self) -> dict[str, Any]:
+        names = _hash(*self._all_names())
+        return {"images": len(self), "labels": _hash(self.targets), "image_names": names}
+
+    def _all_names(self) -> Iterator[np.ndarray]:
+        """The names in small arrays, since those of 100 million images take several GiB."""
+        return (self.names(part) for part in _parts(len(self)))
 
 
 @dataclass
@@ -401,8 +410,16 @@ def open_split(args: argparse.Namespace, is_train: bool) -> Source:
     if args.data_set in TORCHVISION_SETS:
         return _torchvision(args.data_set, args.data_path or "data_cache", is_train)
     if args.data_set == "IMNET":
+        part = "train" if is_train else "val"
+        folder = os.path.join(args.data_path, part)
+        if os.path.isdir(args.data_path) and not os.path.isdir(folder):
+            raise UserError(
+                f"--data_path {args.data_path}: holds no folder {part}; pass the folder that holds "
+                "train and val, or pass folders of classes by --data_set image_folder, --data_path "
+                "and --eval_data_path"
+            )
         with name_flags(folder="--data_path"):
-            return image_folder(os.path.join(args.data_path, "train" if is_train else "val"))
+            return image_folder(folder)
     if args.data_set == "image_folder":
         flag = "data_path" if is_train else "eval_data_path"
         with name_flags(folder=f"--{flag}"):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from checkpoints import find_weights, load_weights, read_checkpoint, weight_keys
+from checkpoints import class_names, find_weights, load_weights, read_checkpoint, weight_keys
 from losses import kl_divergence
 from models.fusion import fuse_layers
 from runtime import unwrap
@@ -293,7 +293,7 @@ def load_teacher(
     config, config_from = _data_config(arch, checkpoint)
     if input_config:
         config, config_from = config | dict(input_config), f"{config_from}, except the given values"
-    names = teacher_classes or _class_names(checkpoint)
+    names = teacher_classes or class_names(checkpoint)
     outputs = len(names) if names and classes else num_classes
     teacher: Any = models.create_model(arch, outputs, config["input_size"])
     load_weights(
@@ -357,11 +357,6 @@ def _check_finite(teacher: nn.Module, path: str) -> None:
             "its training had failed; use an earlier checkpoint or another teacher",
             "checkpoint",
         )
-
-
-def _class_names(checkpoint: dict[str, Any]) -> list[str] | None:
-    saved = checkpoint.get("data")
-    return saved.get("classes") if isinstance(saved, dict) else None
 
 
 def _match_classes(

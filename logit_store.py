@@ -244,7 +244,7 @@ def _check_size(path: Path, expected: int) -> None:
     if size != expected:
         raise UserError(
             f"{path}: {f'has {size:,} bytes' if path.exists() else 'does not exist'}, but must "
-            f"have {expected:,}: it was cut off, deleted, or comes from another cache; "
+            f"have {expected:,} bytes: it was cut off, deleted, or comes from another cache; "
             f"{_remedy(path.with_suffix(''))}",
             "cache",
         )

@@ -26,7 +26,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from io import FileIO
@@ -154,7 +154,7 @@ def run(argv: list[str] | None) -> None:
         teacher = prepare_teacher(args, settings, data)
         fill_store(teacher, data, settings, views_of(args))
         return
-    student = make_student(args, device, len(data.classes))
+    student = make_student(args, device, data.classes)
     ema = make_ema(args, student)
     teacher = prepare_teacher(args, settings, data)
     with (
@@ -217,7 +217,7 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
     config = data_config(args, saved)
     val = datasets.open_validation(args)
     classes = saved.get("classes") or val.classes
-    with name_flags(classes="--data_path"):
+    with name_flags(classes=f"{arguments.data_flag(args)}:"):
         index = datasets.match_classes(val.classes, classes)
     log(
         f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}: {len(val)} "
@@ -232,7 +232,7 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
         check_images([val], args.num_workers)
     settings = loop_settings(args, device)
     loader = build_eval_loader(args, val, config, device)
-    student = make_student(args, device, len(classes))
+    student = make_student(args, device, classes)
     network = SelectClasses(student, index)
     for suffix, keys in (("", RAW_KEYS), ("_ema", EMA_KEYS)):
         is_ema, is_there = bool(suffix), any(checkpoint.get(key) for key in keys)
@@ -384,17 +384,19 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | N
     return getattr(torch, name)
 
 
-def make_student(args: argparse.Namespace, device: torch.device, num_classes: int) -> nn.Module:
+def make_student(
+    args: argparse.Namespace, device: torch.device, classes: Sequence[str]
+) -> nn.Module:
     """The network to train, with seeded initial weights or those of --finetune, on the device."""
     utils.seed_rng(device, RandomUse.WEIGHTS, args.seed)
     with name_flags(architecture="--model", checkpoint="--finetune"):
-        student = models.create_model(args.model, num_classes, args.input_size, args.drop_path)
+        student = models.create_model(args.model, len(classes), args.input_size, args.drop_path)
         if args.head_init_scale != 1:
             with torch.no_grad():
                 for parameter in models.classifier_of(student).parameters():
                     parameter.mul_(args.head_init_scale)
         if args.finetune:
-            log(load_finetune(student, args.finetune, args.model_key, args.model_prefix))
+            log(load_finetune(student, args.finetune, args.model_key, args.model_prefix, classes))
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters")
     if args.sync_bn and runtime.world_size() > 1:
         student = convert_sync_batchnorm(student)

@@ -1,6 +1,7 @@
 """From an image file to pixels: every format, upright, on white, and large JPEGs part by part."""
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # wher
 
 def unreadable(name: object, error: Exception) -> UserError:
     """The error for an image that a library cannot read."""
-    return UserError(f"{CANNOT_READ}{name} ({first_line(error)}){REMEDY}")
+    # torchvision's begin with the function and the line of its own source.
+    reason = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", first_line(error))
+    return UserError(f"{CANNOT_READ}{name} ({reason}){REMEDY}")
 
 
 class LargeJpeg:

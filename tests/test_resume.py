@@ -1,6 +1,7 @@
 """What a run takes from an earlier one, what it refuses, and whose files it leaves alone."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,11 @@ def test_some_of_the_classes_are_scored_on_those_and_others_are_refused(
     write_images(tmp_path / "other" / "val", ["bee", "cat", "dog"])
     run = run_main("--eval", "true", "--resume", trained, "--data_path", tmp_path / "other")
     assert run.code == 2 and "classes that the checkpoint does not know (dog)" in run.err
+    assert f"--data_path {tmp_path / 'other'}: the data has" in run.err
+    run = run_main("--eval", "true", "--resume", trained, "--data_path", tmp_path / "some" / "val")
+    assert run.code == 2 and "holds no folder val; pass the folder that holds train" in run.err
+    run = run_main("--eval", "true", "--resume", trained, "--model", "cifar_resnet20")
+    assert run.code == 2 and run.err.endswith("of another model: pass its --model\n")
 
 
 def test_a_file_that_names_no_data_is_not_scored_on_the_digits(run_main, teacher_file):
@@ -109,7 +115,7 @@ def test_the_folder_of_another_run_is_refused_by_the_first_difference(
 def test_a_plain_run_is_not_continued_with_a_teacher(run_main, short, kd, tmp_path):
     run_main(*short, output_dir=tmp_path)
     run = run_main(*short, "--epochs", 3, *kd, output_dir=tmp_path)
-    assert run.code == 2 and "--kd False, but this run uses True" in run.err
+    assert run.code == 2 and "--kd false, but this run uses true" in run.err
 
 
 def test_classes_of_another_folder_are_refused(run_main, imnet, tmp_path):
@@ -119,6 +125,35 @@ def test_classes_of_another_folder_are_refused(run_main, imnet, tmp_path):
     flags = [*FOLDER, "--data_path", tmp_path / "b", "--epochs", 2]
     run = run_main(*flags, output_dir=tmp_path / "out")
     assert run.code == 2 and "was trained on other classes (cat, yak)" in run.err
+
+
+def test_images_that_were_replaced_under_their_names_are_refused(run_main, imnet, tmp_path):
+    flags = [*FOLDER, "--data_path", imnet, "--output_dir", tmp_path / "out", "--epochs"]
+    assert run_main(*flags, 1).code == 0
+    shutil.copytree(imnet, tmp_path / "copy")  # with other times
+    copied = run_main(*flags, 2, "--data_path", tmp_path / "copy")
+    assert copied.code == 0 and "epoch 0 is done" in copied.out, copied.err
+    write_images(tmp_path / "other", ["bee"], size=(48, 32))
+    shutil.copyfile(tmp_path / "other" / "bee" / "3.jpg", imnet / "train" / "bee" / "3.jpg")
+    run = run_main(*flags, 3)
+    assert run.code == 2 and "(the same names and labels, but other contents)" in run.err
+
+
+def test_fewer_epochs_than_are_done_do_not_make_a_finished_run(run_main, short, tmp_path):
+    run_main(*short, "--epochs", 4, output_dir=tmp_path / "whole")
+    (tmp_path / "cut").mkdir()
+    shutil.copyfile(tmp_path / "whole" / "checkpoint-2.pth", tmp_path / "cut" / "checkpoint-2.pth")
+    for epochs in (2, 3):
+        run = run_main(*short, "--epochs", epochs, output_dir=tmp_path / "cut")
+        assert run.code == 2 and "3 of 4 epochs are done, so --epochs" in run.err
+        assert "finished" not in run.out + run.err
+
+
+def test_the_warm_up_that_was_chosen_for_more_epochs_is_chosen_anew(run_main, short, tmp_path):
+    flags = ["--train_samples", 64, "--epochs", 12, "--save_ckpt_num", 12, "--eval_freq", 12]
+    run_main(*flags, output_dir=tmp_path)
+    run = run_main("--resume", tmp_path / "checkpoint-0.pth", "--epochs", 2)
+    assert run.code == 0 and "--warmup_epochs 2.4 → 0.4" in run.out, run.err
 
 
 def test_another_recipe_is_listed_once_with_what_it_does_to_the_learning_rate(
@@ -224,7 +259,8 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(run_mai
     [
         ({"test_acc1": 27.0, "test_acc1_ema": 25.0}, "auto", RAW_KEYS),
         ({"test_acc1": 27.0, "test_acc1_ema": 28.0}, "auto", EMA_KEYS),
-        ({"test_acc1": 27.0}, "auto", EMA_KEYS + RAW_KEYS),
+        ({"test_acc1": 27.0}, "auto", RAW_KEYS),
+        ({}, "auto", EMA_KEYS),
         ({"test_acc1": 27.0, "test_acc1_ema": 25.0}, "true", EMA_KEYS),
         ({}, "false", RAW_KEYS),
     ],

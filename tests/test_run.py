@@ -238,6 +238,25 @@ def test_the_student_is_finetuned_from_a_file_of_other_classes(run_main, short, 
     assert torch.equal(run.checkpoint(1)["model"]["conv1.weight"], model.conv1.weight)
 
 
+def test_a_finetuned_classifier_keeps_the_classes_that_its_file_names(run_main, short, tmp_path):
+    still = [*short, "--lr", 0, "--min_lr", 0]
+    first = run_main(*still, output_dir=tmp_path / "first")
+    saved = first.checkpoint(1)
+    rows = saved["model"]["fc.weight"]
+    saved["data"]["classes"] = [str(9 - digit) for digit in range(10)]
+    torch.save(saved, tmp_path / "turned.pth")
+    run = run_main(*still, "--finetune", tmp_path / "turned.pth", output_dir=tmp_path / "turned")
+    assert "classifier matched by class name" in run.out
+    assert torch.equal(run.checkpoint(1)["model"]["fc.weight"], rows.flip(0))
+    saved["data"]["classes"] = [f"animal {number}" for number in range(10)]
+    torch.save(saved, tmp_path / "other.pth")
+    run = run_main(
+        *still, "--finetune", tmp_path / "other.pth", "--seed", 1, output_dir=tmp_path / "new"
+    )
+    assert "newly initialised: fc.bias, fc.weight (other classes: animal 0" in run.out
+    assert not torch.equal(run.checkpoint(1)["model"]["fc.weight"], rows)
+
+
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run_main, tmp_path):
     flags = "--train_samples 64 --epochs 3 --opt sgd --lr 1e30 --warmup_epochs 0".split()
     run = run_main(*flags, output_dir=tmp_path)

@@ -336,7 +336,7 @@ def test_a_damaged_view_is_refused_and_left_as_it_is(run_main, kd, tmp_path, sto
     assert run.code == 2 and run.err.startswith("main.py: error: --teacher_cache"), run.err
     assert f"{cache}/view-00001.logits: " in run.err and remedy in run.err
     if damage in ("cut off", "deleted", "too long"):  # told before the first epoch
-        assert "but must have 1,440: it was cut off" in run.err and "Epoch" not in run.out
+        assert "but must have 1,440 bytes: it was cut off" in run.err and "Epoch" not in run.out
     if damage in ("zeroed", "one bit"):
         found = "2 of the rows 0 to 15" if damage == "zeroed" else "1 of the rows 16 to 31"
         where = "(5, 9)" if damage == "zeroed" else "(20)"
