@@ -50,8 +50,10 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         is_cuda = chosen.type == "cuda"
+        attempt = _attempt()
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store, _, _ = next(rendezvous(dist_url, rank, world))
+        store = dist.PrefixStore(attempt, store)
         dist.init_process_group(
             backend="nccl" if is_cuda else "gloo",
             store=dist.PrefixStore("group", store),
@@ -63,6 +65,25 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
         _stores.append(store)
         threading.Thread(target=_follow_failure, daemon=True).start()
     return chosen
+
+
+def _attempt() -> str:
+    """A name that the processes share, and that differs where torchrun has started them again.
+
+    torchrun keeps its store, in which restarted processes would find the addresses of those that
+    have died, and wait for them (pytorch issue 135712).
+    Raises: UserError on several machines, each of which counts its restarts alone.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not restarts:
+        return "first"
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        raise UserError(
+            f"torchrun --max_restarts {restarts} on several machines: processes that are started "
+            "again would not find each other; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
+            "torchrun on every machine, or leave --max_restarts out"
+        )
+    return f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
 
 
 def _refuse_tasks_without_group() -> None:

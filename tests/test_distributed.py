@@ -16,6 +16,7 @@ from helpers import ROOT, children_of, read_log, start, teacher_flags, torchrun
 
 import models  # noqa: F401
 import runtime
+from utils import UserError
 
 # LayerNorm, since BatchNorm's statistics are those of a process's own images.
 FLAGS = """--device cpu --num_workers 1 --model convnext_atto --input_size 32 --train_samples 96
@@ -23,9 +24,9 @@ FLAGS = """--device cpu --num_workers 1 --model convnext_atto --input_size 32 --
 --model_ema true --model_ema_eval true"""
 
 
-def begin(processes: int, *argv: object) -> subprocess.Popen:
+def begin(processes: int, *argv: object, restarts: int = 0) -> subprocess.Popen:
     """Start a script under torchrun."""
-    return start([*torchrun(processes), *map(str, argv)], stderr=subprocess.PIPE)
+    return start([*torchrun(processes, restarts), *map(str, argv)], stderr=subprocess.PIPE)
 
 
 def launch(processes: int, *argv: object) -> str:
@@ -237,12 +238,23 @@ def test_processes_with_other_images_do_not_begin(tmp_path, monkeypatch):
 
 
 def test_a_killed_process_ends_the_other_within_seconds(tmp_path):
-    process = begin(2, "main.py", *ENDLESS, "--output_dir", tmp_path)
-    for line in process.stdout:
-        if "Epoch 1 " in line:
-            break
-    began = time.monotonic()
-    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+    """Here torchrun may start both again once."""
+    process = begin(2, "main.py", *ENDLESS, "--output_dir", tmp_path, restarts=1)
+    for awaited in ("Epoch 1 ", "Resumed from"):
+        assert any(awaited in line for line in process.stdout)
+        began = time.monotonic()
+        os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and time.monotonic() - began < 10
     assert "Signal 9 (SIGKILL)" in err
+
+
+def test_restarts_on_several_machines_are_refused_where_processes_would_look_for_dead_ones(
+    monkeypatch,
+):
+    torchrun = "WORLD_SIZE 2 GROUP_WORLD_SIZE 2 TORCHELASTIC_MAX_RESTARTS 3".split()
+    for name, value in zip(torchrun[::2], torchrun[1::2], strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UserError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"):
+        runtime.init_process("cpu", "env://")
