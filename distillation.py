@@ -24,7 +24,7 @@ import models
 from checkpoints import class_names, find_weights, load_weights, read_checkpoint, weight_keys
 from losses import kl_divergence
 from models.fusion import fuse_layers
-from runtime import unwrap
+from runtime import send, unwrap
 from utils import UserError, few
 
 
@@ -157,13 +157,10 @@ class TeacherAdapter(nn.Module):
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W), on any device -> (B, C) on the same device"""
+        """(B, 3, H, W), on any device -> (B, C) on the network's device"""
         weight = next(self.network.parameters())
-        # A copy from a GPU to the host must be waited for; otherwise it is read half-written.
-        images_here = images.to(weight.device, non_blocking=weight.is_cuda)
-        inputs = self.convert(images_here).to(weight.dtype)
-        logits = self.network(inputs)  # (B, C)
-        return logits.to(images.device, non_blocking=images.is_cuda)
+        inputs = self.convert(send(images, weight.device)).to(weight.dtype)
+        return self.network(inputs)
 
 
 class TeacherEnsemble(nn.Module):
@@ -244,7 +241,11 @@ class StudentWithDistillation(nn.Module):
             keyed = (key,) if getattr(self.teacher, "needs_key", False) else ()
             with torch.no_grad():
                 teacher_logits = self.teacher(images, *keyed)
-        return self.student(images), teacher_logits
+        student_logits = self.student(images)
+        # Only now, so that a teacher on another GPU computes beside the student.
+        if teacher_logits is not None:
+            teacher_logits = send(teacher_logits, student_logits.device)
+        return student_logits, teacher_logits
 
     def no_sync(self) -> AbstractContextManager:
         """DistributedDataParallel's `no_sync` for accumulation steps; nothing on one process."""

@@ -204,7 +204,7 @@ def evaluate(
 
     Args:
         loader: this process's batches on the device; together they hold every image once.
-        model: images (B, 3, H, W) -> logits (B, C), on the settings' device.
+        model: images (B, 3, H, W) on the settings' device -> logits (B, C), on any device.
         shared: False where every process holds all images.
         teacher_logits: a teacher's logits (B, C) by the places of each batch.
         collect: filled with the model's logits by the places of each batch, on the CPU.
@@ -221,7 +221,7 @@ def evaluate(
     count = 0
     for batch in loader:
         with settings.autocast():
-            logits = model(batch.images).float()  # (B, C)
+            logits = runtime.send(model(batch.images), device).float()  # (B, C)
         top = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, batch.targets, reduction="sum")
         totals = [loss, top[:, 0].sum(), top.sum()]
