@@ -45,12 +45,12 @@ class ImageSource(Dataset):
     Args:
         load: index -> array or LargeJpeg; a module-level function or a partial of one, so that it
             pickles.
-        targets: (N,) class indices.
+        targets: (N,) class indices; len(classes) for an image without a label.
         classes: class names, in the order of the indices.
         names: positions (P,) -> names (P,) that tell the images apart, such as their paths below a
             folder; by default the positions themselves.
-        contents: names of some images, array by array -> plain values that change with any of these
-            images; None where that cannot be told.
+        contents: positions of some images, array by array -> plain values that change with any of
+            these images; None where that cannot be told.
     """
 
     def __init__(
@@ -73,6 +73,10 @@ class ImageSource(Dataset):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return np.asarray(self.load(index)), int(self.targets[index])
 
+    def without_label(self) -> np.ndarray:
+        """Positions of the images without a label, ascending."""
+        return np.flatnonzero(self.targets == len(self.classes))
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the earlier run, wherever the files are.
 
@@ -81,7 +85,7 @@ class ImageSource(Dataset):
         Raises: UserError for an image file that cannot be found.
         """
         some = np.linspace(0, len(self) - 1, min(len(self), IDENTIFYING)).astype(np.int64)
-        found = self.contents([self.names(some)]) if self.contents else {}
+        found = self.contents([some]) if self.contents else {}
         changed_by_a_copy = {"image_times", "table"}
         return self._listing() | {n: v for n, v in found.items() if n not in changed_by_a_copy}
 
@@ -93,7 +97,7 @@ class ImageSource(Dataset):
         """
         names = "\0".join(self.classes).encode(errors="surrogateescape")
         classes = {"classes": len(self.classes), "class_names": _hash(names)}
-        contents = self.contents(self._all_names()) if self.contents else {}
+        contents = self.contents(_parts(len(self))) if self.contents else {}
         return classes | self._listing() | contents
 
     def _listing(self) -> dict[str, Any]:
@@ -150,7 +154,7 @@ def _image_of_array(images: np.ndarray, index: int) -> np.ndarray:
     return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
 
-def _hash_of_array(images: np.ndarray, names: Iterable[np.ndarray]) -> dict[str, str]:
+def _hash_of_array(images: np.ndarray, parts: Iterable[np.ndarray]) -> dict[str, str]:
     return {"pixels": f"{images.shape} {_hash(np.ascontiguousarray(images))}"}
 
 
@@ -203,7 +207,8 @@ def _file_source(folder: str, arrays: list[np.ndarray], classes: Sequence[str]) 
     """Images in files, given by `_arrays_of_files`."""
     text, starts, targets = arrays
     paths = Paths(text, starts)
-    load, contents = partial(_image_of_file, folder, paths), partial(_stamps_of_files, folder)
+    load = partial(_image_of_file, folder, paths)
+    contents = partial(_stamps_of_files, folder, paths)
     return ImageSource(load, targets, classes, paths.at, contents)
 
 
@@ -212,20 +217,21 @@ def _image_of_file(folder: str, paths: Paths, index: int) -> Picture:
     return open_image(path, path)
 
 
-def _stamps_of_files(folder: str, names: Iterable[np.ndarray]) -> dict[str, str]:
+def _stamps_of_files(folder: str, paths: Paths, chosen: Iterable[np.ndarray]) -> dict[str, str]:
     """Hashes of the sizes of files and of their times of modification, in nanoseconds."""
 
-    def stamps(names: np.ndarray) -> list[tuple[int, int]]:
-        found = [os.stat(os.path.join(os.fsencode(folder), name)) for name in names.tolist()]
-        return [(file.st_size, file.st_mtime_ns) for file in found]
+    def stamps(positions: np.ndarray) -> list[tuple[int, int]]:
+        names = [os.path.join(os.fsencode(folder), paths[index]) for index in positions.tolist()]
+        return [(file.st_size, file.st_mtime_ns) for file in map(os.stat, names)]
 
     threads = 16  # each file costs a round trip on a network file system
     hashes = {"image_sizes": hashlib.sha256(), "image_times": hashlib.sha256()}
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for some in names:
+            for some in chosen:
                 parts = pool.map(stamps, np.array_split(some, threads))
-                columns = np.array([stamp for part in parts for stamp in part], np.int64).T
+                stamped = [stamp for part in parts for stamp in part]
+                columns = np.array(stamped, np.int64).reshape(-1, 2).T
                 for found, column in zip(hashes.values(), columns, strict=True):
                     found.update(column.tobytes())
     except OSError as error:
@@ -246,7 +252,7 @@ def _image_of_reader(reader: Any, index: int) -> Picture:
     return open_image(file, name)
 
 
-def _fingerprint_of_table(reader: Any, names: Iterable[np.ndarray]) -> dict[str, str]:
+def _fingerprint_of_table(reader: Any, parts: Iterable[np.ndarray]) -> dict[str, str]:
     # Hugging Face's own, from the paths and times of local files or the commit of a download.
     return {"table": reader.dataset._fingerprint}
 
@@ -465,8 +471,16 @@ def subset(source: ImageSource, positions: np.ndarray) -> ImageSource:
     """Some images of a source, which may itself be a subset. Collective."""
     load = partial(_image_of_subset, source, positions)
     names = partial(_names_of_subset, source, positions)
+    contents = source.contents and partial(_contents_of_subset, source, positions)
     (targets,) = runtime.once_per_machine(lambda: [source.targets[positions]])
-    return ImageSource(load, targets, source.classes, names, source.contents)
+    return ImageSource(load, targets, source.classes, names, contents)
+
+
+def _contents_of_subset(
+    source: ImageSource, positions: np.ndarray, parts: Iterable[np.ndarray]
+) -> dict[str, str]:
+    assert source.contents is not None
+    return source.contents(positions[part] for part in parts)
 
 
 def _names_of_subset(source: ImageSource, positions: np.ndarray, chosen: np.ndarray) -> np.ndarray:
