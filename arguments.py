@@ -58,7 +58,7 @@ NOT_RECIPE = frozenset(
     "save_ckpt_num save_ckpt_steps fast_cuda".split()
 )
 # Flags that name the data. A checkpoint knows its data by its contents, which may have moved.
-DATA_FLAGS = ("data_set", "data_path", "eval_data_path", "holdout", "nb_classes")
+DATA_FLAGS = ("data_set", "data_path", "eval_data_path", "holdout", "nb_classes", "unlabeled")
 
 
 def parse_args(
@@ -159,7 +159,7 @@ def follow_checkpoint(
         skipped.add("warmup_epochs")  # was chosen for the earlier number of epochs
     known = {action.dest for action in get_args_parser()._actions} - skipped
     if is_eval:
-        known &= {"model", "input_size", "batch_size", *DATA_FLAGS}
+        known &= {"model", "input_size", "batch_size", *DATA_FLAGS} - {"unlabeled"}
     return {name: value for name, value in saved_args.items() if name in known}
 
 
@@ -422,6 +422,13 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.data_set == "image_folder" and not (args.disable_eval or args.holdout):
         remedy = "--data_set image_folder needs a folder of validation images, or --holdout N"
         require("eval_data_path", bool(args.eval_data_path), remedy)
+    if args.unlabeled == "rest":
+        remedy = "means the images that --train_samples leaves out; pass --train_samples N too"
+        require("unlabeled", bool(args.train_samples), remedy)
+    elif args.unlabeled:
+        is_folder = os.path.isdir(args.unlabeled)
+        remedy = "is not a folder; pass a folder of images, or rest"
+        require("unlabeled", is_folder, remedy)
     remedy = f"must be below the number of epochs ({args.epochs}); lower it or raise --epochs"
     require("start_epoch", args.start_epoch < args.epochs, remedy)
     remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"
@@ -475,14 +482,14 @@ def dependences() -> list[Dependence]:
     )
     # --teacher_views also repeats augmented epochs without a cache and without a teacher.
     of_cache = [flag for flag in cache if flag not in ("teacher_cache", "teacher_views")]
-    asked = ["kd_temperature", *teacher, "teacher_cache", *of_cache]
+    asked = ["kd_temperature", *teacher, "teacher_cache", *of_cache, "unlabeled"]
     of_kd = ["teacher_path", "teacher_arch", "kd_alpha", *asked]
     of_start = "start_epoch finetune model_key model_prefix head_init_scale drop_path".split()
     of_saving = "save_ckpt_freq save_ckpt_num save_ckpt_steps".split()
     output = [*of_saving, "save_ckpt", "auto_resume", "log_dir"]
     of_training = [*optimizer, ema, *of_ema, *of_start, *output, "update_freq"]
     not_scored = [*of_training, *kd, *teacher, *cache, *augmentation, *mixing]
-    not_scored += ["epochs", "compile", "train_samples", "disable_eval", "eval_freq"]
+    not_scored += "epochs compile train_samples unlabeled disable_eval eval_freq".split()
     not_filled = [*of_training, "output_dir", "resume"]
     ratios = ["mixup", "cutmix", "cutmix_minmax"]
 

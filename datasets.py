@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any
 
@@ -309,29 +309,68 @@ def image_folder(folder: str) -> ImageSource:
 
 def _list_images(folder: str, classes: list[str]) -> list[np.ndarray]:
     """The images of class folders, in the order of torchvision's ImageFolder."""
-    skipped: Counter[str] = Counter()
+    endings = _Endings()
     empty = []
-
-    def is_image(path: str) -> bool:
-        is_known = has_file_allowed_extension(path, IMG_EXTENSIONS)
-        if not is_known:
-            skipped[os.path.splitext(path)[1].lower() or "without ending"] += 1
-        return is_known
 
     def files_by_class() -> Iterator[list[tuple[str, int]]]:
         for index, name in enumerate(classes):
-            found = make_dataset(folder, {name: index}, is_valid_file=is_image, allow_empty=True)
+            of_class = {name: index}
+            found = make_dataset(folder, of_class, is_valid_file=endings.is_image, allow_empty=True)
             if not found:
                 empty.append(name)
             yield found
 
     arrays = _arrays_of_files(folder, files_by_class())
     if empty:
-        others = f"left out: {_in_words(skipped)}; " if skipped else ""
+        others = f"left out: {endings}; " if endings.skipped else ""
         raise _no_images(folder, f"no image of {few(empty)}; {others}{ENDINGS}")
-    if skipped:
-        log(f"{folder}: {skipped.total()} file(s) left out ({_in_words(skipped)}); {ENDINGS}")
+    endings.report(folder)
     return arrays
+
+
+def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:
+    """All images below a folder, at any depth, without a label; ordered by their paths. Collective.
+
+    Args:
+        classes: the names of the classes of the images that have a label.
+    Raises: UserError where there is no image.
+    """
+    folder = os.path.expanduser(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: is not a folder", "folder")
+
+    def list_all() -> list[np.ndarray]:
+        endings = _Endings()
+        one = {os.curdir: len(classes)}  # the folder itself, as the folder of a class
+        found = make_dataset(folder, one, is_valid_file=endings.is_image, allow_empty=True)
+        arrays = _arrays_of_files(os.path.join(folder, os.curdir), [found])
+        endings.report(folder)
+        return arrays
+
+    source = _file_source(folder, runtime.once_per_machine(list_all), classes)
+    if not len(source):
+        raise UserError(f"{folder}: holds no image at any depth; {ENDINGS}", "folder")
+    return source
+
+
+class _Endings:
+    """Tells images from other files by the ending of their names, and counts the others."""
+
+    def __init__(self) -> None:
+        self.skipped: Counter[str] = Counter()
+
+    def is_image(self, path: str) -> bool:
+        is_known = has_file_allowed_extension(path, IMG_EXTENSIONS)
+        if not is_known:
+            self.skipped[os.path.splitext(path)[1].lower() or "without ending"] += 1
+        return is_known
+
+    def __str__(self) -> str:
+        return few((f"{ending} {count}" for ending, count in self.skipped.most_common()), most=5)
+
+    def report(self, folder: str) -> None:
+        if self.skipped:
+            log(f"{folder}: {self.skipped.total()} file(s) left out ({self}); {ENDINGS}")
 
 
 ENDINGS = f"images end in {' '.join(IMG_EXTENSIONS)}"
@@ -343,10 +382,6 @@ def _no_images(folder: str, found: str) -> UserError:
         "folder of images per class",
         "folder",
     )
-
-
-def _in_words(counts: Counter[str]) -> str:
-    return few((f"{ending} {count}" for ending, count in counts.most_common()), most=5)
 
 
 def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
@@ -483,6 +518,58 @@ def _contents_of_subset(
     return source.contents(positions[part] for part in parts)
 
 
+def forget_other_labels(source: ImageSource, chosen: np.ndarray) -> ImageSource:
+    """The same images, of which only the chosen positions keep their labels. Collective."""
+
+    def targets() -> list[np.ndarray]:
+        kept = np.full(len(source), len(source.classes))
+        kept[chosen] = source.targets[chosen]
+        return [kept]
+
+    (kept,) = runtime.once_per_machine(targets)
+    return ImageSource(source.load, kept, source.classes, source.names, source.contents)
+
+
+def join(first: ImageSource, second: ImageSource) -> ImageSource:
+    """The images of two sources with the same classes, one after the other. Collective."""
+    load, names = partial(_image_of_join, first, second), partial(_names_of_join, first, second)
+    contents = partial(_contents_of_join, first, second)
+    (targets,) = runtime.once_per_machine(lambda: [np.append(first.targets, second.targets)])
+    return ImageSource(load, targets, first.classes, names, contents)
+
+
+def _image_of_join(first: ImageSource, second: ImageSource, index: int) -> Picture:
+    is_first = index < len(first)
+    return first.load(index) if is_first else second.load(index - len(first))
+
+
+def _names_of_join(first: ImageSource, second: ImageSource, positions: np.ndarray) -> np.ndarray:
+    """Bytes; a name of the second source gets a mark, since both may have it."""
+    is_first = positions < len(first)
+    of_first = first.names(positions[is_first]).astype(bytes)
+    of_second = second.names(positions[~is_first] - len(first)).astype(bytes)
+    marked = np.char.add(b"/", of_second)
+    found = np.empty(len(positions), max(of_first.dtype, marked.dtype))
+    found[is_first], found[~is_first] = of_first, marked
+    return found
+
+
+def _contents_of_join(
+    first: ImageSource, second: ImageSource, parts: Iterable[np.ndarray]
+) -> dict[str, str]:
+    of_first, of_second = tee(parts)
+    chosen = [
+        (part[part < len(first)] for part in of_first),
+        (part[part >= len(first)] - len(first) for part in of_second),
+    ]
+    found: dict[str, str] = {}
+    for source, some, mark in zip((first, second), chosen, ("", "_without_label"), strict=True):
+        if source.contents is not None:
+            values = source.contents(part for part in some if len(part))
+            found |= {f"{name}{mark}": value for name, value in values.items()}
+    return found
+
+
 def _names_of_subset(source: ImageSource, positions: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return source.names(positions[chosen])
 
@@ -501,7 +588,7 @@ def open_validation(args: argparse.Namespace) -> Source:
     """
     if not args.holdout:
         return open_split(args, is_train=False)
-    args = argparse.Namespace(**{**vars(args), "train_samples": None})
+    args = argparse.Namespace(**{**vars(args), "train_samples": None, "unlabeled": ""})
     _, val = open_splits(args)
     assert val is not None  # with --holdout
     return val
@@ -538,12 +625,19 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
             _check_at_most("--train_samples", args.train_samples, len(train))
             sample = partial(stratified, train.targets, args.train_samples, args.seed)
             (chosen,) = runtime.once_per_machine(lambda: [sample()])
-            train = subset(train, chosen)
-        if not args.eval and runtime.is_main_process():
+            if args.unlabeled == "rest":
+                train = forget_other_labels(train, chosen)
+            else:
+                train = subset(train, chosen)
+        if args.unlabeled not in ("", "rest"):
+            with name_flags(folder="--unlabeled"):
+                train = join(train, images_without_label(args.unlabeled, train.classes))
+        if not args.eval and not args.unlabeled and runtime.is_main_process():
             _tell_of_untaught_classes(train)
-    elif args.holdout or args.train_samples:
+    elif args.holdout or args.train_samples or args.unlabeled:
         raise UserError(
-            f"--holdout and --train_samples need an indexable data set; {args.data_set} is a stream"
+            "--holdout, --train_samples and --unlabeled need an indexable data set; "
+            f"{args.data_set} is a stream"
         )
     for_teacher = bool(teachers_of(args)) and args.teacher_eval and has_validation(args)
     if val is None and (for_teacher or not args.disable_eval):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from checkpoints import class_names, find_weights, load_weights, read_checkpoint, weight_keys
-from losses import kl_divergence
+from losses import kl_divergence, kl_per_image
 from models.fusion import fuse_layers
 from runtime import send, unwrap
 from utils import UserError, few
@@ -80,6 +80,60 @@ class DistillationLoss(nn.Module):
         kd = kl_divergence(student_logits, teacher_logits, self.temperature)
         loss = kd if self.alpha == 1 else torch.lerp(ce, kd, self.alpha)
         return loss, {"ce": ce.detach(), "kd": kd.detach()}
+
+
+class PartlyLabelledLoss(DistillationLoss):
+    """The same loss where some images have no label, which only the distillation part sees.
+
+    ce is the sum over a batch of CE(student, label), divided by the labelled images that a batch
+    holds on average. So it is a mean over the labelled images of an epoch, each of which counts the
+    same, however many share its batch and however a global batch is divided among processes.
+
+    Args:
+        criterion: cross-entropy with probabilities, mean over the batch.
+        alpha: above 0; 1 where no image has a label.
+        labelled_share: the labelled part of the training images, in 0…1.
+    """
+
+    def __init__(
+        self,
+        criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        alpha: float,
+        temperature: float,
+        labelled_share: float,
+    ) -> None:
+        super().__init__(criterion, alpha, temperature)
+        if alpha == 0 or (alpha < 1 and not labelled_share):
+            raise ValueError(f"alpha is {alpha}, but {1 - labelled_share:.0%} have no label")
+        self.labelled_share = labelled_share
+
+    def forward(
+        self,
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor | None,
+        targets: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            targets: (B, C); a row sums to the labelled part of its image, see PartialLabels.
+        Returns: the loss, and without a graph 'ce', 'kd', its means 'kd_labeled' and 'kd_unlabeled'
+            over the labelled and the other images, and 'labeled', the labelled part of the batch.
+        """
+        if teacher_logits is None:
+            raise ValueError(f"alpha is {self.alpha}, so the loss needs teacher_logits")
+        student_logits, share = student_logits.float(), self.labelled_share
+        of_image = kl_per_image(student_logits, teacher_logits, self.temperature)  # (B,)
+        loss = kd = of_image.mean()
+        labelled, parts = targets.sum(dim=1), {}  # (B,)
+        if share:
+            with torch.set_grad_enabled(self.alpha < 1 and torch.is_grad_enabled()):
+                ce = self.criterion(student_logits, targets) / share
+            loss = kd if self.alpha == 1 else torch.lerp(ce, kd, self.alpha)
+            parts["ce"] = ce.detach()
+            parts["kd_labeled"] = (labelled * of_image.detach()).mean() / share
+        parts["kd"] = kd.detach()
+        parts["kd_unlabeled"] = ((1 - labelled) * of_image.detach()).mean() / (1 - share)
+        return loss, parts | {"labeled": labelled.mean()}
 
 
 class InputConversion(nn.Module):

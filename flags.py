@@ -413,6 +413,14 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "(default: all)",
     )
     add(
+        "--unlabeled",
+        type=expanduser,
+        default="",
+        help="folder of images without labels, at any depth, that join the training images for the "
+        "distillation part of the loss; or 'rest': the images that --train_samples leaves out, "
+        "their labels unused (default: none)",
+    )
+    add(
         "--holdout",
         type=int,
         help="hold out this many training images and evaluate on them instead of the validation "

@@ -23,7 +23,7 @@ import utils
 from arguments import fit_to_images, is_mixed
 from datasets import ImageSource, Source, StreamSource
 from runtime import log
-from transforms import BlockMixup, HostBatch, PairMixup, Patches, ToNetwork, ToPixels, collate
+from transforms import HostBatch, Mixing, Patches, ToNetwork, ToPixels, collate
 from utils import ROUNDS, RandomUse, UserError, permute, seed_sequence
 
 
@@ -250,7 +250,7 @@ class DeviceLoader:
         order: tells the places of each batch (EpochBatches, EvalBatches, Stream).
         host_batches: yields the HostBatches in that order.
         to_network: pixels -> network input, on the device.
-        mixup: mixes images and targets; None for no mixing.
+        mixup: mixes images and targets, see transforms.make_mixup; None for no mixing.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class DeviceLoader:
         order: BatchOrder,
         host_batches: "DataLoader | Stream",
         to_network: ToNetwork,
-        mixup: BlockMixup | PairMixup | None = None,
+        mixup: Mixing | None = None,
     ) -> None:
         self.order, self.host_batches = order, host_batches
         self.to_network, self.mixup = to_network, mixup
@@ -327,6 +327,7 @@ class Data:
     classes: list[str]
     config: dict[str, Any]
     images: dict[str, Any]  # what tells the training images from others; {} for a stream
+    labelled_share: float = 1.0  # the part of the training images that has a label
 
 
 def build_data(
@@ -354,7 +355,10 @@ def build_data(
     if val is not None:
         val_loader = build_eval_loader(args, val, config, device)
     train_loader.start_workers()
-    return Data(train_loader, val_loader, train, val, train.classes, config, images)
+    share = 1.0
+    if isinstance(train, ImageSource):
+        share -= len(train.without_label()) / len(train)
+    return Data(train_loader, val_loader, train, val, train.classes, config, images, share)
 
 
 def _same_images(source: Source, name: str) -> dict[str, Any]:
@@ -425,7 +429,8 @@ def _train_loader(
     fill: bool,
 ) -> DeviceLoader:
     transform = transforms.train_transform(args, config)
-    mixup = transforms.make_mixup(args, len(train.classes))
+    partial_labels = isinstance(train, ImageSource) and len(train.without_label()) > 0
+    mixup = transforms.make_mixup(args, len(train.classes), partial_labels)
     if isinstance(train, StreamSource):
         if views:
             raise UserError(

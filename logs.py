@@ -143,7 +143,7 @@ class History:
         losses, parts, students, teachers, targets = zip(*self.waiting, strict=True)
         columns = {"loss": torch.stack(losses)}  # (batches,) each
         columns |= {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        if teachers[0] is not None:
+        if teachers[0] is not None and "labeled" not in columns:  # else labels are missing
             columns["teacher_acc1"] = accuracy(torch.stack(teachers), torch.stack(targets))
         if self.names != list(columns):  # the first batches; a checkpoint may hold other names
             sums = dict(zip(self.names, self.sums, strict=True))

@@ -4,6 +4,19 @@ import torch
 import torch.nn.functional as F
 
 
+def kl_per_image(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """`kl_divergence` of each image, (B,) float32; their mean is that of the batch."""
+    divergence = F.kl_div(
+        F.log_softmax(student_logits.float() / temperature, dim=-1),
+        F.log_softmax(teacher_logits.float() / temperature, dim=-1),
+        reduction="none",
+        log_target=True,
+    )
+    return divergence.sum(dim=-1) * temperature**2
+
+
 def kl_divergence(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:

@@ -66,7 +66,12 @@ from checkpoints import (
     read_checkpoint,
     saved_args,
 )
-from distillation import DistillationLoss, SelectClasses, StudentWithDistillation
+from distillation import (
+    DistillationLoss,
+    PartlyLabelledLoss,
+    SelectClasses,
+    StudentWithDistillation,
+)
 from engine import LoopSettings, Schedule, cosine_schedule, evaluate, train_one_epoch
 from loaders import Data, DeviceLoader, build_data, build_eval_loader
 from logs import History, Recorder
@@ -143,6 +148,12 @@ def run(argv: list[str] | None) -> None:
         f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
         f"{runtime.world_size()} process(es), each with {each}"
     )
+    if data.labelled_share < 1:
+        labelled, in_batch = (data.labelled_share * n for n in (len(data.train), args.batch_size))
+        log(
+            f"{labelled:,.0f} of the images have a label, {in_batch:.3g} per batch on average; the "
+            "others are only distilled"
+        )
     if device.type == "cuda" and (cores := cores_per_process()) < 2:
         log(f"Warning: {cores:.1f} cores per process; see docs/distributed.md for SLURM's setting")
     if args.check_data:
@@ -253,8 +264,7 @@ def train(
     teacher: RunTeacher,
 ) -> None:
     """Train from wherever an earlier run stopped to the last epoch."""
-    alpha = args.kd_alpha if args.kd else 0.0
-    loss = DistillationLoss(make_criterion(args), alpha, args.kd_temperature)
+    loss = make_loss(args, data)
     optimizer = make_optimizer(args, student, settings.device)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = math.ceil(data.train_loader.batches_in_epoch / args.update_freq)
@@ -414,6 +424,15 @@ def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:
         use_warmup=args.model_ema_warmup,
         device=torch.device("cpu") if args.model_ema_force_cpu else None,
     )
+
+
+def make_loss(args: argparse.Namespace, data: Data) -> DistillationLoss:
+    """The loss of a training step: on labels, and on the teacher's logits with --kd true."""
+    alpha = args.kd_alpha if args.kd else 0.0
+    if data.labelled_share < 1:
+        criterion = SoftTargetCrossEntropy()
+        return PartlyLabelledLoss(criterion, alpha, args.kd_temperature, data.labelled_share)
+    return DistillationLoss(make_criterion(args), alpha, args.kd_temperature)
 
 
 def make_criterion(args: argparse.Namespace) -> nn.Module:

@@ -438,8 +438,54 @@ class PairMixup:
         return mixed.contiguous(memory_format=torch.channels_last), soft
 
 
-def make_mixup(args: argparse.Namespace, num_classes: int) -> BlockMixup | PairMixup | None:
-    """Mixes images and labels, including label smoothing; None without mixup and cutmix."""
+class PartialLabels:
+    """Soft labels of images of which some have none, after mixup and cutmix where there are any.
+
+    A row sums to the part of its image that has a label: 1, 0, or what mixing left of it. Label
+    smoothing leaves the sum as it is.
+
+    Args:
+        mixup: made for one more class, that of the images without a label, and without smoothing.
+    """
+
+    def __init__(
+        self, mixup: BlockMixup | PairMixup | None, num_classes: int, smoothing: float
+    ) -> None:
+        self.mixup, self.unit = mixup, mixup.unit if mixup else 1
+        self.num_classes, self.smoothing = num_classes, smoothing
+
+    def __call__(
+        self, images: torch.Tensor, targets: torch.Tensor, view: int, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, H, W), (B,) -> (B, 3, H, W), (B, C); `start`: place of the first image"""
+        if self.mixup is None:
+            shares = F.one_hot(targets, self.num_classes + 1).float()  # (B, C + 1)
+        else:
+            images, shares = self.mixup(images, targets, view, start)
+        labels = shares[:, :-1]
+        even = labels.mean(dim=1, keepdim=True)  # the labelled part of an image over all classes
+        return images, torch.lerp(labels, even.expand_as(labels), self.smoothing)
+
+
+Mixing = BlockMixup | PairMixup | PartialLabels
+
+
+def make_mixup(
+    args: argparse.Namespace, num_classes: int, partial_labels: bool = False
+) -> Mixing | None:
+    """Mixes images and labels, including label smoothing; None without mixup and cutmix.
+
+    Args:
+        partial_labels: whether some images have no label, see PartialLabels.
+    """
+    if partial_labels:
+        plain = argparse.Namespace(**{**vars(args), "smoothing": 0.0})
+        inner = _make_mixup(plain, num_classes + 1)
+        return PartialLabels(inner, num_classes, args.smoothing)
+    return _make_mixup(args, num_classes)
+
+
+def _make_mixup(args: argparse.Namespace, num_classes: int) -> BlockMixup | PairMixup | None:
     if not is_mixed(args):
         return None
     keywords = {
