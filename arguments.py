@@ -303,6 +303,11 @@ def data_flag(args: argparse.Namespace) -> str:
     return f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"
 
 
+def unlabelled_of(args: argparse.Namespace) -> str:
+    """Where images without a label come from: a folder or 'rest'; '' where no teacher is asked."""
+    return args.unlabeled if teachers_of(args) else ""
+
+
 def is_mixed(args: argparse.Namespace) -> bool:
     """Whether images are mixed by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or bool(args.cutmix_minmax)

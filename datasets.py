@@ -1,6 +1,7 @@
 """Sources of images: data sets of every kind, opened by index, and their subsets."""
 
 import argparse
+import filecmp
 import hashlib
 import importlib
 import os
@@ -27,13 +28,13 @@ from torchvision.datasets.folder import (
 )
 
 import runtime
-from arguments import TORCHVISION_SETS, teachers_of
+from arguments import TORCHVISION_SETS, teachers_of, unlabelled_of
 from pictures import Picture, open_image, unreadable
 from runtime import log
 from utils import UserError, few, first_line, name_flags
 
 DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
-IDENTIFYING = 10_000  # images whose contents are compared where a run resumes
+IDENTIFYING = 10_000  # images that stand for all others where files are compared
 
 
 # ------------------------------------------------------------------------------------ sources
@@ -51,6 +52,7 @@ class ImageSource(Dataset):
             folder; by default the positions themselves.
         contents: positions of some images, array by array -> plain values that change with any of
             these images; None where that cannot be told.
+        path: index -> path of the image's file; None for images that are not in files of their own.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class ImageSource(Dataset):
         classes: Sequence[str],
         names: Callable[[np.ndarray], np.ndarray] = np.asarray,
         contents: Callable[[Iterable[np.ndarray]], dict[str, str]] | None = None,
+        path: Callable[[int], str] | None = None,
     ) -> None:
-        self.load, self.names, self.contents = load, names, contents
+        self.load, self.names, self.contents, self.path = load, names, contents, path
         # An array, not a list: forked workers count references to the items of a list, which copies
         # it page by page, so that memory would grow with every worker.
         self.targets = np.asarray(targets, dtype=np.int64)
@@ -84,8 +87,7 @@ class ImageSource(Dataset):
         without a look at every one of millions.
         Raises: UserError for an image file that cannot be found.
         """
-        some = np.linspace(0, len(self) - 1, min(len(self), IDENTIFYING)).astype(np.int64)
-        found = self.contents([some]) if self.contents else {}
+        found = self.contents([evenly(len(self))]) if self.contents else {}
         changed_by_a_copy = {"image_times", "table"}
         return self._listing() | {n: v for n, v in found.items() if n not in changed_by_a_copy}
 
@@ -133,6 +135,11 @@ def _hash(*parts: Any) -> str:
     for part in parts:
         found.update(part)
     return found.hexdigest()[:16]
+
+
+def evenly(count: int, most: int = IDENTIFYING) -> np.ndarray:
+    """At most so many of 0…count-1, evenly spread and ascending; (P,) int64."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
 def _parts(count: int) -> Iterator[np.ndarray]:
@@ -207,13 +214,16 @@ def _file_source(folder: str, arrays: list[np.ndarray], classes: Sequence[str]) 
     """Images in files, given by `_arrays_of_files`."""
     text, starts, targets = arrays
     paths = Paths(text, starts)
-    load = partial(_image_of_file, folder, paths)
-    contents = partial(_stamps_of_files, folder, paths)
-    return ImageSource(load, targets, classes, paths.at, contents)
+    path, contents = partial(_path_of, folder, paths), partial(_stamps_of_files, folder, paths)
+    return ImageSource(partial(_image_of_file, path), targets, classes, paths.at, contents, path)
 
 
-def _image_of_file(folder: str, paths: Paths, index: int) -> Picture:
-    path = os.path.join(folder, os.fsdecode(paths[index]))
+def _path_of(folder: str, paths: Paths, index: int) -> str:
+    return os.path.join(folder, os.fsdecode(paths[index]))
+
+
+def _image_of_file(path_of: Callable[[int], str], index: int) -> Picture:
+    path = path_of(index)
     return open_image(path, path)
 
 
@@ -508,7 +518,13 @@ def subset(source: ImageSource, positions: np.ndarray) -> ImageSource:
     names = partial(_names_of_subset, source, positions)
     contents = source.contents and partial(_contents_of_subset, source, positions)
     (targets,) = runtime.once_per_machine(lambda: [source.targets[positions]])
-    return ImageSource(load, targets, source.classes, names, contents)
+    path = source.path and partial(_path_of_subset, source, positions)
+    return ImageSource(load, targets, source.classes, names, contents, path)
+
+
+def _path_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> str:
+    assert source.path is not None
+    return source.path(positions[index])
 
 
 def _contents_of_subset(
@@ -527,15 +543,25 @@ def forget_other_labels(source: ImageSource, chosen: np.ndarray) -> ImageSource:
         return [kept]
 
     (kept,) = runtime.once_per_machine(targets)
-    return ImageSource(source.load, kept, source.classes, source.names, source.contents)
+    return ImageSource(
+        source.load, kept, source.classes, source.names, source.contents, source.path
+    )
 
 
 def join(first: ImageSource, second: ImageSource) -> ImageSource:
     """The images of two sources with the same classes, one after the other. Collective."""
     load, names = partial(_image_of_join, first, second), partial(_names_of_join, first, second)
-    contents = partial(_contents_of_join, first, second)
+    contents, path = partial(_contents_of_join, first, second), None
+    if first.path is not None and second.path is not None:
+        path = partial(_path_of_join, first, second)
     (targets,) = runtime.once_per_machine(lambda: [np.append(first.targets, second.targets)])
-    return ImageSource(load, targets, first.classes, names, contents)
+    return ImageSource(load, targets, first.classes, names, contents, path)
+
+
+def _path_of_join(first: ImageSource, second: ImageSource, index: int) -> str:
+    source, index = (first, index) if index < len(first) else (second, index - len(first))
+    assert source.path is not None
+    return source.path(index)
 
 
 def _image_of_join(first: ImageSource, second: ImageSource, index: int) -> Picture:
@@ -613,7 +639,7 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
 
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
-    train = open_split(args, is_train=True)
+    train, unlabelled = open_split(args, is_train=True), unlabelled_of(args)
     val: Source | None = None
     if isinstance(train, ImageSource):
         if args.holdout:
@@ -625,16 +651,16 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
             _check_at_most("--train_samples", args.train_samples, len(train))
             sample = partial(stratified, train.targets, args.train_samples, args.seed)
             (chosen,) = runtime.once_per_machine(lambda: [sample()])
-            if args.unlabeled == "rest":
+            if unlabelled == "rest":
                 train = forget_other_labels(train, chosen)
             else:
                 train = subset(train, chosen)
-        if args.unlabeled not in ("", "rest"):
+        if unlabelled not in ("", "rest"):
             with name_flags(folder="--unlabeled"):
-                train = join(train, images_without_label(args.unlabeled, train.classes))
-        if not args.eval and not args.unlabeled and runtime.is_main_process():
+                train = join(train, images_without_label(unlabelled, train.classes))
+        if not args.eval and not unlabelled and runtime.is_main_process():
             _tell_of_untaught_classes(train)
-    elif args.holdout or args.train_samples or args.unlabeled:
+    elif args.holdout or args.train_samples or unlabelled:
         raise UserError(
             "--holdout, --train_samples and --unlabeled need an indexable data set; "
             f"{args.data_set} is a stream"
@@ -643,12 +669,40 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
     if val is None and (for_teacher or not args.disable_eval):
         val = open_split(args, is_train=False)
         _check_same_classes(train.classes, val.classes)
+    if unlabelled and isinstance(val, ImageSource) and runtime.is_main_process():
+        assert isinstance(train, ImageSource)
+        _tell_of_validation_copies(train, val, unlabelled)
     if args.nb_classes and args.nb_classes != len(train.classes):
         raise UserError(
             f"--nb_classes {args.nb_classes}: the data has {len(train.classes)} classes; "
             "leave the flag out, since classes are counted"
         )
     return train, val
+
+
+def _tell_of_validation_copies(train: ImageSource, val: ImageSource, unlabeled: str) -> None:
+    """Warn of images without a label that are validation images: files with the same bytes.
+
+    Where there are more than IDENTIFYING of either, only so many are looked at.
+    """
+    if train.path is None or val.path is None:
+        return
+    positions = train.without_label()
+    files = [train.path(index) for index in positions[evenly(len(positions))]]
+    by_size: dict[int, list[str]] = {}
+    for index in evenly(len(val)):
+        by_size.setdefault(os.path.getsize(val.path(index)), []).append(val.path(index))
+    copies = []
+    for file in files:
+        same_size = by_size.get(os.path.getsize(file), [])
+        if any(filecmp.cmp(file, other, shallow=False) for other in same_size):
+            copies.append(file)
+    if copies:
+        log(
+            f"Warning: --unlabeled {unlabeled}: {len(copies)} of {len(files)} files are validation "
+            f"images too ({few(copies)}), whose score is then not that of unseen images; remove "
+            "them"
+        )
 
 
 def _tell_of_untaught_classes(train: ImageSource) -> None:

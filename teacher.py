@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import importlib.metadata
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,13 +17,13 @@ from torch import nn
 import models
 import runtime
 import utils
-from arguments import is_mixed, teachers_of, views_of
+from arguments import is_mixed, teachers_of, unlabelled_of, views_of
 from checkpoints import local_file
-from datasets import ImageSource, Source
+from datasets import ImageSource, Source, evenly, subset
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
 from engine import LogitsByPlaces, LoopSettings, evaluate
 from flags import AUGMENTATION, MIXING, flags_of_group
-from loaders import Data, DeviceLoader, EpochBatches, image_sample
+from loaders import Data, DeviceLoader, EpochBatches, build_eval_loader, image_sample
 from logit_store import (
     LogitFile,
     LogitStore,
@@ -43,6 +44,8 @@ CAUSES = (
 )
 EMA_CAUSE = "an average (EMA) that had too few steps to follow the weights"
 CHANCE_LEVEL = 0.01  # how often a teacher that guesses may go without a warning
+MOST_ASKED = 1000  # images without a label that the teacher is asked about before training
+FOREIGN = 0.2  # by how much less sure the teacher is of images that are not of its kind
 
 
 @dataclass
@@ -92,8 +95,10 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     if not args.teacher_cache:
         network = make_teacher(args, settings.device, data)
         if loader is None:
+            _tell_confidence(args, settings, data, network, {})
             return RunTeacher(network)
         scores, logits = _score(args, settings, data, loader, network)
+        _tell_confidence(args, settings, data, network, logits)
         # The order of a stream is not promised, so its logits cannot be found again.
         return RunTeacher(network, None, scores, logits if is_indexable else None)
 
@@ -116,6 +121,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
         if source is not None and unscored:
             teacher.scores, logits = _score(args, settings, data, loader, source)
             cached.write(list(logits.items()))
+            _tell_confidence(args, settings, data, source, logits)
         else:
             teacher.scores, _ = _score(args, settings, data, loader, cached)
         teacher.logits = ValidationLogits(cached)
@@ -220,6 +226,51 @@ def _score(
             f"{100 * chance:.2f} % of the {images:,} images; {causes}"
         )
     return {"teacher_acc1": acc1, "teacher_loss": loss}, logits
+
+
+def _tell_confidence(
+    args: argparse.Namespace,
+    settings: LoopSettings,
+    data: Data,
+    network: nn.Module,
+    known: Mapping[range, torch.Tensor],
+) -> None:
+    """Report how sure the teacher is of the images without a label, of which it is not scored.
+
+    Warns where it is far less sure than of the validation images. Collective.
+
+    Args:
+        known: the network's logits on the validation images, as far as this process has them.
+    """
+    if not unlabelled_of(args) or not isinstance(data.train, ImageSource):
+        return
+    positions = data.train.without_label()
+    chosen = positions[evenly(len(positions), MOST_ASKED)]
+    args = argparse.Namespace(**{**vars(args), "dist_eval": False})  # every process has them all
+    loader = build_eval_loader(args, subset(data.train, chosen), data.config, settings.device)
+    if not runtime.is_main_process():
+        return
+    network.eval()
+    with torch.inference_mode(), settings.autocast():
+        logits = torch.cat([network(batch.images).float().cpu() for batch in loader])  # (N, C)
+    probabilities = logits.softmax(dim=1)
+    largest = probabilities.amax(dim=1)
+    deciles = largest.quantile(torch.linspace(0.1, 0.9, 9)).tolist()
+    entropy = torch.special.entr(probabilities).sum(dim=1).mean().item()
+    log(
+        f"Teacher on {len(logits):,} images without a label: largest probability "
+        f"{' '.join(f'{decile:.2f}' for decile in deciles)} (deciles), mean {largest.mean():.2f}; "
+        f"mean entropy {entropy:.2f} of at most {math.log(logits.shape[1]):.2f}"
+    )
+    if not known:
+        return
+    usual = torch.cat(list(known.values())).softmax(dim=1).amax(dim=1).mean().item()
+    if largest.mean().item() < usual - FOREIGN:
+        log(
+            f"Warning: --unlabeled {args.unlabeled}: these images look foreign to the teacher, "
+            f"whose mean largest probability is {usual:.2f} on the validation images; pass images "
+            "of the same kind and classes"
+        )
 
 
 def _chance(val: Source) -> float:
