@@ -4,6 +4,7 @@
     python tools/kill_test.py --kills 20 --processes 2    # torchrun
     python tools/kill_test.py --elastic true              # torchrun restarts a killed worker itself
     python tools/kill_test.py --fill true                 # filling --teacher_cache, not training
+    python tools/kill_test.py --flags "--train_samples 40 --unlabeled rest --holdout 1117"
 
 Weights, EMA, optimizer state and log.txt must be the same bits. EMA, accumulation, mixup and a
 teacher are on, and a checkpoint is written at every step, so that many kills fall into a write.
@@ -36,11 +37,12 @@ from logit_store import LogitFile, RowFormat  # noqa: E402
 FLAGS = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 320 --batch_size 8
 --update_freq 2 --epochs 8 --save_ckpt_steps 1 --model_ema true --model_ema_eval true
 --kd true --teacher_arch cifar_resnet8"""
+MORE_FLAGS: list[str] = []  # of --flags
 
 
 def command(processes: int, output_dir: Path, teacher: Path, restarts: int = 0) -> list[str]:
     argv = torchrun(processes, restarts) if processes > 1 else [sys.executable]
-    argv += ["main.py", *FLAGS.split(), "--teacher_path", str(teacher)]
+    argv += ["main.py", *FLAGS.split(), "--teacher_path", str(teacher), *MORE_FLAGS]
     return [*argv, "--output_dir", str(output_dir)]
 
 
@@ -171,7 +173,9 @@ def main() -> None:
     parser.add_argument("--elastic", default="false", choices=("true", "false"))
     parser.add_argument("--fill", default="false", choices=("true", "false"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--flags", default="")
     args = parser.parse_args()
+    MORE_FLAGS.extend(args.flags.split())
     rng = random.Random(args.seed)
     processes = 2 if args.elastic == "true" else args.processes
     with tempfile.TemporaryDirectory() as scratch:
