@@ -353,14 +353,12 @@ def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:
         endings = _Endings()
         one = {os.curdir: len(classes)}  # the folder itself, as the folder of a class
         found = make_dataset(folder, one, is_valid_file=endings.is_image, allow_empty=True)
-        arrays = _arrays_of_files(os.path.join(folder, os.curdir), [found])
+        if not found:
+            raise UserError(f"{folder}: holds no image at any depth; {ENDINGS}", "folder")
         endings.report(folder)
-        return arrays
+        return _arrays_of_files(os.path.join(folder, os.curdir), [found])
 
-    source = _file_source(folder, runtime.once_per_machine(list_all), classes)
-    if not len(source):
-        raise UserError(f"{folder}: holds no image at any depth; {ENDINGS}", "folder")
-    return source
+    return _file_source(folder, runtime.once_per_machine(list_all), classes)
 
 
 class _Endings:
@@ -634,13 +632,44 @@ def match_classes(wanted: list[str], known: list[str]) -> list[int] | None:
     return None if wanted == known else [known.index(name) for name in wanted]
 
 
-def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
+def is_flat(args: argparse.Namespace) -> bool:
+    """Whether --data_path is a folder of images without labels, which --kd_alpha 1 does not need.
+
+    Such a folder holds images that are not in class folders.
+    """
+    if not teachers_of(args) or args.kd_alpha < 1 or args.data_set not in ("IMNET", "image_folder"):
+        return False
+    if not os.path.isdir(args.data_path):
+        return False
+    is_split = args.data_set == "IMNET" and os.path.isdir(os.path.join(args.data_path, "train"))
+    names = (entry.name for entry in os.scandir(args.data_path) if entry.is_file())
+    return not is_split and any(has_file_allowed_extension(name, IMG_EXTENSIONS) for name in names)
+
+
+def open_splits(
+    args: argparse.Namespace, teacher_classes: Callable[[], list[str]] | None = None
+) -> tuple[Source, Source | None]:
     """The training images and, where student or teacher is evaluated, the validation images.
 
+    Args:
+        teacher_classes: returns the classes of a folder of images without labels that has no
+            validation images, see `is_flat`.
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
-    train, unlabelled = open_split(args, is_train=True), unlabelled_of(args)
+    unlabelled = unlabelled_of(args)
+    train: Source
     val: Source | None = None
+    if is_flat(args) and teacher_classes is not None:
+        if args.holdout:
+            raise UserError(f"--holdout {args.holdout}: the images have no labels; remove the flag")
+        if has_validation(args):
+            val = open_split(args, is_train=False)
+        else:
+            log("No validation images: neither teacher nor student is scored")
+            args.disable_eval, args.teacher_eval = True, False
+        train = images_without_label(args.data_path, val.classes if val else teacher_classes())
+    else:
+        train = open_split(args, is_train=True)
     if isinstance(train, ImageSource):
         if args.holdout:
             _check_at_most("--holdout", args.holdout, len(train) - 1)
@@ -658,7 +687,7 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
         if unlabelled not in ("", "rest"):
             with name_flags(folder="--unlabeled"):
                 train = join(train, images_without_label(unlabelled, train.classes))
-        if not args.eval and not unlabelled and runtime.is_main_process():
+        if not args.eval and runtime.is_main_process() and not len(train.without_label()):
             _tell_of_untaught_classes(train)
     elif args.holdout or args.train_samples or unlabelled:
         raise UserError(
@@ -669,9 +698,9 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
     if val is None and (for_teacher or not args.disable_eval):
         val = open_split(args, is_train=False)
         _check_same_classes(train.classes, val.classes)
-    if unlabelled and isinstance(val, ImageSource) and runtime.is_main_process():
-        assert isinstance(train, ImageSource)
-        _tell_of_validation_copies(train, val, unlabelled)
+    are_to_compare = not args.eval and runtime.is_main_process()
+    if are_to_compare and isinstance(train, ImageSource) and isinstance(val, ImageSource):
+        _tell_of_validation_copies(train, val)
     if args.nb_classes and args.nb_classes != len(train.classes):
         raise UserError(
             f"--nb_classes {args.nb_classes}: the data has {len(train.classes)} classes; "
@@ -680,14 +709,14 @@ def open_splits(args: argparse.Namespace) -> tuple[Source, Source | None]:
     return train, val
 
 
-def _tell_of_validation_copies(train: ImageSource, val: ImageSource, unlabeled: str) -> None:
+def _tell_of_validation_copies(train: ImageSource, val: ImageSource) -> None:
     """Warn of images without a label that are validation images: files with the same bytes.
 
     Where there are more than IDENTIFYING of either, only so many are looked at.
     """
-    if train.path is None or val.path is None:
-        return
     positions = train.without_label()
+    if not len(positions) or train.path is None or val.path is None:
+        return
     files = [train.path(index) for index in positions[evenly(len(positions))]]
     by_size: dict[int, list[str]] = {}
     for index in evenly(len(val)):
@@ -699,9 +728,8 @@ def _tell_of_validation_copies(train: ImageSource, val: ImageSource, unlabeled: 
             copies.append(file)
     if copies:
         log(
-            f"Warning: --unlabeled {unlabeled}: {len(copies)} of {len(files)} files are validation "
-            f"images too ({few(copies)}), whose score is then not that of unseen images; remove "
-            "them"
+            f"Warning: {len(copies)} of {len(files)} images without a label are validation images "
+            f"too ({few(copies)}), so the score is not that of unseen images; remove them"
         )
 
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,11 +21,12 @@ import pictures
 import runtime
 import transforms
 import utils
-from arguments import fit_to_images, is_mixed
+from arguments import fit_to_images, is_mixed, teachers_of
+from checkpoints import class_names, read_checkpoint
 from datasets import ImageSource, Source, StreamSource
 from runtime import log
 from transforms import HostBatch, Mixing, Patches, ToNetwork, ToPixels, collate
-from utils import ROUNDS, RandomUse, UserError, permute, seed_sequence
+from utils import ROUNDS, RandomUse, UserError, name_flags, permute, seed_sequence
 
 
 class Batch(NamedTuple):
@@ -342,7 +344,7 @@ def build_data(
             size and the number of processes of that run: to fill a teacher cache.
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
-    train, val = datasets.open_splits(args)
+    train, val = datasets.open_splits(args, partial(_classes_of_teacher, args))
     images = _same_images(train, "training")
     if val is not None and runtime.world_size() > 1:
         _same_images(val, "validation")
@@ -359,6 +361,22 @@ def build_data(
     if isinstance(train, ImageSource):
         share -= len(train.without_label()) / len(train)
     return Data(train_loader, val_loader, train, val, train.classes, config, images, share)
+
+
+def _classes_of_teacher(args: argparse.Namespace) -> list[str]:
+    """The names of the teacher's classes, for images that have no labels."""
+    if args.teacher_classes:
+        with name_flags(text="--teacher_classes"):
+            return utils.read_lines(args.teacher_classes)
+    path = teachers_of(args)[0].path
+    with name_flags(checkpoint="--teacher_path"):
+        names = class_names(read_checkpoint(path))
+    if names is None:
+        raise UserError(
+            f"--data_path {args.data_path}: the images have no labels, and the teacher {path} does "
+            "not name its classes; name each of its outputs with --teacher_classes FILE"
+        )
+    return names
 
 
 def _same_images(source: Source, name: str) -> dict[str, Any]:

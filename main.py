@@ -148,7 +148,9 @@ def run(argv: list[str] | None) -> None:
         f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
         f"{runtime.world_size()} process(es), each with {each}"
     )
-    if data.labelled_share < 1:
+    if data.labelled_share == 0:
+        log("No image has a label: the student learns from the teacher alone")
+    elif data.labelled_share < 1:
         labelled, in_batch = (data.labelled_share * n for n in (len(data.train), args.batch_size))
         log(
             f"{labelled:,.0f} of the images have a label, {in_batch:.3g} per batch on average; the "

@@ -17,7 +17,7 @@ from torch import nn
 import models
 import runtime
 import utils
-from arguments import is_mixed, teachers_of, unlabelled_of, views_of
+from arguments import is_mixed, teachers_of, views_of
 from checkpoints import local_file
 from datasets import ImageSource, Source, evenly, subset
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
@@ -242,7 +242,7 @@ def _tell_confidence(
     Args:
         known: the network's logits on the validation images, as far as this process has them.
     """
-    if not unlabelled_of(args) or not isinstance(data.train, ImageSource):
+    if not isinstance(data.train, ImageSource) or data.labelled_share == 1:
         return
     positions = data.train.without_label()
     chosen = positions[evenly(len(positions), MOST_ASKED)]
@@ -267,9 +267,9 @@ def _tell_confidence(
     usual = torch.cat(list(known.values())).softmax(dim=1).amax(dim=1).mean().item()
     if largest.mean().item() < usual - FOREIGN:
         log(
-            f"Warning: --unlabeled {args.unlabeled}: these images look foreign to the teacher, "
-            f"whose mean largest probability is {usual:.2f} on the validation images; pass images "
-            "of the same kind and classes"
+            "Warning: the images without a label look foreign to the teacher, whose mean largest "
+            f"probability is {usual:.2f} on the validation images; pass images of the same kind "
+            "and classes"
         )
 
 

@@ -170,10 +170,36 @@ def test_images_that_are_foreign_or_of_the_validation_set_are_warned_of(
     run = run_main(*flags[:-16], *kd, "--epochs", 1, "--unlabeled", pile)
     assert run.code == 0 and "look foreign" not in run.out, run.err
     # The training images 0 to 2 of 'ant' are validation images of that class.
-    assert f"4 of 25 files are validation images too ({pile}/x.jpg, {pile}/ant/0.jpg" in run.out
+    assert (
+        f"4 of 25 images without a label are validation images too ({pile}/x.jpg, {pile}" in run.out
+    )
     monkeypatch.setattr(teacher, "FOREIGN", -1.0)  # less sure than of validation images, plus 1
     run = run_main(*flags[:-16], *kd, "--epochs", 1, "--unlabeled", pile)
-    assert f"--unlabeled {pile}: these images look foreign to the teacher, whose mean" in run.out
+    assert "the images without a label look foreign to the teacher, whose mean" in run.out
+
+
+def test_a_flat_folder_has_the_classes_of_its_teacher_or_of_the_validation_images(
+    run_main, imnet, tmp_path
+):
+    flags = ["--input_size", 32, "--batch_size", 8, "--epochs", 1]
+    assert run_main(*flags, "--data_path", imnet, output_dir=tmp_path / "t").code == 0
+    pile = tmp_path / "pile"
+    shutil.copytree(imnet / "train", pile)
+    shutil.copyfile(pile / "ant" / "0.jpg", pile / "x.jpg")
+    kd = teacher_flags(tmp_path / "t" / "checkpoint-0.pth")
+    flags += [*kd, "--kd_alpha", 1, "--data_path", pile]
+    run = run_main(*flags, output_dir=tmp_path / "flat")
+    assert run.code == 0 and "25 images, 3 classes" in run.out, run.err
+    assert "No image has a label: the student learns from the teacher alone" in run.out
+    assert run.checkpoint(0)["data"]["classes"] == ["ant", "bee", "cat"]
+    assert run.log[0]["train_kd"] > 0 and "train_ce" not in run.log[0]
+    flags += ["--data_set", "image_folder", "--eval_data_path", imnet / "val"]
+    run = run_main(*flags, output_dir=tmp_path / "scored")
+    assert run.code == 0 and "test_acc1" in run.log[0], run.err
+    bare = tmp_path / "bare.pth"
+    torch.save(run.checkpoint(0)["model"], bare)
+    run = run_main(*flags[:6], *teacher_flags(bare), "--kd_alpha", 1, "--data_path", pile)
+    assert run.code == 2 and "does not name its classes; name each of its outputs" in run.err
 
 
 FAULTS = {
