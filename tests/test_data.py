@@ -9,6 +9,7 @@ import random
 import subprocess
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
@@ -798,9 +799,9 @@ def test_validation_images_are_not_read_twice_before_training(
     read = []
     load = datasets._image_of_file
 
-    def counted(folder: str, names: np.ndarray, index: int) -> np.ndarray:
-        read.append(os.path.join(folder, os.fsdecode(names[index])))
-        return load(folder, names, index)
+    def counted(path_of: Callable[[int], str], index: int) -> np.ndarray:
+        read.append(path_of(index))
+        return load(path_of, index)
 
     monkeypatch.setattr(datasets, "_image_of_file", counted)
 
