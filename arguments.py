@@ -155,8 +155,9 @@ def follow_checkpoint(
     skipped = set(NOT_RECIPE)
     if {"data_set", "data_path"} & set(given):
         skipped |= set(DATA_FLAGS)  # other data: none of the old flags belongs to it
-    if "epochs" in given and "warmup_epochs" not in saved_args.get("given", ()):
-        skipped.add("warmup_epochs")  # was chosen for the earlier number of epochs
+    for flag, chosen in (("epochs", "warmup_epochs"), ("seed", "data_seed")):
+        if flag in given and chosen not in saved_args.get("given", ()):
+            skipped.add(chosen)  # was chosen by default for the earlier value of the flag
     known = {action.dest for action in get_args_parser()._actions} - skipped
     if is_eval:
         known &= {"model", "input_size", "batch_size", *DATA_FLAGS} - {"unlabeled"}
@@ -183,6 +184,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
         args.weight_decay = 1e-4 if is_sgd(args.opt) else 0.05
     if args.num_workers is None:
         args.num_workers = max(1, int(cores_per_process()))
+    if args.data_seed is None:
+        args.data_seed = args.seed
 
 
 def fit_to_images(args: argparse.Namespace, images: int) -> list[str]:
@@ -360,7 +363,7 @@ RANGES = {
     ): "batch_size epochs update_freq recount eval_freq "
     "input_size teacher_input_size train_samples holdout nb_classes teacher_views "
     "teacher_cache_topk save_ckpt_freq save_ckpt_num save_ckpt_steps",
-    Range("must be 0 or more", lambda value: value >= 0): "seed start_epoch num_workers "
+    Range("must be 0 or more", lambda value: value >= 0): "seed data_seed start_epoch num_workers "
     "warmup_epochs",
     Range("must be 0 or more, or -1 for unset", lambda value: value >= -1): "warmup_steps",
     Range("must be above 0 and finite", lambda value: 0 < value < math.inf): "kd_temperature "

@@ -403,7 +403,7 @@ def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
             split="train" if is_train else "validation",
             is_training=is_train,
             batch_size=args.batch_size,
-            seed=args.seed,
+            seed=args.data_seed,
         )
     except Exception as error:  # each reader has its own optional package and its own errors
         raise UserError(
@@ -678,7 +678,7 @@ def open_splits(
             train, val = subset(train, others), subset(train, held_out)
         if args.train_samples:
             _check_at_most("--train_samples", args.train_samples, len(train))
-            sample = partial(stratified, train.targets, args.train_samples, args.seed)
+            sample = partial(stratified, train.targets, args.train_samples, args.data_seed)
             (chosen,) = runtime.once_per_machine(lambda: [sample()])
             if unlabelled == "rest":
                 train = forget_other_labels(train, chosen)

@@ -85,14 +85,19 @@ class DistillationLoss(nn.Module):
 class PartlyLabelledLoss(DistillationLoss):
     """The same loss where some images have no label, which only the distillation part sees.
 
+    (1-alpha) * w * ce + alpha * T^2 * KL
+
     ce is the sum over a batch of CE(student, label), divided by the labelled images that a batch
     holds on average. So it is a mean over the labelled images of an epoch, each of which counts the
-    same, however many share its batch and however a global batch is divided among processes.
+    same, however many share its batch and however a global batch is divided among processes. The
+    weight w is the mean number of labelled images of an optimizer step, at most 1: without it, the
+    few steps that see a label would be ruled by it (docs/unlabeled.md has a measurement).
 
     Args:
         criterion: cross-entropy with probabilities, mean over the batch.
         alpha: above 0; 1 where no image has a label.
         labelled_share: the labelled part of the training images, in 0…1.
+        images_per_step: images of an optimizer step, over all processes.
     """
 
     def __init__(
@@ -101,11 +106,13 @@ class PartlyLabelledLoss(DistillationLoss):
         alpha: float,
         temperature: float,
         labelled_share: float,
+        images_per_step: int,
     ) -> None:
         super().__init__(criterion, alpha, temperature)
         if alpha == 0 or (alpha < 1 and not labelled_share):
             raise ValueError(f"alpha is {alpha}, but {1 - labelled_share:.0%} have no label")
         self.labelled_share = labelled_share
+        self.label_weight = min(1.0, labelled_share * images_per_step)
 
     def forward(
         self,
@@ -128,7 +135,7 @@ class PartlyLabelledLoss(DistillationLoss):
         if share:
             with torch.set_grad_enabled(self.alpha < 1 and torch.is_grad_enabled()):
                 ce = self.criterion(student_logits, targets) / share
-            loss = kd if self.alpha == 1 else torch.lerp(ce, kd, self.alpha)
+            loss = kd if self.alpha == 1 else torch.lerp(self.label_weight * ce, kd, self.alpha)
             parts["ce"] = ce.detach()
             parts["kd_labeled"] = (labelled * of_image.detach()).mean() / share
         parts["kd"] = kd.detach()

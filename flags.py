@@ -183,6 +183,12 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="random seed")
     add(
+        "--data_seed",
+        type=int,
+        help="random seed of the order, the augmentation and the subset of the training images; a "
+        "teacher cache serves every --seed with one --data_seed (default: the same as --seed)",
+    )
+    add(
         "--device",
         help="device to train on: cuda, cuda:1, mps or cpu (default: the first that is available)",
     )

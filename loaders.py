@@ -465,8 +465,8 @@ def _train_loader(
         # Cover every image that a later run may show, whatever its batch size; no activations are
         # kept for a backward pass, so twice the batch fits.
         batch_size, unit = 2 * batch_size, mixup.unit if mixup else 1
-    order = EpochBatches(count, batch_size, args.seed, views, unit)
-    images = TransformedImages(train, transform, args.seed)
+    order = EpochBatches(count, batch_size, args.data_seed, views, unit)
+    images = TransformedImages(train, transform, args.data_seed)
     host_batches = DataLoader(images, batch_sampler=order, **loader_keywords)
     return DeviceLoader(order, host_batches, to_network, mixup)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
+import shlex
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -303,17 +308,23 @@ class Recorder:
 
     @classmethod
     def open(
-        cls, output_dir: str, log_dir: str | None, start_epoch: int, first_step: int
+        cls, args: dict[str, Any], device: torch.device, start_epoch: int, first_step: int
     ) -> Recorder:
         """Open the files of a run that starts at this epoch and optimizer step.
+
+        Beside log.txt, args.json holds the arguments and environment.json what they ran on.
 
         What an interrupted run wrote of later epochs is dropped, since they will be run again; so
         log.txt is the same whether or not the run was interrupted.
         """
         path = writer = None
+        output_dir, log_dir = args["output_dir"], args["log_dir"]
         if output_dir and runtime.is_main_process():
             path = Path(output_dir) / "log.txt"
             drop_lines_from(path, start_epoch)
+            write_whole(path.with_name("args.json"), json.dumps(args, indent=1))
+            found = environment(device)
+            write_whole(path.with_name("environment.json"), json.dumps(found, indent=1))
         if log_dir and runtime.is_main_process():
             from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
@@ -389,6 +400,43 @@ def drop_lines_from(path: Path, epoch: int) -> None:
             is_kept = False  # cut short by a kill: its epoch will be run again
         if is_kept:
             kept.append(line + "\n")
-    temporary = path.with_name(".log.txt.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is always the old or the new one.
+
+    Raises: UserError where the file system refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise utils.could_not_write(path, error) from error
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a run ran on, in plain values: command, versions, commit, device, processes, threads."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    is_cuda = device.type == "cuda"
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else str(device),
+        "processes": runtime.world_size(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code, with '-dirty' after changes; None outside a git repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        return None
+    return done.stdout.strip() or None

@@ -284,7 +284,7 @@ def train(
         student.compile()
     first_step = start * steps + (state.progress.updates if state.progress else 0)
     with name_flags(folder="--log_dir"):
-        recorder = Recorder.open(args.output_dir, args.log_dir, start, first_step)
+        recorder = Recorder.open(vars(args), settings.device, start, first_step)
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
     started = time.time()
 
@@ -432,8 +432,10 @@ def make_loss(args: argparse.Namespace, data: Data) -> DistillationLoss:
     """The loss of a training step: on labels, and on the teacher's logits with --kd true."""
     alpha = args.kd_alpha if args.kd else 0.0
     if data.labelled_share < 1:
-        criterion = SoftTargetCrossEntropy()
-        return PartlyLabelledLoss(criterion, alpha, args.kd_temperature, data.labelled_share)
+        images = args.batch_size * args.update_freq * runtime.world_size()
+        return PartlyLabelledLoss(
+            SoftTargetCrossEntropy(), alpha, args.kd_temperature, data.labelled_share, images
+        )
     return DistillationLoss(make_criterion(args), alpha, args.kd_temperature)
 
 

@@ -338,7 +338,7 @@ def manifest_of(
     Other flags may differ between runs that share a cache. A new flag that changes the images
     belongs in one of the groups AUGMENTATION and MIXING of flags.py, and is then compared.
     """
-    flags = ["seed", "input_size", "imagenet_default_mean_and_std", *flags_of_group(AUGMENTATION)]
+    flags = ["input_size", "imagenet_default_mean_and_std", *flags_of_group(AUGMENTATION)]
     flags += ["teacher_arch", "teacher_norm", "teacher_input_size", "teacher_dtype"]
     flags += ["teacher_cache_dtype", "teacher_cache_topk"]
     if is_mixed(args):
@@ -348,7 +348,9 @@ def manifest_of(
     teachers = teachers_of(args)
     if len(teachers) > 1:  # their average depends on the temperature
         flags += ["teacher_weights", "kd_temperature"]
-    fields = {"decoder": DECODER} | {name: getattr(args, name) for name in flags}
+    fields = {"decoder": DECODER, "seed": args.data_seed} | {
+        name: getattr(args, name) for name in flags
+    }
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with name_flags(checkpoint="--teacher_path", text="--teacher_classes"):
         files = [local_file(teacher.path) for teacher in teachers]

@@ -498,5 +498,5 @@ def _make_mixup(args: argparse.Namespace, num_classes: int) -> BlockMixup | Pair
         "num_classes": num_classes,
     }
     if args.mixup_mode == "pair":
-        return PairMixup(args.seed, **keywords)
-    return BlockMixup(Mixup(mode=args.mixup_mode, **keywords), args.batch_size, args.seed)
+        return PairMixup(args.data_seed, **keywords)
+    return BlockMixup(Mixup(mode=args.mixup_mode, **keywords), args.batch_size, args.data_seed)

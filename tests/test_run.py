@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from helpers import ROOT, is_same, teacher_flags
+from helpers import CPU, ROOT, is_same, teacher_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -404,7 +404,10 @@ def test_eval_freq_leaves_evaluations_out_and_changes_nothing_else(
 
 def test_log_lines_are_json_and_a_cut_line_is_dropped(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
-    logs.Recorder.open(str(tmp_path), None, start_epoch=1, first_step=1)
+    args = {"output_dir": str(tmp_path), "log_dir": None, "lr": 0.1}
+    logs.Recorder.open(args, CPU, start_epoch=1, first_step=1)
+    assert json.loads((tmp_path / "args.json").read_text()) == args
+    assert json.loads((tmp_path / "environment.json").read_text())["torch"] == torch.__version__
     assert [json.loads(x) for x in (tmp_path / "log.txt").read_text().splitlines()] == [
         {"epoch": 0}
     ]

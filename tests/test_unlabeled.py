@@ -25,8 +25,8 @@ REST = ["--train_samples", 48, "--unlabeled", "rest", "--holdout", 1341, "--epoc
 # ------------------------------------------------------------------------------------ the loss
 
 
-def loss_of(alpha: float, share: float) -> PartlyLabelledLoss:
-    return PartlyLabelledLoss(SoftTargetCrossEntropy(), alpha, 3.0, share)
+def loss_of(alpha: float, share: float, images_per_step: int = 32) -> PartlyLabelledLoss:
+    return PartlyLabelledLoss(SoftTargetCrossEntropy(), alpha, 3.0, share, images_per_step)
 
 
 def test_the_loss_is_that_of_the_formula_in_float64():
@@ -43,6 +43,9 @@ def test_the_loss_is_that_of_the_formula_in_float64():
     for name, value in expected.items():
         assert parts[name].item() == pytest.approx(float(value), rel=1e-5), name
     assert loss.item() == pytest.approx((0.7 * ce + 0.3 * kd.mean()).item(), rel=1e-5)
+    rare = loss_of(0.3, share / 100, 48)(STUDENT, TEACHER, targets)[0]  # 0.4 labels per step
+    w = 48 * share / 100
+    assert rare.item() == pytest.approx((0.7 * w * 100 * ce + 0.3 * kd.mean()).item(), rel=1e-5)
 
 
 def test_the_loss_of_a_batch_is_the_mean_of_its_parts_however_labels_are_spread():
