@@ -211,7 +211,7 @@ def fit_to_images(args: argparse.Namespace, images: int) -> list[str]:
         args.num_workers = min(args.num_workers, max(1, images // total))
     if args.lr is None and total:
         steps = args.epochs * math.ceil(images // total / args.update_freq)
-        args.lr = max(args.min_lr, default_lr(args, total * args.update_freq, steps))
+        args.lr = default_lr(args, total * args.update_freq, steps)
     left_out = images % total if total else 0
     if left_out and args.teacher_views == 1:
         lines.append(
@@ -425,8 +425,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     def require(flag: str, holds: bool, remedy: str) -> None:
         _require(parser, args, flag, holds, remedy)
 
-    if args.data_set in ("IMNET", "image_folder"):
-        require("data_path", bool(args.data_path), f"--data_set {args.data_set} needs a folder")
+    if args.data_set in ("IMNET", "image_folder") and not args.data_path:
+        parser.error(f"--data_set {args.data_set}: needs a folder; pass --data_path FOLDER")
     if args.data_set == "image_folder" and not (args.disable_eval or args.holdout):
         remedy = "--data_set image_folder needs a folder of validation images, or --holdout N"
         require("eval_data_path", bool(args.eval_data_path), remedy)
@@ -448,8 +448,9 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.cutmix_minmax:
         # timm draws a whole number of pixels from the first up to below the second.
         least, most = (int(args.input_size * ratio) for ratio in args.cutmix_minmax)
-        remedy = "pass the smaller ratio first, and the second larger by a pixel of "
-        require("cutmix_minmax", least < most, f"{remedy}--input_size {args.input_size} or more")
+        remedy = "pass the smaller ratio first; at --input_size {} the ratios must differ by {:.2g}"
+        side = args.input_size
+        require("cutmix_minmax", least < most, remedy.format(side, 1 / side))
     if is_mixed(args) and args.batch_size and not args.eval:
         remedy = "mixup and cutmix need an even batch size, or pass --mixup 0 --cutmix 0"
         require("batch_size", args.batch_size % 2 == 0, remedy)

@@ -737,8 +737,9 @@ def _tell_of_untaught_classes(train: ImageSource) -> None:
     counts = np.bincount(train.targets, minlength=len(train.classes))
     if untaught := [name for name, count in zip(train.classes, counts, strict=True) if not count]:
         log(
-            f"Warning: {len(untaught)} of {len(train.classes)} classes have no training image "
-            f"({few(untaught, most=10)}); raise --train_samples, or lower --holdout"
+            f"Warning: classes without a training image: {len(untaught)} of {len(train.classes)} "
+            f"({few(untaught, most=10)}); raise --train_samples where it is given, or lower "
+            "--holdout"
         )
 
 

@@ -415,8 +415,8 @@ def _check_finite(teacher: nn.Module, path: str) -> None:
     tensors = [*teacher.named_parameters(), *statistics]
     if bad := [name for name, tensor in tensors if not tensor.isfinite().all()]:
         raise UserError(
-            f"{path}: {len(bad)} of this teacher's weights hold NaN or infinity ({few(bad)}), so "
-            "its training had failed; use an earlier checkpoint or another teacher",
+            f"{path}: NaN or infinity in {len(bad)} of the teacher's weights ({few(bad)}), so its "
+            "training failed; use an earlier checkpoint or another teacher",
             "checkpoint",
         )
 

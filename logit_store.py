@@ -31,7 +31,7 @@ PENDING_BYTES = 2**25  # logits waiting to be written; each write waits for the 
 SAME_IMAGE = 0.05  # tolerance of means of normalised pixels; rounding of processors is far below
 REPLACED_IMAGES = {  # fields of ImageSource.fingerprint, and what a difference says
     "image_names": "they have other paths below the data folder, or other images were chosen",
-    "image_sizes": "they have other sizes",
+    "image_sizes": "their files have other sizes in bytes",
     "image_times": "they have the same paths and sizes, but other times of modification, because "
     "they were edited, or copied without time stamps (cp -p and rsync -a keep time stamps)",
     "pixels": "they have other pixels",
@@ -242,9 +242,11 @@ def _size(path: Path) -> int:
 def _check_size(path: Path, expected: int) -> None:
     size = _size(path)
     if size != expected:
+        found = f"has {size:,} bytes" if path.exists() else "does not exist"
+        cause = "was cut off" if 0 < size < expected else "is of another cache"
+        cause = cause if path.exists() else "was deleted"
         raise UserError(
-            f"{path}: {f'has {size:,} bytes' if path.exists() else 'does not exist'}, but must "
-            f"have {expected:,} bytes: it was cut off, deleted, or comes from another cache; "
+            f"{path}: {found}, but must have {expected:,} bytes: it {cause}; "
             f"{_remedy(path.with_suffix(''))}",
             "cache",
         )

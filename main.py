@@ -511,6 +511,11 @@ def begin_momentum(optimizer: torch.optim.SGD) -> None:
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
     """Learning rate and weight decay of every optimizer step of the run."""
     steps, warmup = args.epochs * steps_per_epoch, warmup_steps(args, steps_per_epoch)
+    if args.min_lr > args.lr:
+        raise UserError(
+            f"--min_lr {args.min_lr}: above {args.lr:.3g}, the peak that was chosen by default; "
+            "pass a smaller --min_lr, or a --lr"
+        )
     if warmup > steps:
         raise UserError(
             f"--warmup_steps {warmup}: longer than the run of {steps} steps; shorten it"

@@ -175,7 +175,11 @@ def find_device(name: str) -> torch.device:
             device = torch.device("cuda", local_rank())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{name}: {first_line(error)}; try cpu", "device") from error
+        # torch lists every backend that it was ever built for; its first sentence is the reason.
+        reason = first_line(error).partition(". ")[0].partition(", xpu")[0]
+        raise UserError(
+            f"{name}: {reason}; pass cpu, or cuda or mps where there is one", "device"
+        ) from error
     return device
 
 

@@ -57,6 +57,14 @@ def create_model(arch: str, num_classes: int, input_size: int, drop_path: float 
         raise UserError(
             f"{arch}: cannot be built for images of {input_size} pixels ({error})", "architecture"
         ) from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
+    if input_size % patch[0] and not getattr(model.patch_embed, "dynamic_img_pad", False):
+        less = input_size - input_size % patch[0]
+        raise UserError(
+            f"{arch}: {input_size} pixels are not whole patches of {patch[0]}, so some would be "
+            f"lost; use an input size of {less} or {less + patch[0]}",
+            "architecture",
+        )
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(2, 3, input_size, input_size))

@@ -143,7 +143,7 @@ BAD_VALUES = {
     "--batch_size 0": "--batch_size 0: must be 1 or more",
     "--epochs 5 --warmup_epochs 6": "--warmup_epochs 6: longer than the run of 5 epochs",
     "--drop_path 2": "--drop_path 2.0: must lie in 0…1",
-    "--data_set IMNET": "--data_path None: --data_set IMNET needs a folder",
+    "--data_set IMNET": "--data_set IMNET: needs a folder; pass --data_path FOLDER",
     "--eval true": "--eval true needs a checkpoint",
     "--start_epoch 5 --epochs 1": "--start_epoch 5: must be below the number of epochs (1)",
 }
@@ -287,7 +287,7 @@ def test_an_optimizer_nobody_knows(run_main):
 
 
 def test_a_device_that_is_not_there(run_main):
-    refused(run_main("--device", "nonsense"), "--device nonsense", "try cpu")
+    refused(run_main("--device", "nonsense"), "--device nonsense", "pass cpu")
 
 
 def test_many_tasks_without_torchrun(run_main, monkeypatch):

@@ -296,7 +296,8 @@ def test_holdout_images_are_not_trained_on():
 def test_classes_that_a_subset_leaves_without_an_image_are_named(capsys):
     train = loaders.build_data(parsed("--train_samples", 5), CPU).train
     missing = sorted(set(range(10)) - set(train.targets.tolist()))
-    told = f"{len(missing)} of 10 classes have no training image ({', '.join(map(str, missing))})"
+    names = ", ".join(map(str, missing))
+    told = f"classes without a training image: {len(missing)} of 10 ({names})"
     assert len(missing) >= 5 and told in capsys.readouterr().out
     loaders.build_data(parsed("--train_samples", 100), CPU)
     assert "no training image" not in capsys.readouterr().out

@@ -66,7 +66,7 @@ OUT_OF_RANGE = {
     "--min_lr 1 --lr 0.1": "--min_lr 1.0: above --lr 0.1",
     "--lr 1e-7": "--min_lr 1e-06: above --lr 1e-07",
     "--cutmix_minmax 0.9 0.1": "--cutmix_minmax 0.9 0.1: pass the smaller ratio first",
-    "--cutmix_minmax 0.5 0.5": "larger by a pixel of --input_size 8 or more",
+    "--cutmix_minmax 0.5 0.5": "at --input_size 8 the ratios must differ by 0.12",
     "--cutmix_minmax 0.2 1.5": "--cutmix_minmax 0.2 1.5: must lie in 0…1",
 }
 
@@ -277,11 +277,12 @@ def test_a_tilde_in_a_path_is_the_home_folder(parse, monkeypatch, tmp_path):
         (tmp_path / name).touch()
     starts = r"(cache )?folder|(text|checkpoint) file|checkpoint to"
     paths = {f for f, action in ACTIONS.items() if re.match(starts, action.help)}
-    assert len(paths) == 9
-    paths -= {"teacher_path"}  # a list: see below
+    assert len(paths) == 10
+    paths -= {"teacher_path", "unlabeled"}  # a list, and one that must exist: see below
     words = [f"--{flag}=~/a.pth" for flag in paths]
     words += "--kd true --data_set image_folder --teacher_arch cifar_resnet8,resnet18".split()
-    args = parse(*words, "--teacher_path", "~/a.pth,~/b.pth")
+    args = parse(*words, "--teacher_path", "~/a.pth,~/b.pth", "--unlabeled", "~")
+    assert args.unlabeled == str(tmp_path)
     assert {getattr(args, flag) for flag in paths} == {f"{tmp_path}/a.pth"}
     assert args.teacher_path == f"{tmp_path}/a.pth,{tmp_path}/b.pth"
 

@@ -55,3 +55,8 @@ def test_a_vit_is_built_for_the_size_asked_for():
 def test_an_image_too_small_for_the_network_is_told_before_training():
     with pytest.raises(UserError, match="larger input size"):
         models.create_model("convnext_atto", 10, 8)
+
+
+def test_an_input_that_would_lose_pixels_between_patches_is_refused():
+    with pytest.raises(UserError, match="50 pixels are not whole patches of 16.* of 48 or 64"):
+        models.create_model("vit_tiny_patch16_224", 10, 50)

@@ -336,7 +336,9 @@ def test_a_damaged_view_is_refused_and_left_as_it_is(run_main, kd, tmp_path, sto
     assert run.code == 2 and run.err.startswith("main.py: error: --teacher_cache"), run.err
     assert f"{cache}/view-00001.logits: " in run.err and remedy in run.err
     if damage in ("cut off", "deleted", "too long"):  # told before the first epoch
-        assert "but must have 1,440 bytes: it was cut off" in run.err and "Epoch" not in run.out
+        causes = {name: f"was {name}" for name in DAMAGES} | {"too long": "is of another cache"}
+        told = f"but must have 1,440 bytes: it {causes[damage]}"
+        assert told in run.err and "Epoch" not in run.out
     if damage in ("zeroed", "one bit"):
         found = "2 of the rows 0 to 15" if damage == "zeroed" else "1 of the rows 16 to 31"
         where = "(5, 9)" if damage == "zeroed" else "(20)"
@@ -443,7 +445,7 @@ def test_one_replaced_training_image_is_noticed(run_main, photos, photo_flags, d
     assert "cp -p" in run.err and "another folder" in run.err
     Image.new("RGB", (10, 10)).save(shown_late(photos))
     run = run_main(*flags)
-    assert run.code == 2 and "were cached: they have other sizes; use the same" in run.err
+    assert run.code == 2 and "were cached: their files have other sizes in bytes; use" in run.err
 
 
 def test_equal_names_in_another_folder_are_other_images_unless_it_is_a_copy(

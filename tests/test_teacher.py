@@ -284,7 +284,7 @@ def test_weights_that_are_not_finite_blame_the_teacher(run_main, short, tmp_path
     torch.save(state, tmp_path / "t.pth")
     run = run_main(*short, *teacher_flags(tmp_path / "t.pth"))
     assert run.code == 2 and "Epoch" not in run.out
-    told = f"--teacher_path {tmp_path / 't.pth'}: 1 of this teacher's weights hold NaN or infinity"
+    told = f"--teacher_path {tmp_path / 't.pth'}: NaN or infinity in 1 of the teacher's weights"
     assert f"{told} ({name})" in run.err
 
 
