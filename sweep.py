@@ -154,7 +154,7 @@ def commands(
 
     Raises: ValueError where two runs would share a folder.
     """
-    runs = {}
+    runs: dict[str, list[str]] = {}
     for values in itertools.product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
         is_plain = not has_teacher(chosen, common)
