@@ -250,7 +250,7 @@ def default_lr(args: argparse.Namespace, total_batch: int, steps: int) -> float:
     # 4e-3 at 4096 as in the ConvNeXt script. Adam's noise scale grows with sqrt(batch) (Malladi et
     # al. 2022), not with the batch.
     lr = 4e-3 * (total_batch / 4096) ** 0.5
-    if args.finetune:
+    if args.finetune or args.pretrained:
         return lr
     # Adam moves a weight by at most about lr per step, so few steps from scratch need a higher one.
     return max(lr, min(FEW_STEPS_LR, LEAST_WAY / steps))
@@ -276,6 +276,9 @@ def usable_cores() -> int:
 def cores_per_process() -> float:
     """Processor cores of this machine for each process of the run."""
     return usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+PRETRAINED = "pretrained"  # in --teacher_path: timm's own weights of the architecture
 
 
 class Teacher(NamedTuple):
@@ -454,6 +457,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     if is_mixed(args) and args.batch_size and not args.eval:
         remedy = "mixup and cutmix need an even batch size, or pass --mixup 0 --cutmix 0"
         require("batch_size", args.batch_size % 2 == 0, remedy)
+    remedy = "beside --pretrained true, which starts from other weights; remove one of the two"
+    require("finetune", not (args.finetune and args.pretrained), remedy)
     require("resume", bool(args.resume) or not args.eval, "--eval true needs a checkpoint to score")
     if args.teacher_cache_range and args.teacher_cache_only:
         all_views = min(args.teacher_views or args.epochs, args.epochs)
@@ -493,7 +498,9 @@ def dependences() -> list[Dependence]:
     of_cache = [flag for flag in cache if flag not in ("teacher_cache", "teacher_views")]
     asked = ["kd_temperature", *teacher, "teacher_cache", *of_cache, "unlabeled"]
     of_kd = ["teacher_path", "teacher_arch", "kd_alpha", *asked]
-    of_start = "start_epoch finetune model_key model_prefix head_init_scale drop_path".split()
+    of_start = (
+        "start_epoch pretrained finetune model_key model_prefix head_init_scale drop_path".split()
+    )
     of_saving = "save_ckpt_freq save_ckpt_num save_ckpt_steps".split()
     output = [*of_saving, "save_ckpt", "auto_resume", "log_dir"]
     of_training = [*optimizer, ema, *of_ema, *of_start, *output, "update_freq"]
@@ -624,7 +631,8 @@ def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     files = [("teacher_path", teacher.path) for teacher in teachers]
     files += [("finetune", args.finetune), ("resume", args.resume)]
     for flag, path in files:
-        if path and not is_url(path) and (problem := missing_file(path)):
+        is_file = path and path != PRETRAINED and not is_url(path)
+        if is_file and (problem := missing_file(path)):
             parser.error(f"--{flag} {problem}")
 
 

@@ -207,10 +207,16 @@ def load_weights(
 def _rename_as_timm(
     model: nn.Module, state: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """An original release's weights under timm's names, and a note where renaming failed."""
-    # Internal to timm: the function that each family's file has for its original releases.
+    """Weights under timm's names and resampled for the model's size, and a note of a failure."""
+    # Internal to timm: the function that each family's file has for its original releases, and for
+    # position embeddings of another size.
     rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if rename is None or state.keys() == model.state_dict().keys():
+    wanted, classifier = model.state_dict(), f"{classifier_name(model)}."
+    fits = all(
+        n in state and (n.startswith(classifier) or state[n].shape == wanted[n].shape)
+        for n in wanted
+    )
+    if rename is None or (fits and len(state) == len(wanted)):
         return state, ""
     try:
         return rename(state, model), ""

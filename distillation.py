@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
+from arguments import PRETRAINED
 from checkpoints import class_names, find_weights, load_weights, read_checkpoint, weight_keys
 from losses import kl_divergence, kl_per_image
 from models.fusion import fuse_layers
@@ -332,7 +334,8 @@ def load_teacher(
 
     Args:
         arch: a timm architecture name.
-        path: the checkpoint file, or its http(s) address.
+        path: the checkpoint file, or its http(s) address; 'pretrained' for timm's own weights of
+            the architecture, whose classes are ImageNet's or those that their configuration names.
         num_classes: number of classes of the data.
         device: where the teacher computes.
         classes: names of the data's classes in order, to match with the teacher's by name.
@@ -348,38 +351,87 @@ def load_teacher(
     Raises: UserError for an unknown architecture, for a file that does not fit it or the data, and
         for weights that are not finite.
     """
-    checkpoint = read_checkpoint(path)
-    keys, reason = weight_keys(checkpoint, use_ema)
-    weights = find_weights(checkpoint, path, keys)
     models.check_architecture(arch)
-    config, config_from = _data_config(arch, checkpoint)
-    if input_config:
-        config, config_from = config | dict(input_config), f"{config_from}, except the given values"
-    names = teacher_classes or class_names(checkpoint)
-    outputs = len(names) if names and classes else num_classes
-    teacher: Any = models.create_model(arch, outputs, config["input_size"])
-    load_weights(
-        teacher,
-        weights,
-        remedy=f"{arch} is not the architecture that the file was trained as",
-        classes_remedy="name each of its outputs in teacher_classes"
-        if teacher_classes
-        else "use a teacher of the same classes, name the classes of this teacher with "
-        "teacher_classes, or fine-tune the teacher on this data first",
-    )
+    teacher: Any
+    names: Sequence[str] | None
+    if path == PRETRAINED:
+        checkpoint: dict[str, Any] = {}
+        config, config_from = _data_config(arch, checkpoint)
+        names = list(teacher_classes or _pretrained_classes(arch, classes or []))
+        outputs, description, is_ema = len(names), "timm's pre-trained weights", False
+        config |= dict(input_config or {})
+        teacher = models.create_model(arch, outputs, config["input_size"], pretrained=True)
+    else:
+        checkpoint = read_checkpoint(path)
+        keys, reason = weight_keys(checkpoint, use_ema)
+        weights = find_weights(checkpoint, path, keys)
+        description, is_ema = f"{weights.description}{reason}", "ema" in weights.key
+        config, config_from = _data_config(arch, checkpoint)
+        if input_config:
+            config |= dict(input_config)
+            config_from = f"{config_from}, except the given values"
+        names = teacher_classes or class_names(checkpoint)
+        outputs = len(names) if names and classes else num_classes
+        teacher = models.create_model(arch, outputs, config["input_size"])
+        load_weights(
+            teacher,
+            weights,
+            remedy=f"{arch} is not the architecture that the file was trained as",
+            classes_remedy="name each of its outputs in teacher_classes"
+            if teacher_classes
+            else "use a teacher of the same classes, name the classes of this teacher with "
+            "teacher_classes, or fine-tune the teacher on this data first",
+        )
     _check_finite(teacher, path)
     teacher.requires_grad_(False).eval().to(device)
-    teacher.data_config, teacher.is_ema = config, "ema" in weights.key
+    teacher.data_config, teacher.is_ema = config, is_ema
     teacher.training_args = _saved_args(checkpoint)
     teacher.class_index, order = _match_classes(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))
     teacher.origin = (
-        f"Teacher {arch} from {path}: {weights.description}{reason}, {parameters:,} parameters, "
+        f"Teacher {arch} from {path}: {description}, {parameters:,} parameters, "
         f"{outputs} classes ({order}), {config['input_size']} px, mean {mean}, std {std} "
         f"(input from {config_from})"
     )
     return teacher
+
+
+def _pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
+    """The names of the outputs of timm's weights, in the spelling of the data where they are meant.
+
+    Those in the configuration of the weights, else ImageNet's: WordNet ids, or the names of a
+    class, the first or all of them.
+    Raises: UserError where the data has other classes, or where there is no classifier.
+    """
+    cfg = models.pretrained_cfg(arch)
+    if not cfg.num_classes:
+        raise UserError(
+            f"{arch}: these weights have no classifier; fine-tune or probe them on this data first",
+            "architecture",
+        )
+    schemes: list[list[str]] = [list(cfg.label_names or [])]
+    if subset := infer_imagenet_subset({"num_classes": cfg.num_classes}):
+        info = ImageNetInfo(subset)
+        descriptions = info.label_descriptions()
+        schemes += [info.label_names(), [text.split(",")[0] for text in descriptions]]
+        schemes += [list(descriptions)]
+    wanted = {_plain(name): name for name in classes}
+    for names in filter(None, schemes):
+        if wanted.keys() <= set(map(_plain, names)):
+            return [wanted.get(_plain(name), name) for name in names]
+    known = next(filter(None, reversed(schemes)), [f"{cfg.num_classes} classes without names"])
+    unknown = [name for plain, name in wanted.items() if plain not in set(map(_plain, known))]
+    raise UserError(
+        f"{arch}: timm's weights know {few(known)}, and not all classes of the data ({few(unknown)}"
+        "); fine-tune or probe this network on the data first (docs/teachers.md), then pass its "
+        "checkpoint",
+        "architecture",
+    )
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").strip().lower()
 
 
 def _data_config(arch: str, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -244,6 +244,13 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
         "(default: 224, or the size of the data set's images for cifar_* models)",
     )
     add(
+        "--pretrained",
+        type=str2bool,
+        default=False,
+        help="start the student from timm's weights of its architecture, with their input size and "
+        "normalisation where no flag says otherwise, and with a new classifier",
+    )
+    add(
         "--finetune",
         type=expanduser,
         default="",

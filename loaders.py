@@ -21,7 +21,7 @@ import pictures
 import runtime
 import transforms
 import utils
-from arguments import fit_to_images, is_mixed, teachers_of
+from arguments import PRETRAINED, fit_to_images, is_mixed, teachers_of
 from checkpoints import class_names, read_checkpoint
 from datasets import ImageSource, Source, StreamSource
 from runtime import log
@@ -370,7 +370,7 @@ def _classes_of_teacher(args: argparse.Namespace) -> list[str]:
             return utils.read_lines(args.teacher_classes)
     path = teachers_of(args)[0].path
     with name_flags(checkpoint="--teacher_path"):
-        names = class_names(read_checkpoint(path))
+        names = None if path == PRETRAINED else class_names(read_checkpoint(path))
     if names is None:
         raise UserError(
             f"--data_path {args.data_path}: the images have no labels, and the teacher {path} does "

@@ -59,6 +59,7 @@ from checkpoints import (
     EMA_KEYS,
     RAW_KEYS,
     RunState,
+    epoch_checkpoints,
     files_of_run,
     load_finetune,
     load_network,
@@ -125,6 +126,9 @@ def run(argv: list[str] | None) -> None:
         with name_flags(checkpoint="--resume"):
             checkpoint = read_checkpoint(args.resume)
         args = parse_args(argv, follow_checkpoint(saved_args(checkpoint), args.given, args.eval))
+    if args.pretrained and "input_size" not in args.given and not args.resume:
+        with name_flags(architecture="--model"):
+            args.input_size = models.pretrained_cfg(args.model).input_size[-1]
     if args.use_amp and not args.amp_dtype:
         args.amp_dtype = runtime.default_amp_dtype(device)
     if args.sync_bn and device.type != "cuda":
@@ -402,18 +406,31 @@ def make_student(
     """The network to train, with seeded initial weights or those of --finetune, on the device."""
     utils.seed_rng(device, RandomUse.WEIGHTS, args.seed)
     with name_flags(architecture="--model", checkpoint="--finetune"):
-        student = models.create_model(args.model, len(classes), args.input_size, args.drop_path)
+        student = models.create_model(
+            args.model,
+            len(classes),
+            args.input_size,
+            args.drop_path,
+            pretrained=args.pretrained and not is_resumed(args),
+        )
         if args.head_init_scale != 1:
             with torch.no_grad():
                 for parameter in models.classifier_of(student).parameters():
                     parameter.mul_(args.head_init_scale)
         if args.finetune:
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix, classes))
-    log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters")
+    origin = " (timm's pre-trained weights)" if args.pretrained and not is_resumed(args) else ""
+    log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters{origin}")
     if args.sync_bn and runtime.world_size() > 1:
         student = convert_sync_batchnorm(student)
     # Never slower, and a quarter faster on convolutional networks.
     return student.to(device).to(memory_format=torch.channels_last)
+
+
+def is_resumed(args: argparse.Namespace) -> bool:
+    """Whether the weights will be those of a checkpoint, whatever the student starts from."""
+    in_folder = args.output_dir and args.auto_resume and epoch_checkpoints(Path(args.output_dir))
+    return bool(args.resume or in_folder)
 
 
 def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:

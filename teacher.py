@@ -17,7 +17,7 @@ from torch import nn
 import models
 import runtime
 import utils
-from arguments import is_mixed, teachers_of, views_of
+from arguments import PRETRAINED, Teacher, is_mixed, teachers_of, views_of
 from checkpoints import local_file
 from datasets import ImageSource, Source, evenly, subset
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
@@ -351,11 +351,13 @@ def manifest_of(
     fields = {"decoder": DECODER, "seed": args.data_seed} | {
         name: getattr(args, name) for name in flags
     }
+    if args.pretrained:  # normalised as the student's weights ask
+        fields |= {name: data.config[name] for name in ("mean", "std")}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with name_flags(checkpoint="--teacher_path", text="--teacher_classes"):
-        files = [local_file(teacher.path) for teacher in teachers]
+        files = [_identity_of(teacher) for teacher in teachers]
         names = utils.read_lines(args.teacher_classes) if args.teacher_classes else None
-    fields["teacher_path"] = [f"sha256 {_hash_of_file(path)}" for path in files]
+    fields["teacher_path"] = files
     fields["teacher_classes"] = names and hash_of(names)
     assert isinstance(data.train, ImageSource)
     fields |= data.train.fingerprint()
@@ -364,9 +366,19 @@ def manifest_of(
     return fields | {"note": versions | {"kd_temperature": args.kd_temperature}}
 
 
-def _hash_of_file(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _identity_of(teacher: Teacher) -> str:
+    """What tells the weights of a teacher from others: a hash of its file, or of timm's weights."""
+    if teacher.path != PRETRAINED:
+        with open(local_file(teacher.path), "rb") as file:
+            return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    with name_flags(architecture="--teacher_arch"):
+        cfg = models.pretrained_cfg(teacher.arch)
+        size = cfg.input_size[-1]
+        network = models.create_model(teacher.arch, cfg.num_classes, size, pretrained=True)
+    found = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        found.update(tensor.numpy().tobytes())
+    return f"timm's weights, sha256 {found.hexdigest()}"
 
 
 @name_flags(cache="--teacher_cache")

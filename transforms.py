@@ -25,6 +25,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import default_collate
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
+import models
 import runtime
 import utils
 from arguments import SMALL, is_mixed
@@ -59,6 +60,9 @@ def data_config(args: argparse.Namespace, saved: Mapping[str, Any] | None = None
         "crop_mode": "squash" if size >= 384 and not args.crop_pct else "center",
         "interpolation": "bicubic",
     }
+    if args.pretrained and "imagenet_default_mean_and_std" not in args.given:
+        cfg = models.pretrained_cfg(args.model)
+        config |= {"mean": list(cfg.mean), "std": list(cfg.std)}
     if saved:
         names = {"interpolation"}
         if "imagenet_default_mean_and_std" not in args.given:

@@ -1,5 +1,10 @@
 """Small architectures that timm lacks, registered with timm on import, and how a model is built."""
 
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import timm
@@ -8,23 +13,69 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from arguments import unknown_architecture
-from utils import UserError, first_line
+from utils import UserError, few, first_line
 
 from . import cifar_resnet  # noqa: F401
 
 
 def check_architecture(arch: str) -> None:
-    """Raise UserError, with similar names, for an architecture that timm does not know."""
+    """Raise UserError, with similar names, for an architecture or a tag that timm does not know."""
+    if is_address(arch):
+        return  # found out when it is fetched
     if not timm.is_model(arch):
         raise UserError(unknown_architecture(arch, timm.list_models()), "architecture")
+    tags = timm.models.get_arch_pretrained_cfgs(arch)
+    if "." in arch and arch not in tags:
+        name = arch.partition(".")[0]
+        raise UserError(
+            f"{arch}: timm has no such weights of {name}; it has {few(tags, most=5) or 'none'}",
+            "architecture",
+        )
+
+
+def is_address(arch: str) -> bool:
+    """Whether a name is that of a model elsewhere: hf-hub:NAME or local-dir:FOLDER."""
+    return arch.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
 
 
 def pretrained_cfg(arch: str) -> PretrainedCfg:
     """What timm knows of an architecture's released weights: mean, std, input_size and more."""
+    if is_address(arch):
+        return _config_of_address(arch)
+    check_architecture(arch)
     cfg = timm.models.get_pretrained_cfg(arch)
     if cfg is None:
         raise UserError(f"{arch}: timm has no description of this architecture", "architecture")
     return cfg
+
+
+@cache
+def _config_of_address(arch: str) -> PretrainedCfg:
+    with fetching(arch):
+        found: Any = timm.create_model(arch)
+    names = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    return PretrainedCfg(**{n: v for n, v in found.pretrained_cfg.items() if n in names})
+
+
+@contextmanager
+def fetching(arch: str) -> Iterator[None]:
+    """Raise UserError in one line where timm cannot fetch a model or its weights."""
+    # Its retries without a network would be twelve lines.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError) as error:  # of the hub, files and timm
+        remedy = "check the name, and that there is a network, or a copy of timm's cache"
+        if "No pretrained weights exist" in str(error):
+            raise UserError(
+                f"{arch}: timm has no pre-trained weights of this architecture; see "
+                "timm.list_pretrained()",
+                "architecture",
+            ) from error
+        raise UserError(
+            f"{arch}: could not be fetched or loaded ({first_line(error)}); {remedy} (HF_HOME)",
+            "architecture",
+        ) from error
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
@@ -32,12 +83,24 @@ def classifier_of(model: nn.Module) -> nn.Module:
     return model.get_classifier()  # type: ignore[operator]
 
 
-def create_model(arch: str, num_classes: int, input_size: int, drop_path: float = 0.0) -> nn.Module:
+def create_model(
+    arch: str,
+    num_classes: int,
+    input_size: int,
+    drop_path: float = 0.0,
+    *,
+    pretrained: bool = False,
+) -> nn.Module:
     """timm's `create_model` with only the keywords that this architecture takes.
 
+    Args:
+        arch: a name of timm's, with or without a tag, or hf-hub:NAME or local-dir:FOLDER.
+        pretrained: start from timm's weights, with position embeddings resampled for `input_size`,
+            and with a new classifier where they have another number of classes.
     Returns: the network in training mode, for images (B, 3, input_size, input_size).
     Raises: UserError for an architecture that is not known, that takes no stochastic depth although
-        `drop_path` asks for it, or that cannot take images of `input_size` pixels.
+        `drop_path` asks for it, or that cannot take images of `input_size` pixels; and for weights
+        that cannot be fetched.
     """
     check_architecture(arch)
     keywords: dict[str, Any] = {"num_classes": num_classes}
@@ -47,7 +110,8 @@ def create_model(arch: str, num_classes: int, input_size: int, drop_path: float 
     if drop_path:
         keywords["drop_path_rate"] = drop_path
     try:
-        model = timm.create_model(arch, **keywords)
+        with fetching(arch) if pretrained else nullcontext():
+            model = timm.create_model(arch, pretrained=pretrained, **keywords)
     except TypeError as error:
         raise UserError(
             f"{arch}: does not take {', '.join(keywords)} ({error}); set drop_path to 0",
