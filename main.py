@@ -43,6 +43,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import datasets
+import losses
 import models
 import runtime
 import utils
@@ -215,13 +216,23 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
             f"--eval true: {args.resume} does not say what it was trained on; pass --data_path"
         )
     config = data_config(args, saved)
-    val = datasets.open_validation(args)
+    if arguments.must_hold_out(args):
+        args.holdout = saved_args(checkpoint).get("holdout")
+        if not args.holdout:
+            raise UserError(
+                f"{arguments.data_flag(args)}: holds no folder val, and {args.resume} says of no "
+                "images that they were held out; to score all images of class folders, pass "
+                "--data_set image_folder --eval_data_path FOLDER"
+            )
+    val = datasets.open_validation(args, saved.get("classes"))
+    check_held_out(args, checkpoint.get("images", {}) if saved else {}, val)
     classes = saved.get("classes") or val.classes
     with name_flags(classes=f"{arguments.data_flag(args)}:"):
         index = datasets.match_classes(val.classes, classes)
     log(
         f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}: {len(val)} "
-        f"images, {len(val.classes)} classes; {config['input_size']} pixels, on {device}"
+        f"{'held-out ' if args.holdout else ''}images, {len(val.classes)} classes; "
+        f"{config['input_size']} pixels, on {device}"
     )
     for name, (old, new) in utils.changes(saved, config).items():
         log(f"Warning: scored with {name} {new}, but the checkpoint was trained with {old}")
@@ -244,6 +255,37 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
             log(f"test_{name}{suffix} {value:.4f}")
 
 
+def check_held_out(
+    args: argparse.Namespace, trained: Mapping[str, Any], val: datasets.Source
+) -> None:
+    """See to it that held-out images are not scored by a network that was trained on them.
+
+    With --holdout on the command line, which may mean other data, a warning is enough. Collective.
+
+    Args:
+        trained: what the checkpoint knows of its images (RunState); {} for another project's.
+    Raises: UserError where the checkpoint's training held out others.
+    """
+    if not args.holdout or not trained:
+        return
+    is_by_flag, is_same_data = (
+        "holdout" in args.given,
+        not {"data_set", "data_path"} & {*args.given},
+    )
+    if is_same_data and not is_by_flag and "held_out" not in trained:
+        return  # the checkpoint's own flags, written before it knew which images
+    if trained.get("held_out") == datasets.held_out_identity(val):
+        return
+    flag = f"{arguments.data_flag(args)} --holdout {args.holdout}"
+    what = f"these are not the images that the training of {args.resume} held out"
+    if not is_by_flag:
+        raise UserError(
+            f"{flag}: {what}, so it may have seen them; pass the same images, or score others by "
+            "--data_set image_folder --eval_data_path FOLDER"
+        )
+    log(f"Warning: {flag}: {what}; it may have been trained on them")
+
+
 def train(
     args: argparse.Namespace,
     settings: LoopSettings,
@@ -254,7 +296,8 @@ def train(
 ) -> None:
     """Train from wherever an earlier run stopped to the last epoch."""
     alpha = args.kd_alpha if args.kd else 0.0
-    loss = DistillationLoss(make_criterion(args), alpha, args.kd_temperature)
+    criterion = make_criterion(args, class_weights(args, data.train)).to(settings.device)
+    loss = DistillationLoss(criterion, alpha, args.kd_temperature)
     optimizer = make_optimizer(args, student, settings.device)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = math.ceil(data.train_loader.batches_in_epoch / args.update_freq)
@@ -416,8 +459,43 @@ def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:
     )
 
 
-def make_criterion(args: argparse.Namespace) -> nn.Module:
-    """The loss on labels; where images are mixed, labels arrive mixed and smoothed already."""
+def class_weights(args: argparse.Namespace, train: datasets.Source) -> torch.Tensor | None:
+    """The weight of each class in the label loss; None where all are the same.
+
+    Raises: UserError for a stream, whose labels are not known.
+    """
+    if args.class_weights == "none":
+        return None
+    if not isinstance(train, datasets.ImageSource):
+        raise UserError(
+            f"--class_weights {args.class_weights}: the images of each class must be counted, and "
+            f"the stream {args.data_set} does not tell its labels; use a folder, or remove the flag"
+        )
+    return losses.balanced_weights(train.targets, len(train.classes))
+
+
+def make_criterion(args: argparse.Namespace, weights: torch.Tensor | None = None) -> nn.Module:
+    """The loss on labels; where images are mixed, labels arrive mixed and smoothed already.
+
+    With weights w of the classes, it is torch's CrossEntropyLoss(weight=w), with l = -log softmax
+    of the logits, smoothing s and C classes. For labels y of a batch of B images, a weighted mean:
+
+        (1-s) * sum_i w[y_i] l_i[y_i] / W + (s/C) * sum_i sum_c w[c] l_i[c] / W,  W = sum_i w[y_i]
+
+    and for mixed and smoothed labels p, of which torch divides by the number of images:
+
+        sum_i sum_c w[c] p_i[c] l_i[c] / B
+
+    W belongs to one batch of one process. With several processes or --update_freq, the gradient is
+    the mean of those of the batches, each of which weighs the same: for labels that are not mixed,
+    an image then counts w[y] / W of its own batch, not of the whole step.
+
+    Args:
+        weights: (C,) float32; None for plain means.
+    """
+    if weights is not None:
+        smoothing = 0.0 if is_mixed(args) else args.smoothing
+        return nn.CrossEntropyLoss(weight=weights, label_smoothing=smoothing)
     if is_mixed(args):
         return SoftTargetCrossEntropy()
     if args.smoothing > 0:
