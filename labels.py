@@ -48,10 +48,11 @@ def read_labels(file: str, folder: str, known: Sequence[str] | None = None) -> L
         that is not text or names no image.
     """
     found: dict[str, tuple[str, int]] = {}  # path -> its class and line
-    repeated = 0
+    repeated, allowed = 0, None if known is None else set(known)
     for line, path, name in _rows(file, folder):
-        if known is not None and name not in known:
-            raise _problem(file, line, f"{name} is not one of the classes, which are {few(known)}")
+        if allowed is not None and name not in allowed:
+            what = f"{name} is not one of the classes, which are {few(known or ())}"
+            raise _problem(file, line, what)
         before = found.setdefault(path, (name, line))
         if before[0] != name:
             what = f"{path} is of class {name}, but of class {before[0]} in line {before[1]}"

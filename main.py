@@ -220,9 +220,9 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
         args.holdout = saved_args(checkpoint).get("holdout")
         if not args.holdout:
             raise UserError(
-                f"{arguments.data_flag(args)}: holds no folder val, and {args.resume} says of no "
-                "images that they were held out; to score all images of class folders, pass "
-                "--data_set image_folder --eval_data_path FOLDER"
+                f"{arguments.data_flag(args)}: holds no folder val; pass the folder that holds it, "
+                "or --data_set image_folder --eval_data_path FOLDER to score all images of class "
+                f"folders ({args.resume} held out none of its training images)"
             )
     val = datasets.open_validation(args, saved.get("classes"))
     check_held_out(args, checkpoint.get("images", {}) if saved else {}, val)
