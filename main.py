@@ -67,6 +67,7 @@ from checkpoints import (
     read_checkpoint,
     saved_args,
 )
+from datasets import ImageSource, Source
 from distillation import DistillationLoss, SelectClasses, StudentWithDistillation
 from engine import LoopSettings, Schedule, cosine_schedule, evaluate, train_one_epoch
 from loaders import Data, DeviceLoader, build_data, build_eval_loader
@@ -225,7 +226,7 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
                 f"folders ({args.resume} held out none of its training images)"
             )
     val = datasets.open_validation(args, saved.get("classes"))
-    check_held_out(args, checkpoint.get("images", {}) if saved else {}, val)
+    check_held_out(args, checkpoint, val)
     classes = saved.get("classes") or val.classes
     with name_flags(classes=f"{arguments.data_flag(args)}:"):
         index = datasets.match_classes(val.classes, classes)
@@ -255,26 +256,24 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
             log(f"test_{name}{suffix} {value:.4f}")
 
 
-def check_held_out(
-    args: argparse.Namespace, trained: Mapping[str, Any], val: datasets.Source
-) -> None:
+def check_held_out(args: argparse.Namespace, checkpoint: Mapping[str, Any], val: Source) -> None:
     """See to it that held-out images are not scored by a network that was trained on them.
 
     With --holdout on the command line, which may mean other data, a warning is enough. Collective.
 
-    Args:
-        trained: what the checkpoint knows of its images (RunState); {} for another project's.
-    Raises: UserError where the checkpoint's training held out others.
+    Raises: UserError where the checkpoint's training held out other images.
     """
-    if not args.holdout or not trained:
+    was = saved_args(checkpoint)
+    if not args.holdout or not was:
         return
-    is_by_flag, is_same_data = (
-        "holdout" in args.given,
-        not {"data_set", "data_path"} & {*args.given},
-    )
-    if is_same_data and not is_by_flag and "held_out" not in trained:
-        return  # the checkpoint's own flags, written before it knew which images
-    if trained.get("held_out") == datasets.held_out_identity(val):
+    held_out = checkpoint.get("images", {}).get("held_out")
+    is_by_flag = "holdout" in args.given
+    if held_out is None:  # not noted by earlier versions
+        is_other = {"data_set", "data_path"} & set(args.given)
+        is_believed = was.get("holdout") == args.holdout if is_by_flag else not is_other
+    else:
+        is_believed = held_out == datasets.held_out_identity(val)
+    if is_believed:
         return
     flag = f"{arguments.data_flag(args)} --holdout {args.holdout}"
     what = f"these are not the images that the training of {args.resume} held out"
@@ -459,14 +458,14 @@ def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:
     )
 
 
-def class_weights(args: argparse.Namespace, train: datasets.Source) -> torch.Tensor | None:
+def class_weights(args: argparse.Namespace, train: Source) -> torch.Tensor | None:
     """The weight of each class in the label loss; None where all are the same.
 
     Raises: UserError for a stream, whose labels are not known.
     """
     if args.class_weights == "none":
         return None
-    if not isinstance(train, datasets.ImageSource):
+    if not isinstance(train, ImageSource):
         raise UserError(
             f"--class_weights {args.class_weights}: the images of each class must be counted, and "
             f"the stream {args.data_set} does not tell its labels; use a folder, or remove the flag"
