@@ -49,6 +49,12 @@ OTHER_FLAGS = {
     "workers": "num_workers",
 }
 OTHER_DATA_SETS = {"cifar100": "CIFAR", "imagenet": "IMNET"}
+# What folders of training and of validation images are called, in lower case. A folder that holds
+# one of them is not taken for a folder of class folders.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev", "eval", "test", "testing"),
+}
 
 # Flags that say where and how a run computes and what it writes, not what it computes. They are
 # neither taken from a checkpoint nor compared with it.
@@ -58,7 +64,16 @@ NOT_RECIPE = frozenset(
     "save_ckpt_num save_ckpt_steps fast_cuda".split()
 )
 # Flags that name the data. A checkpoint knows its data by its contents, which may have moved.
-DATA_FLAGS = ("data_set", "data_path", "eval_data_path", "holdout", "nb_classes", "unlabeled")
+DATA_FLAGS = (
+    "data_set",
+    "data_path",
+    "eval_data_path",
+    "labels",
+    "eval_labels",
+    "holdout",
+    "nb_classes",
+    "unlabeled",
+)
 
 
 def parse_args(
@@ -155,6 +170,8 @@ def follow_checkpoint(
     skipped = set(NOT_RECIPE)
     if {"data_set", "data_path"} & set(given):
         skipped |= set(DATA_FLAGS)  # other data: none of the old flags belongs to it
+    if {"eval_data_path", "eval_labels"} & set(given):
+        skipped.add("holdout")  # was chosen where there were no validation images
     for flag, chosen in (("epochs", "warmup_epochs"), ("seed", "data_seed")):
         if flag in given and chosen not in saved_args.get("given", ()):
             skipped.add(chosen)  # was chosen by default for the earlier value of the flag
@@ -169,7 +186,10 @@ def fill_defaults(args: argparse.Namespace) -> None:
 
     What depends on the number of training images is left to `fit_to_images`.
     """
-    args.data_set = args.data_set or ("IMNET" if args.data_path else "DIGITS")
+    is_labelled = bool(args.labels or args.eval_labels)
+    args.data_set = args.data_set or ("IMNET" if args.data_path or is_labelled else "DIGITS")
+    if args.data_set == "IMNET" and (is_labelled or holds_class_folders(args.data_path)):
+        args.data_set = "image_folder"
     native_size = NATIVE_SIZE.get(args.data_set, 224)
     if args.model is None:
         is_small = (args.input_size or native_size) < SMALL
@@ -304,6 +324,36 @@ def teachers_of(args: argparse.Namespace) -> list[Teacher]:
     ]
 
 
+def folders_in(path: str | None) -> list[str]:
+    """Names of the folders in a folder, sorted; none where the folder cannot be listed."""
+    try:
+        with os.scandir(path or "") as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError:
+        return []
+
+
+def is_split_name(name: str) -> bool:
+    """Whether this is what a folder of training or validation images is usually called."""
+    return any(name.lower() in names for names in SPLIT_NAMES.values())
+
+
+def holds_class_folders(path: str | None) -> bool:
+    """Whether a folder holds other folders, and none with the name of a split such as train."""
+    names = folders_in(path)
+    return bool(names) and not any(map(is_split_name, names))
+
+
+def must_hold_out(args: argparse.Namespace) -> bool:
+    """Whether a run evaluates, but nothing says which images of a folder are for that.
+
+    A fifth of the images is then held out, as by --holdout.
+    """
+    has_validation = args.holdout or args.eval_data_path or args.eval_labels
+    is_evaluated = args.eval or not args.disable_eval
+    return args.data_set == "image_folder" and is_evaluated and not has_validation
+
+
 def data_flag(args: argparse.Namespace) -> str:
     """The flag that names the data, with its value."""
     return f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"
@@ -428,11 +478,13 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     def require(flag: str, holds: bool, remedy: str) -> None:
         _require(parser, args, flag, holds, remedy)
 
-    if args.data_set in ("IMNET", "image_folder") and not args.data_path:
-        parser.error(f"--data_set {args.data_set}: needs a folder; pass --data_path FOLDER")
-    if args.data_set == "image_folder" and not (args.disable_eval or args.holdout):
-        remedy = "--data_set image_folder needs a folder of validation images, or --holdout N"
-        require("eval_data_path", bool(args.eval_data_path), remedy)
+    if args.data_set in ("IMNET", "image_folder"):
+        if not (args.data_path or (args.eval and args.eval_data_path and not args.holdout)):
+            parser.error(f"--data_set {args.data_set}: needs a folder; pass --data_path FOLDER")
+        check_folders(parser, args)
+    for flag in {"labels", "eval_labels"} & set(args.given):
+        remedy = "no such file; pass a text file with a path and a class per line"
+        require(flag, os.path.isfile(getattr(args, flag)), remedy)
     if args.unlabeled == "rest":
         remedy = "means the images that --train_samples leaves out; pass --train_samples N too"
         require("unlabeled", bool(args.train_samples), remedy)
@@ -464,6 +516,46 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         all_views = min(args.teacher_views or args.epochs, args.epochs)
         remedy = f"needs a part of 0:{all_views}, such as 0:{max(1, all_views // 2)}"
         require("teacher_cache_range", bool(views_of(args)), remedy)
+
+
+def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with code 2 where the folders in --data_path are neither train and val nor classes."""
+    path, names = args.data_path, folders_in(args.data_path)
+    splits = [name for name in names if is_split_name(name)]
+    if teachers_of(args) and args.kd_alpha == 1 and not splits:
+        return  # images without labels may lie there in any way
+    if args.data_set == "image_folder" and must_hold_out(args) and splits and not args.labels:
+        parser.error(
+            f"--data_path {path}: holds {' and '.join(splits)}, which are hardly classes; pass "
+            "--data_set IMNET for a folder with train and val, or --eval_data_path with the folder "
+            "of validation images, or --holdout N if they are classes"
+        )
+    if args.data_set != "IMNET" or not os.path.isdir(path):
+        return
+    needed = {"train": not args.eval or args.holdout}
+    needed["val"] = not args.holdout and (args.eval or not args.disable_eval)
+    for part in [part for part in needed if needed[part] and part not in names]:
+        others = [name for name in names if name.lower() in SPLIT_NAMES[part]]
+        problem = f"--data_path {path}: holds no folder {part}"
+        if others:
+            first = {p: [n for n in names if n.lower() in SPLIT_NAMES[p]] for p in SPLIT_NAMES}
+            train, val = (os.path.join(path, (first[p] or [p])[0]) for p in SPLIT_NAMES)
+            train = "" if args.eval else f"--data_path {train} "
+            parser.error(
+                f"{problem}, but {' and '.join(others)}; rename {others[0]} to {part}, or pass "
+                f"--data_set image_folder {train}--eval_data_path {val}"
+            )
+        classes = [name for name in names if not is_split_name(name)]
+        remedy = "pass the folder that holds train and val, or one that holds only class folders"
+        if args.eval:
+            remedy = "pass the folder that holds val, or --data_set image_folder --eval_data_path "
+            remedy += "with a folder of class folders"
+        elif part == "val":
+            remedy = "add it, or pass --holdout N, which holds out training images"
+        if classes and not args.eval:
+            remedy += f"; if {splits[0]} and {classes[0]} are classes, pass --data_set image_folder"
+            remedy += " --holdout N"
+        parser.error(f"{problem}; {remedy}")
 
 
 # ------------------------------------------------------------------------ flags without effect
@@ -535,7 +627,7 @@ def dependences() -> list[Dependence]:
         row(["teacher_min_acc1"], lambda a: a.teacher_eval, "without --teacher_eval true"),
         row(["teacher_weights"], lambda a: "," in a.teacher_arch, "with a single teacher"),
         row(
-            ["smoothing"],
+            ["smoothing", "class_weights"],
             lambda a: not a.kd or a.kd_alpha < 1,
             "with --kd_alpha 1, which ignores labels",
             ["kd_alpha"],
@@ -568,11 +660,11 @@ def dependences() -> list[Dependence]:
         ),
         row(["data_path"], lambda a: a.data_set != "DIGITS", "beside --data_set DIGITS"),
         row(
-            ["eval_data_path"],
+            ["eval_data_path", "labels", "eval_labels"],
             lambda a: a.data_set == "image_folder",
             "without --data_set image_folder",
         ),
-        row(["eval_data_path"], lambda a: not a.holdout, "beside --holdout"),
+        row(["eval_data_path", "eval_labels"], lambda a: not a.holdout, "beside --holdout"),
         row(of_saving, lambda a: a.output_dir, "without --output_dir FOLDER"),
         row(of_saving, lambda a: a.save_ckpt, "with --save_ckpt false", ["save_ckpt"]),
     ]

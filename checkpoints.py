@@ -580,6 +580,8 @@ class RunState:
             how = f"{old} images, now {new}" if old != new else "as many, but not the same"
             if images.keys() <= {"image_sizes", "pixels"}:
                 how = "the same names and labels, but other contents"
+            elif images.keys() == {"held_out"}:
+                how = "other images were held out"
             what = f"was trained on other images ({how})"
             if self.changes:
                 what += f"; these flags differ: {list_changes(self.changes)}"

@@ -28,7 +28,8 @@ from torchvision.datasets.folder import (
 )
 
 import runtime
-from arguments import TORCHVISION_SETS, teachers_of, unlabelled_of
+from arguments import TORCHVISION_SETS, must_hold_out, teachers_of, unlabelled_of
+from labels import read_labels
 from pictures import Picture, open_image, unreadable
 from runtime import log
 from utils import UserError, few, first_line, name_flags
@@ -89,7 +90,7 @@ class ImageSource(Dataset):
         """
         found = self.contents([evenly(len(self))]) if self.contents else {}
         changed_by_a_copy = {"image_times", "table"}
-        return self._listing() | {n: v for n, v in found.items() if n not in changed_by_a_copy}
+        return self.listing() | {n: v for n, v in found.items() if n not in changed_by_a_copy}
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell two sources, and any changed image, apart.
@@ -100,13 +101,14 @@ class ImageSource(Dataset):
         names = "\0".join(self.classes).encode(errors="surrogateescape")
         classes = {"classes": len(self.classes), "class_names": _hash(names)}
         contents = self.contents(_parts(len(self))) if self.contents else {}
-        return classes | self._listing() | contents
+        return classes | self.listing() | contents
 
-    def _listing(self) -> dict[str, Any]:
-        names = _hash(*self._all_names())
+    def listing(self) -> dict[str, Any]:
+        """The number of the images, and hashes of their labels and names."""
+        names = _hash(*self.all_names())
         return {"images": len(self), "labels": _hash(self.targets), "image_names": names}
 
-    def _all_names(self) -> Iterator[np.ndarray]:
+    def all_names(self) -> Iterator[np.ndarray]:
         """The names in small arrays, since those of 100 million images take several GiB."""
         return (self.names(part) for part in _parts(len(self)))
 
@@ -392,6 +394,34 @@ def _no_images(folder: str, found: str) -> UserError:
     )
 
 
+def labelled_images(file: str, folder: str, classes: Sequence[str] | None = None) -> ImageSource:
+    """Images below a folder whose classes are in a text file (labels.read_labels).
+
+    In the order of their paths, whatever the order of the lines. One process per machine reads the
+    file. Collective.
+
+    Args:
+        classes: the classes in their order; by default those in the file.
+    Raises: UserError for a file with a wrong line, and for a folder that does not exist.
+    """
+    folder = os.path.expanduser(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: is not a folder; it must hold the images of {file}", "folder")
+
+    def make() -> list[np.ndarray]:
+        labels = read_labels(file, folder, classes)
+        if labels.repeated:
+            log(f"{file}: {labels.repeated} line(s) repeat another line and are left out")
+        paths = (os.path.join(folder, path) for path in labels.paths)
+        arrays = _arrays_of_files(folder, [zip(paths, labels.targets, strict=True)])
+        names = "\0".join(labels.classes).encode(errors="surrogateescape")
+        return [*arrays, np.frombuffer(names, np.uint8)]
+
+    *arrays, names = runtime.once_per_machine(make)
+    known = names.tobytes().decode(errors="surrogateescape").split("\0")
+    return _file_source(folder, arrays, known)
+
+
 def _timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
     """Any data set of timm's `create_dataset`: a folder or tar, hfds/…, hfids/…, tfds/…, wds/…"""
     if name.lower().startswith(("hfds/", "hfids/")):
@@ -452,26 +482,28 @@ def _let_timm_import_hugging_face_datasets() -> None:
         sys.path[:] = path
 
 
-def open_split(args: argparse.Namespace, is_train: bool) -> Source:
-    """Open the training or the test images that --data_set and --data_path name."""
+def open_split(
+    args: argparse.Namespace, is_train: bool, classes: Sequence[str] | None = None
+) -> Source:
+    """Open the training or the test images that --data_set and --data_path name.
+
+    Args:
+        classes: the classes in their order, for a file of labels that may name only some of them.
+    """
     if args.data_set == "DIGITS":
         return digits(is_train)
     if args.data_set in TORCHVISION_SETS:
         return _torchvision(args.data_set, args.data_path or "data_cache", is_train)
     if args.data_set == "IMNET":
-        part = "train" if is_train else "val"
-        folder = os.path.join(args.data_path, part)
-        if os.path.isdir(args.data_path) and not os.path.isdir(folder):
-            raise UserError(
-                f"--data_path {args.data_path}: holds no folder {part}; pass the folder that holds "
-                "train and val, or pass folders of classes by --data_set image_folder, --data_path "
-                "and --eval_data_path"
-            )
+        folder = os.path.join(args.data_path, "train" if is_train else "val")
         with name_flags(folder="--data_path"):
             return image_folder(folder)
     if args.data_set == "image_folder":
-        flag = "data_path" if is_train else "eval_data_path"
-        with name_flags(folder=f"--{flag}"):
+        flag = "data_path" if is_train or not args.eval_data_path else "eval_data_path"
+        file = "labels" if is_train else "eval_labels"
+        with name_flags(folder=f"--{flag}", labels=f"--{file}"):
+            if getattr(args, file):
+                return labelled_images(getattr(args, file), getattr(args, flag), classes)
             return image_folder(getattr(args, flag))
     return _timm(args.data_set, args, is_train)
 
@@ -481,7 +513,7 @@ def has_validation(args: argparse.Namespace) -> bool:
     if args.data_set == "IMNET":
         return os.path.isdir(os.path.join(args.data_path, "val"))
     if args.data_set == "image_folder":
-        return bool(args.eval_data_path)
+        return bool(args.eval_data_path or args.eval_labels)
     return args.data_set in ("DIGITS", *TORCHVISION_SETS)
 
 
@@ -605,13 +637,21 @@ def _image_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> 
 # ------------------------------------------------------------------------- train and validation
 
 
-def open_validation(args: argparse.Namespace) -> Source:
+def held_out_identity(val: Source) -> str:
+    """What tells held-out images from others, on every process. Collective."""
+    assert isinstance(val, ImageSource)  # only its images can be held out
+    return runtime.from_main(lambda: " ".join(map(str, val.listing().values())))
+
+
+def open_validation(args: argparse.Namespace, classes: Sequence[str] | None = None) -> Source:
     """The validation images alone: the held-out training images with --holdout.
 
+    Args:
+        classes: those of the model in their order, where it knows them.
     Raises: UserError for images that are missing.
     """
     if not args.holdout:
-        return open_split(args, is_train=False)
+        return open_split(args, is_train=False, classes=classes)
     args = argparse.Namespace(**{**vars(args), "train_samples": None, "unlabeled": ""})
     _, val = open_splits(args)
     assert val is not None  # with --holdout
@@ -646,12 +686,27 @@ def is_flat(args: argparse.Namespace) -> bool:
     return not is_split and any(has_file_allowed_extension(name, IMG_EXTENSIONS) for name in names)
 
 
+def _open_flat(
+    args: argparse.Namespace, teacher_classes: Callable[[], list[str]]
+) -> tuple[ImageSource, Source | None]:
+    """Images without labels, and validation images where there are any."""
+    if args.holdout:
+        raise UserError(f"--holdout {args.holdout}: the images have no labels; remove the flag")
+    if has_validation(args):
+        val = open_split(args, is_train=False)
+        return images_without_label(args.data_path, val.classes), val
+    log("No validation images: neither teacher nor student is scored")
+    args.disable_eval, args.teacher_eval = True, False
+    return images_without_label(args.data_path, teacher_classes()), None
+
+
 def open_splits(
     args: argparse.Namespace, teacher_classes: Callable[[], list[str]] | None = None
 ) -> tuple[Source, Source | None]:
     """The training images and, where student or teacher is evaluated, the validation images.
 
     Args:
+        args: holdout is set to a fifth of the images where nothing says what to validate on.
         teacher_classes: returns the classes of a folder of images without labels that has no
             validation images, see `is_flat`.
     Raises: UserError for data that is missing, empty, mismatched or too small.
@@ -660,17 +715,13 @@ def open_splits(
     train: Source
     val: Source | None = None
     if is_flat(args) and teacher_classes is not None:
-        if args.holdout:
-            raise UserError(f"--holdout {args.holdout}: the images have no labels; remove the flag")
-        if has_validation(args):
-            val = open_split(args, is_train=False)
-        else:
-            log("No validation images: neither teacher nor student is scored")
-            args.disable_eval, args.teacher_eval = True, False
-        train = images_without_label(args.data_path, val.classes if val else teacher_classes())
+        train, val = _open_flat(args, teacher_classes)
     else:
         train = open_split(args, is_train=True)
+    all_images = train
     if isinstance(train, ImageSource):
+        if must_hold_out(args) and not len(train.without_label()):
+            _choose_holdout(args, train)
         if args.holdout:
             _check_at_most("--holdout", args.holdout, len(train) - 1)
             choose = partial(_hold_out, train.targets, args.holdout)
@@ -688,7 +739,7 @@ def open_splits(
             with name_flags(folder="--unlabeled"):
                 train = join(train, images_without_label(unlabelled, train.classes))
         if not args.eval and runtime.is_main_process() and not len(train.without_label()):
-            _tell_of_untaught_classes(train)
+            _tell_of_counts(train, args.class_weights)
     elif args.holdout or args.train_samples or unlabelled:
         raise UserError(
             "--holdout, --train_samples and --unlabeled need an indexable data set; "
@@ -696,8 +747,11 @@ def open_splits(
         )
     for_teacher = bool(teachers_of(args)) and args.teacher_eval and has_validation(args)
     if val is None and (for_teacher or not args.disable_eval):
-        val = open_split(args, is_train=False)
+        val = open_split(args, is_train=False, classes=train.classes)
         _check_same_classes(train.classes, val.classes)
+        if args.labels or args.eval_labels:
+            folder = args.eval_data_path or args.data_path
+            _check_disjoint(all_images, val, os.path.relpath(folder, args.data_path))
     are_to_compare = not args.eval and runtime.is_main_process()
     if are_to_compare and isinstance(train, ImageSource) and isinstance(val, ImageSource):
         _tell_of_validation_copies(train, val)
@@ -733,8 +787,58 @@ def _tell_of_validation_copies(train: ImageSource, val: ImageSource) -> None:
         )
 
 
-def _tell_of_untaught_classes(train: ImageSource) -> None:
+def _choose_holdout(args: argparse.Namespace, train: ImageSource) -> None:
+    """Set holdout to a fifth of the images. Raises: UserError for a single class."""
+    if len(train.classes) < 2:
+        raise UserError(
+            f"--data_path {args.data_path}: has a single class ({train.classes[0]}), so nothing "
+            "can be learnt; pass the folder that holds one folder of images per class"
+        )
+    args.holdout = max(1, len(train) // 5)
+    log(
+        f"{args.data_path}: without validation images; {args.holdout} of its {len(train)} images, "
+        "a fifth of each class, are held out for validation, the same ones in every run "
+        "(--holdout N for another number)"
+    )
+
+
+def _check_disjoint(train: Source, val: Source, folder: str) -> None:
+    """End the run where the same file is in both. Collective.
+
+    Args:
+        folder: where the names of the validation images begin, seen from those of training.
+    """
+    assert isinstance(train, ImageSource) and isinstance(val, ImageSource)
+
+    def shared() -> list[str]:
+        names = (os.fsdecode(name) for part in val.all_names() for name in part.tolist())
+        held = {os.path.normpath(os.path.join(folder, name)) for name in names}
+        names = (os.fsdecode(name) for part in train.all_names() for name in part.tolist())
+        return [name for name in names if name in held]
+
+    if both := runtime.from_main(shared):
+        runtime.stop_all(
+            f"--labels, --eval_labels: {len(both)} of {len(val)} validation images are training "
+            f"images too ({few(both)}), so the scores would be too good; remove them from either"
+        )
+
+
+UNEVEN = 3  # times as many images of the largest class as of the smallest, from which that is told
+
+
+def _tell_of_counts(train: ImageSource, class_weights: str) -> None:
+    """Print which classes have no training image, and the counts where they are uneven."""
     counts = np.bincount(train.targets, minlength=len(train.classes))
+    largest = int(counts.argmax())
+    order = [int(index) for index in np.argsort(counts, kind="stable") if counts[index]]
+    if counts[largest] > UNEVEN * counts[order[0]]:
+        most = 10
+        told = [f"{train.classes[index]} {counts[index]}" for index in order]
+        if len(told) > most:
+            told = [*told[: most // 2], f"… {train.classes[largest]} {counts[largest]}"]
+        remedy = "; --class_weights balanced gives each class the same weight in the label loss"
+        hint = remedy if class_weights == "none" else ""
+        log(f"Uneven classes, images of the rarest first: {', '.join(told)}{hint}")
     if untaught := [name for name, count in zip(train.classes, counts, strict=True) if not count]:
         log(
             f"Warning: classes without a training image: {len(untaught)} of {len(train.classes)} "

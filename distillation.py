@@ -343,11 +343,12 @@ def load_teacher(
         input_config: any of mean, std and input_size, to overrule what the file or timm says.
         use_ema: 'true' for the EMA weights in the file, 'false' for the raw weights, 'auto' for
             those with the better recorded accuracy, else the EMA.
-    Returns: the network in eval mode, its parameters without gradient, with five more attributes:
+    Returns: the network in eval mode, its parameters without gradient, with six more attributes:
         `data_config` (mean, std and input_size that it was trained with), `class_index` (which of
         its outputs stand for the data's classes, None for all in order), `is_ema` (whether EMA
-        weights were loaded), `training_args` (the arguments in the file, by name) and `origin` (a
-        line that says what was loaded).
+        weights were loaded), `training_args` (the arguments in the file, by name),
+        `training_images` (what a file of this project knows of its images, else empty) and `origin`
+        (a line that says what was loaded).
     Raises: UserError for an unknown architecture, for a file that does not fit it or the data, and
         for weights that are not finite.
     """
@@ -386,6 +387,8 @@ def load_teacher(
     teacher.requires_grad_(False).eval().to(device)
     teacher.data_config, teacher.is_ema = config, is_ema
     teacher.training_args = _saved_args(checkpoint)
+    images = checkpoint.get("images")
+    teacher.training_images = images if isinstance(images, dict) else {}
     teacher.class_index, order = _match_classes(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))

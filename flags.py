@@ -344,6 +344,13 @@ def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
         help="optimizer steps of warm-up, instead of --warmup_epochs; -1 for unset",
     )
     add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add(
+        "--class_weights",
+        default="none",
+        choices=("none", "balanced"),
+        help="weights of the classes in the label loss: all equal (none), or the inverse of each "
+        "class's share of the training images (balanced)",
+    )
 
 
 def _add_image_flags(parser: argparse.ArgumentParser) -> None:
@@ -410,13 +417,27 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--data_set",
         help="DIGITS (included), IMNET (a folder with train/ and val/), image_folder (one folder "
         "of class folders), CIFAR (100 classes), CIFAR10, MNIST, FashionMNIST, or a name for "
-        "timm's create_dataset such as hfds/… (default: IMNET with --data_path, else DIGITS)",
+        "timm's create_dataset such as hfds/… (default: DIGITS without --data_path, else IMNET, or "
+        "image_folder where that folder holds neither train/ nor val/)",
     )
     add("--data_path", type=expanduser, help="folder of the data set")
     add(
         "--eval_data_path",
         type=expanduser,
-        help="folder of the validation images of --data_set image_folder",
+        help="folder of the validation images of --data_set image_folder (default: a fifth of the "
+        "training images is held out)",
+    )
+    add(
+        "--labels",
+        type=expanduser,
+        help="text file with a path below --data_path and a class per line, separated by a comma, "
+        "a tab or a space, for training images that are not sorted into class folders",
+    )
+    add(
+        "--eval_labels",
+        type=expanduser,
+        help="text file like --labels for the validation images, with paths below "
+        "--eval_data_path, or without that flag below --data_path",
     )
     add("--nb_classes", type=int, help="expected number of classes (default: counted)")
     add(
@@ -437,7 +458,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--holdout",
         type=int,
         help="hold out this many training images and evaluate on them instead of the validation "
-        "images; for tuning (default: none)",
+        "images; for tuning (default: none, or a fifth for image_folder without validation images)",
     )
     add(
         "--imagenet_default_mean_and_std",

@@ -348,6 +348,8 @@ def build_data(
     images = _same_images(train, "training")
     if val is not None and runtime.world_size() > 1:
         _same_images(val, "validation")
+    if val is not None and args.holdout:
+        images["held_out"] = datasets.held_out_identity(val)
     _fit_batches(args, len(train))
     config = transforms.data_config(args) | {"classes": train.classes}
     to_network = ToNetwork(config, device)

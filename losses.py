@@ -1,5 +1,6 @@
-"""Divergences between student and teacher logits, each with the paper that it comes from."""
+"""Divergences between student and teacher logits, weights of classes; each with its source."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,3 +38,20 @@ def kl_divergence(
         log_target=True,  # with probabilities, p * log p would be NaN where p rounds to 0
     )
     return divergence * (temperature**2 / len(student_logits))
+
+
+def balanced_weights(targets: np.ndarray, classes: int) -> torch.Tensor:
+    """N / (K * n_c) for a class with n_c of N images, where K classes have any; else 0.
+
+    So every class has the same sum of weights over the images, whose mean weight is 1. It is
+    'balanced' of scikit-learn's compute_class_weight, after King and Zeng, 'Logistic regression in
+    rare events data', 2001.
+
+    Args:
+        targets: (N,) class indices.
+        classes: C, the number of classes.
+    Returns: (C,) float32.
+    """
+    counts = torch.from_numpy(np.bincount(targets, minlength=classes))
+    weights = len(targets) / (counts.count_nonzero() * counts)
+    return torch.where(counts > 0, weights, 0.0).float()

@@ -43,6 +43,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import datasets
+import losses
 import models
 import runtime
 import utils
@@ -67,6 +68,7 @@ from checkpoints import (
     read_checkpoint,
     saved_args,
 )
+from datasets import ImageSource, Source
 from distillation import (
     DistillationLoss,
     PartlyLabelledLoss,
@@ -232,13 +234,23 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
             f"--eval true: {args.resume} does not say what it was trained on; pass --data_path"
         )
     config = data_config(args, saved)
-    val = datasets.open_validation(args)
+    if arguments.must_hold_out(args):
+        args.holdout = saved_args(checkpoint).get("holdout")
+        if not args.holdout:
+            raise UserError(
+                f"{arguments.data_flag(args)}: holds no folder val; pass the folder that holds it, "
+                "or --data_set image_folder --eval_data_path FOLDER to score all images of class "
+                f"folders ({args.resume} held out none of its training images)"
+            )
+    val = datasets.open_validation(args, saved.get("classes"))
+    check_held_out(args, checkpoint, val)
     classes = saved.get("classes") or val.classes
     with name_flags(classes=f"{arguments.data_flag(args)}:"):
         index = datasets.match_classes(val.classes, classes)
     log(
         f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}: {len(val)} "
-        f"images, {len(val.classes)} classes; {config['input_size']} pixels, on {device}"
+        f"{'held-out ' if args.holdout else ''}images, {len(val.classes)} classes; "
+        f"{config['input_size']} pixels, on {device}"
     )
     for name, (old, new) in utils.changes(saved, config).items():
         log(f"Warning: scored with {name} {new}, but the checkpoint was trained with {old}")
@@ -261,6 +273,35 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
             log(f"test_{name}{suffix} {value:.4f}")
 
 
+def check_held_out(args: argparse.Namespace, checkpoint: Mapping[str, Any], val: Source) -> None:
+    """See to it that held-out images are not scored by a network that was trained on them.
+
+    With --holdout on the command line, which may mean other data, a warning is enough. Collective.
+
+    Raises: UserError where the checkpoint's training held out other images.
+    """
+    was = saved_args(checkpoint)
+    if not args.holdout or not was:
+        return
+    held_out = checkpoint.get("images", {}).get("held_out")
+    is_by_flag = "holdout" in args.given
+    if held_out is None:  # not noted by earlier versions
+        is_other = {"data_set", "data_path"} & set(args.given)
+        is_believed = was.get("holdout") == args.holdout if is_by_flag else not is_other
+    else:
+        is_believed = held_out == datasets.held_out_identity(val)
+    if is_believed:
+        return
+    flag = f"{arguments.data_flag(args)} --holdout {args.holdout}"
+    what = f"these are not the images that the training of {args.resume} held out"
+    if not is_by_flag:
+        raise UserError(
+            f"{flag}: {what}, so it may have seen them; pass the same images, or score others by "
+            "--data_set image_folder --eval_data_path FOLDER"
+        )
+    log(f"Warning: {flag}: {what}; it may have been trained on them")
+
+
 def train(
     args: argparse.Namespace,
     settings: LoopSettings,
@@ -270,7 +311,7 @@ def train(
     teacher: RunTeacher,
 ) -> None:
     """Train from wherever an earlier run stopped to the last epoch."""
-    loss = make_loss(args, data)
+    loss = make_loss(args, data).to(settings.device)
     optimizer = make_optimizer(args, student, settings.device)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = math.ceil(data.train_loader.batches_in_epoch / args.update_freq)
@@ -447,17 +488,53 @@ def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:
 
 def make_loss(args: argparse.Namespace, data: Data) -> DistillationLoss:
     """The loss of a training step: on labels, and on the teacher's logits with --kd true."""
-    alpha = args.kd_alpha if args.kd else 0.0
-    if data.labelled_share < 1:
-        images = args.batch_size * args.update_freq * runtime.world_size()
-        return PartlyLabelledLoss(
-            SoftTargetCrossEntropy(), alpha, args.kd_temperature, data.labelled_share, images
+    alpha, temperature = args.kd_alpha if args.kd else 0.0, args.kd_temperature
+    weights = class_weights(args, data.train)
+    if data.labelled_share == 1:
+        return DistillationLoss(make_criterion(args, weights), alpha, temperature)
+    images = args.batch_size * args.update_freq * runtime.world_size()
+    criterion = nn.CrossEntropyLoss(weight=weights)  # labels arrive mixed and smoothed
+    return PartlyLabelledLoss(criterion, alpha, temperature, data.labelled_share, images)
+
+
+def class_weights(args: argparse.Namespace, train: Source) -> torch.Tensor | None:
+    """The weight of each class in the label loss; None where all are the same.
+
+    Raises: UserError for a stream, whose labels are not known.
+    """
+    if args.class_weights == "none":
+        return None
+    if not isinstance(train, ImageSource):
+        raise UserError(
+            f"--class_weights {args.class_weights}: the images of each class must be counted, and "
+            f"the stream {args.data_set} does not tell its labels; use a folder, or remove the flag"
         )
-    return DistillationLoss(make_criterion(args), alpha, args.kd_temperature)
+    labelled = train.targets[train.targets < len(train.classes)]
+    return losses.balanced_weights(labelled, len(train.classes))
 
 
-def make_criterion(args: argparse.Namespace) -> nn.Module:
-    """The loss on labels; where images are mixed, labels arrive mixed and smoothed already."""
+def make_criterion(args: argparse.Namespace, weights: torch.Tensor | None = None) -> nn.Module:
+    """The loss on labels; where images are mixed, labels arrive mixed and smoothed already.
+
+    With weights w of the classes, it is torch's CrossEntropyLoss(weight=w), with l = -log softmax
+    of the logits, smoothing s and C classes. For labels y of a batch of B images, a weighted mean:
+
+        (1-s) * sum_i w[y_i] l_i[y_i] / W + (s/C) * sum_i sum_c w[c] l_i[c] / W,  W = sum_i w[y_i]
+
+    and for mixed and smoothed labels p, of which torch divides by the number of images:
+
+        sum_i sum_c w[c] p_i[c] l_i[c] / B
+
+    W belongs to one batch of one process. With several processes or --update_freq, the gradient is
+    the mean of those of the batches, each of which weighs the same: for labels that are not mixed,
+    an image then counts w[y] / W of its own batch, not of the whole step.
+
+    Args:
+        weights: (C,) float32; None for plain means.
+    """
+    if weights is not None:
+        smoothing = 0.0 if is_mixed(args) else args.smoothing
+        return nn.CrossEntropyLoss(weight=weights, label_smoothing=smoothing)
     if is_mixed(args):
         return SoftTargetCrossEntropy()
     if args.smoothing > 0:

@@ -160,7 +160,7 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
                 use_ema=args.use_ema,
             )
         log(network.origin)
-        _warn_if_trained_on_holdout(args, network.training_args, path)
+        _warn_if_trained_on_holdout(args, network, data.images.get("held_out"), path)
         dtype = getattr(torch, args.teacher_dtype)
         networks.append(TeacherAdapter(network, data.config, dtype))
         weights.append(weight)
@@ -173,22 +173,28 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
 
 
 def _warn_if_trained_on_holdout(
-    args: argparse.Namespace, trained: Mapping[str, Any], path: str
+    args: argparse.Namespace, network: Any, now_held_out: str | None, path: str
 ) -> None:
     """Warn where the teacher's file says that it was trained on images that are held out now.
 
     Args:
-        trained: the arguments of the teacher's own training.
+        network: from `load_teacher`.
+        now_held_out: which images this run holds out (datasets.held_out_identity).
     """
+    trained = network.training_args
     if not args.holdout or trained.get("data_set") != args.data_set or "holdout" not in trained:
         return
-    held_out = trained["holdout"]
-    if held_out != args.holdout:
-        log(
-            f"Warning: --holdout {args.holdout}: the teacher {path} was trained on {args.data_set} "
-            f"with {f'--holdout {held_out}' if held_out else 'no image held out'}; on the same "
-            "data, it has learnt images that now score it. Train it with the same --holdout"
-        )
+    count, held_out = trained["holdout"], network.training_images.get("held_out", now_held_out)
+    if count == args.holdout and held_out == now_held_out:
+        return
+    how = f"--holdout {count}" if count else "no image held out"
+    if count == args.holdout:
+        how = "as many, but other images held out"
+    log(
+        f"Warning: --holdout {args.holdout}: the teacher {path} was trained on {args.data_set} "
+        f"with {how}; on the same data, it has learnt images that now score it. Train it with the "
+        "same --holdout"
+    )
 
 
 def _score(

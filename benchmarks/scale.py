@@ -54,7 +54,7 @@ def run_rank(images: int, holdout: int) -> None:
     """One rank; rank 0 prints the seconds of the slowest rank as JSON."""
     started = time.perf_counter()
     device = runtime.init_process("cpu", "env://")
-    datasets.open_split = lambda args, is_train: source_of_numbers(images)
+    datasets.open_split = lambda args, is_train, classes=None: source_of_numbers(images)
     data = loaders.build_data(
         parse_args(FLAGS + (["--holdout", str(holdout)] if holdout else [])), device
     )

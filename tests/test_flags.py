@@ -277,7 +277,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(parse, monkeypatch, tmp_path):
         (tmp_path / name).touch()
     starts = r"(cache )?folder|(text|checkpoint) file|checkpoint to"
     paths = {f for f, action in ACTIONS.items() if re.match(starts, action.help)}
-    assert len(paths) == 10
+    assert len(paths) == 12
     paths -= {"teacher_path", "unlabeled"}  # a list, and one that must exist: see below
     words = [f"--{flag}=~/a.pth" for flag in paths]
     words += "--kd true --data_set image_folder --teacher_arch cifar_resnet8,resnet18".split()

@@ -79,7 +79,7 @@ def test_some_of_the_classes_are_scored_on_those_and_others_are_refused(
     assert run.code == 2 and "classes that the checkpoint does not know (dog)" in run.err
     assert f"--data_path {tmp_path / 'other'}: the data has" in run.err
     run = run_main("--eval", "true", "--resume", trained, "--data_path", tmp_path / "some" / "val")
-    assert run.code == 2 and "holds no folder val; pass the folder that holds train" in run.err
+    assert run.code == 2 and "holds no folder val; pass the folder that holds it, or" in run.err
     run = run_main("--eval", "true", "--resume", trained, "--model", "cifar_resnet20")
     assert run.code == 2 and run.err.endswith("of another model: pass its --model\n")
 

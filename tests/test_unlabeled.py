@@ -190,7 +190,12 @@ def test_a_flat_folder_has_the_classes_of_its_teacher_or_of_the_validation_image
     shutil.copytree(imnet / "train", pile)
     shutil.copyfile(pile / "ant" / "0.jpg", pile / "x.jpg")
     kd = teacher_flags(tmp_path / "t" / "checkpoint-0.pth")
-    flags += [*kd, "--kd_alpha", 1, "--data_path", pile]
+    (tmp_path / "one_level").mkdir()
+    shutil.copyfile(pile / "x.jpg", tmp_path / "one_level" / "x.jpg")
+    alpha = [*kd, "--kd_alpha", 1, "--data_path"]
+    run = run_main(*flags, *alpha, tmp_path / "one_level", "--mixup", 0, "--cutmix", 0)
+    assert run.code == 0 and "1 images, 3 classes" in run.out, run.err
+    flags += [*alpha, pile]
     run = run_main(*flags, output_dir=tmp_path / "flat")
     assert run.code == 0 and "25 images, 3 classes" in run.out, run.err
     assert "No image has a label: the student learns from the teacher alone" in run.out

@@ -1,0 +1,360 @@
+"""Folders that are laid out in other ways: without train and val, uneven, labelled by a file."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import CPU, QUICK, start, teacher_flags, torchrun, write_images
+
+import arguments
+import datasets
+import loaders
+import losses
+import main
+
+SMALL = ["--input_size", 32, "--batch_size", 8]
+
+
+def parsed(*flags: object) -> argparse.Namespace:
+    return arguments.parse_args(["--num_workers", "0", "--batch_size", "16", *map(str, flags)])
+
+
+def names_of(source: datasets.ImageSource) -> list[str]:
+    return [os.fsdecode(name) for name in source.names(np.arange(len(source))).tolist()]
+
+
+def score(out: str, name: str) -> float:
+    return float(next(line.split()[1] for line in out.splitlines() if line.startswith(f"{name} ")))
+
+
+@pytest.fixture
+def classes(tmp_path) -> Path:
+    """Class folders without train and val: eight images of each of three classes."""
+    write_images(tmp_path / "mine", ["ant", "bee", "cat"])
+    return tmp_path / "mine"
+
+
+# ------------------------------------------------------------------- without train and val
+
+
+def test_a_fifth_of_class_folders_is_held_out_as_by_holdout(classes, capsys):
+    args = parsed("--data_path", classes)
+    data = loaders.build_data(args, CPU)
+    assert "4 of its 24 images, a fifth of each class, are held out" in capsys.readouterr().out
+    assert (args.data_set, args.holdout) == ("image_folder", 4)
+    flags = ["--data_set", "image_folder", "--data_path", classes, "--holdout"]
+    same, other = (loaders.build_data(parsed(*flags, count), CPU) for count in (4, 9))
+    for a, b in ((data.train, same.train), (data.val, same.val)):
+        assert names_of(a) == names_of(b) and a.targets.tolist() == b.targets.tolist()
+    assert not set(names_of(data.train)) & set(names_of(data.val))
+    assert sorted(np.bincount(data.val.targets)) == [1, 1, 2]
+    given = loaders.build_data(parsed("--data_path", classes, "--holdout", 9), CPU)
+    assert names_of(given.val) == names_of(other.val) and len(given.val) == 9
+
+
+def test_nothing_is_held_out_where_nothing_is_evaluated_or_there_is_a_folder(classes, tmp_path):
+    flags = ["--data_path", classes, "--disable_eval", "true"]
+    data = loaders.build_data(parsed(*flags), CPU)
+    assert len(data.train) == 24 and data.val is None
+    write_images(tmp_path / "other", ["ant", "bee", "cat"], count=2)
+    data = loaders.build_data(
+        parsed("--data_path", classes, "--eval_data_path", tmp_path / "other"), CPU
+    )
+    assert (len(data.train), len(data.val)) == (24, 6)
+
+
+def test_teacher_student_resume_and_evaluation_hold_out_the_same_images(
+    run_main, classes, tmp_path
+):
+    flags = [*SMALL, "--data_path", classes, "--epochs", 1]
+    teacher = run_main(*flags, "--check_data", "true", output_dir=tmp_path / "t")
+    assert teacher.code == 0 and "All 24 images can be read" in teacher.out, teacher.err
+    kd = teacher_flags(tmp_path / "t" / "checkpoint-best.pth")
+    student = run_main(*flags, *kd, "--seed", 5, output_dir=tmp_path / "s")
+    assert student.code == 0 and "trained on" not in student.out, student.err
+    saved = [run.checkpoint("best") for run in (teacher, student)]
+    assert saved[0]["images"] == saved[1]["images"] and saved[0]["args"]["holdout"] == 4
+    longer = [*SMALL, "--data_path", classes, "--epochs", 2]
+    resumed = run_main(*longer, output_dir=tmp_path / "t")
+    assert resumed.code == 0 and "Resumed from" in resumed.out, resumed.err
+    evaluation = ["--eval", "true", "--resume", tmp_path / "t" / "checkpoint-1.pth"]
+    for where in ([], ["--data_path", classes]):  # alone, and as the README has it
+        scored = run_main(*evaluation, *where)
+        assert scored.code == 0 and ": 4 held-out images" in scored.out, scored.err
+        loss = resumed.log[-1]["test_loss"]
+        assert score(scored.out, "test_loss") == pytest.approx(loss, abs=1e-4)
+
+    whole = [*SMALL, "--data_path", classes, "--epochs", 1, "--disable_eval", "true"]
+    run_main(*whole, output_dir=tmp_path / "whole")
+    untold = run_main(*flags, *teacher_flags(tmp_path / "whole" / "checkpoint-0.pth"))
+    assert "with no image held out" in untold.out
+    (classes / "ant" / "7.jpg").unlink()  # a fifth of 23 images are as many
+    more = run_main(*flags, *teacher_flags(tmp_path / "t" / "checkpoint-best.pth"))
+    assert "with as many, but other images held out" in more.out
+
+
+def test_images_that_training_may_have_seen_are_not_scored_in_silence(run_main, classes, tmp_path):
+    run_main(*SMALL, "--data_path", classes, "--epochs", 1, output_dir=tmp_path / "out")
+    flags = ["--eval", "true", "--resume", tmp_path / "out" / "checkpoint-0.pth"]
+    other = run_main(*flags, "--data_path", classes, "--holdout", 9)
+    assert other.code == 0 and "it may have been trained on them" in other.out
+    shutil.copy(classes / "ant" / "0.jpg", classes / "ant" / "new.jpg")
+    for where in ([], ["--data_path", classes]):
+        run = run_main(*flags, *where)
+        assert run.code == 2 and "are not the images that the training of" in run.err
+    scored = run_main(*flags, "--data_set", "image_folder", "--eval_data_path", classes)
+    assert scored.code == 0 and ": 25 images" in scored.out, scored.err
+    run_main(
+        *SMALL, "--data_path", classes, "--epochs", 1, "--disable_eval", output_dir=tmp_path / "all"
+    )
+    run = run_main("--eval", "true", "--resume", tmp_path / "all" / "checkpoint-0.pth")
+    assert run.code == 2 and "held out none of its training images" in run.err
+
+
+# What a folder holds, the flags, and the error.
+LAYOUTS = {
+    "valid": ("train valid", "", "no folder val, but valid; rename valid to val, or pass "
+    "--data_set image_folder --data_path DATA/train --eval_data_path DATA/valid"),
+    "test": ("train test", "", "no folder val, but test; rename test to val"),
+    "both": ("training validation", "", "no folder train, but training; rename training to train, "
+    "or pass --data_set image_folder --data_path DATA/training --eval_data_path DATA/validation"),
+    "none": ("train", "", "no folder val; add it, or pass --holdout N"),
+    "railway": ("car train", "", "if train and car are classes, pass --data_set image_folder"),
+    "capital": ("Train Val", "", "no folder train, but Train; rename Train to train"),
+    "explicit": ("train val", "--data_set image_folder", "holds train and val, which are hardly"),
+    "one": ("photos", "", "has a single class (photos)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folders_that_are_hardly_classes_are_refused(run_main, tmp_path, layout):
+    folders, flags, error = LAYOUTS[layout]
+    write_images(tmp_path, folders.split(), count=1)
+    run = run_main("--data_path", tmp_path, *flags.split())
+    assert run.code == 2 and error.replace("DATA", str(tmp_path)) in run.err, run.err
+    assert len(run.err.splitlines()) <= 2
+
+
+# ------------------------------------------------------------------------- uneven classes
+
+
+def test_uneven_classes_are_counted_and_even_ones_are_not(tmp_path, capsys):
+    for name, count in (("ant", 13), ("bee", 4), ("cat", 6)):
+        write_images(tmp_path, [name], count)
+    flags = ["--data_set", "image_folder", "--data_path", tmp_path, "--disable_eval"]
+    loaders.build_data(parsed(*flags), CPU)
+    told = "Uneven classes, images of the rarest first: bee 4, cat 6, ant 13; --class_weights"
+    assert told in capsys.readouterr().out
+    loaders.build_data(parsed(*flags, "--class_weights", "balanced"), CPU)
+    assert "ant 13; --class_weights" not in capsys.readouterr().out
+    (tmp_path / "ant" / "12.jpg").unlink()  # 12 and 4: not more than three times as many
+    loaders.build_data(parsed(*flags), CPU)
+    loaders.build_data(parsed(), CPU)
+    assert "Uneven" not in capsys.readouterr().out
+
+
+def test_balanced_weights_are_those_of_their_definition():
+    targets = np.array([0] * 6 + [1] * 3 + [3])
+    weights = losses.balanced_weights(targets, 4)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights, torch.tensor([10 / 18, 10 / 9, 0.0, 10 / 3]))
+    assert weights[targets].mean() == pytest.approx(1)
+    assert losses.balanced_weights(np.arange(5), 5).tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("flags", ["", "--smoothing 0", "--mixup 0 --cutmix 0", "PLAIN"])
+def test_the_weighted_label_loss_is_its_formula_and_torchs(flags):
+    args = parsed(*flags.replace("PLAIN", "--mixup 0 --cutmix 0 --smoothing 0").split())
+    rng = torch.Generator().manual_seed(3)
+    logits = torch.randn(7, 4, generator=rng, dtype=torch.float64)
+    weights = torch.tensor([0.5, 1.0, 0.0, 4.0], dtype=torch.float64)
+    loss = -logits.log_softmax(1)
+    if arguments.is_mixed(args):
+        targets = torch.rand(7, 4, generator=rng, dtype=torch.float64).softmax(1)
+        expected = (weights * targets * loss).sum() / 7
+        torchs = F.cross_entropy(logits, targets, weights)
+    else:
+        targets, s = torch.tensor([0, 1, 1, 3, 0, 3, 1]), args.smoothing
+        total = weights[targets].sum()
+        expected = (1 - s) * (weights[targets] * loss[range(7), targets]).sum() / total
+        expected += s / 4 * (weights * loss).sum() / total
+        torchs = F.cross_entropy(logits, targets, weights, label_smoothing=s)
+    found = main.make_criterion(args, weights)(logits, targets)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, torchs)
+
+
+def test_class_weights_change_training_and_are_part_of_the_recipe(run_main, tmp_path):
+    for name, count in (("ant", 8), ("bee", 2)):
+        write_images(tmp_path, [name], count)
+    flags = [*SMALL, "--data_path", tmp_path, "--holdout", 2, "--epochs", 1, "--mixup", 0]
+    flags += ["--cutmix", 0]
+    runs = [
+        run_main(
+            *flags, "--class_weights", kind, output_dir=tmp_path.parent / f"{tmp_path.name}-{kind}"
+        )
+        for kind in ("none", "balanced")
+    ]
+    assert all(run.code == 0 for run in runs), runs[1].err
+    assert runs[0].log[-1]["train_loss"] != pytest.approx(runs[1].log[-1]["train_loss"])
+    longer = [*flags, "--epochs", 2, "--class_weights", "none"]
+    resumed = run_main(*longer, output_dir=runs[1].folder)
+    assert "--class_weights balanced → none" in resumed.out
+
+
+# --------------------------------------------------------------------- labels in a file
+
+
+@pytest.fixture
+def flat(tmp_path) -> Path:
+    """A folder of images in no class folders: a0.jpg … a7.jpg, b0.jpg …, deep/c0.jpg …"""
+    write_images(tmp_path / "sorted", ["ant", "bee", "cat"])
+    root = tmp_path / "flat"
+    (root / "deep").mkdir(parents=True)
+    for place, name in (("a", "ant"), ("b", "bee"), ("deep/c", "cat")):
+        for index in range(8):
+            shutil.copy(tmp_path / "sorted" / name / f"{index}.jpg", root / f"{place}{index}.jpg")
+    return root
+
+
+PLACES = {"a": "ant", "b": "bee, the", "deep/c": "cat"}
+
+
+def lines(indices: range, separator: str = ",") -> list[str]:
+    rows = [(f"{place}{index}.jpg", name) for place, name in PLACES.items() for index in indices]
+    return [separator.join(f'"{cell}"' if "," in cell else cell for cell in row) for row in rows]
+
+
+FORMATS = {
+    "comma": ["path,label", *lines(range(8))],
+    "tab": ["", *lines(range(8), "\t"), ""],
+    "blanks": ["image class ", *(line + " " for line in lines(range(8), "   "))],
+    "marked": ["\ufeffpath,label", *lines(range(8))],
+    "dots": ["./" + line for line in reversed(lines(range(8)))],
+    "repeated": [*lines(range(8)), "deep/../a0.jpg,ant"],
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_of_labels_gives_each_image_its_class(form, end, flat, tmp_path, capsys):
+    file = tmp_path / "labels.txt"
+    file.write_bytes(end.join(FORMATS[form]).encode())
+    source = datasets.labelled_images(str(file), str(flat))
+    assert source.classes == ["ant", "bee, the", "cat"] and len(source) == 24
+    assert names_of(source) == sorted(names_of(source))
+    for index, name in enumerate(names_of(source)):
+        image, target = source[index]
+        assert source.classes[target] == PLACES[name[:-5]]
+        assert abs(image.mean() - (60 * target + 31.5)) < 10
+    assert ("1 line(s) repeat" in capsys.readouterr().out) == (form == "repeated")
+
+
+def test_numbers_are_sorted_as_numbers(flat, tmp_path):
+    file = tmp_path / "labels.txt"
+    file.write_text("a0.jpg 10\na1.jpg 2\na2.jpg 0\n")
+    assert datasets.labelled_images(str(file), str(flat)).classes == ["0", "2", "10"]
+
+
+WRONG = {
+    "a0.jpg,ant\nnowhere.jpg,ant\nno.jpg,ant": "line 2: DATA/nowhere.jpg is not a file (nor are "
+    "those of 1 other lines)",
+    "a0.jpg,ant\n\na1.jpg,": "line 3: has no class",
+    "a0.jpg,ant\n,ant": "line 2: has no path",
+    "a0.jpg,ant\na1.jpg": "line 2: has 1 column(s), not a path and a class",
+    "a0.jpg,ant\na1.jpg,bee, the": "line 2: has 3 column(s), not a path and a class; put a name",
+    "a0.jpg ant\nb 0.jpg ant": "line 2: has 3 column(s)",
+    "a0.jpg,ant\na1.jpg,bee\n./a0.jpg,bee": "line 3: a0.jpg is of class bee, but of class ant in "
+    "line 1",
+    'a0.jpg,ant\na1.jpg,"bee': "line 2: cannot be read (unexpected end of data)",
+    "path,label\n": "names no image",
+    "label,path\nant,a0.jpg": "line 1: DATA/label is not a file",
+    "a0.jpg,ant\na1.jpg,b\0e": "is not text (line 2 holds a zero)",
+    "a0.jpg,ant\ndeep,ant": "line 2: DATA/deep is not a file",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_line_of_labels_is_named(text, run_main, flat, tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text(text)
+    run = run_main("--data_path", flat, "--labels", file)
+    wanted = WRONG[text].replace("DATA", str(flat))
+    assert run.code == 2 and f"--labels {file}" in run.err and wanted in run.err, run.err
+    assert len(run.err.splitlines()) == 1
+
+
+def test_files_and_flags_of_labels_that_cannot_work_are_refused(run_main, flat, tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text("a0.jpg,ant\nb0.jpg,bee\n")
+
+    def error(*flags: object) -> str:
+        run = run_main(*flags)
+        assert run.code == 2 and len(run.err.splitlines()) <= 2, run.out + run.err
+        return run.err
+
+    (tmp_path / "latin").write_bytes("a0.jpg,fourmi géante\n".encode("latin-1"))
+    (tmp_path / "wide").write_text("a0.jpg,ant\n", encoding="utf-16")
+    for name in ("latin", "wide"):
+        told = error("--data_path", flat, "--labels", tmp_path / name)
+        assert f"--labels {tmp_path / name}: is not text in UTF-8" in told
+    assert "--labels none: no such file" in error("--data_path", flat, "--labels", "none")
+    assert "needs a folder" in error("--labels", file)
+    assert "is not a folder" in error("--data_path", flat / "none", "--labels", file)
+    assert "without --data_set image_folder" in error("--data_set", "CIFAR", "--labels", file)
+    both = ["--data_path", flat, "--labels", file, "--eval_labels"]
+    assert "2 of 2 validation images are training images too (a0.jpg, b0.jpg)" in error(*both, file)
+    (tmp_path / "val.csv").write_text("a1.jpg,ant\nb1.jpg,wasp\n")
+    told = "val.csv line 2: wasp is not one of the classes, which are ant, bee"
+    assert told in error(*both, tmp_path / "val.csv")
+    assert "beside --holdout" in error(*both, file, "--holdout", 1)
+
+
+def test_labels_train_resume_and_evaluate_as_they_were_trained(run_main, flat, tmp_path):
+    train, val = tmp_path / "train.csv", tmp_path / "val.csv"
+    train.write_text("\n".join(lines(range(6))))
+    val.write_text("\n".join(lines(range(6, 8))[:4]))  # no cat
+    flags = [*SMALL, "--data_path", flat, "--labels", train, "--eval_labels", val]
+    cache = ["--teacher_cache", tmp_path / "cache", "--epochs", 2]
+    teacher = run_main(*flags, "--epochs", 1, output_dir=tmp_path / "t")
+    assert teacher.code == 0 and "18 images, 3 classes" in teacher.out, teacher.err
+    kd = teacher_flags(tmp_path / "t" / "checkpoint-best.pth")
+    run = run_main(*flags, *kd, *cache, output_dir=tmp_path / "s")
+    assert run.code == 0, run.err
+    train.write_text("\n".join(reversed(lines(range(6)))))  # the order of lines says nothing
+    run = run_main(*flags, *kd, *cache, "--epochs", 3, output_dir=tmp_path / "s")
+    assert run.code == 0 and "Resumed" in run.out, run.err
+    last = ["--eval", "true", "--resume", tmp_path / "s" / "checkpoint-2.pth"]
+    moved = ["--data_path", flat, "--eval_labels", val]
+    for where in ([], moved, moved[2:]):
+        scored = run_main(*last, *where)
+        assert scored.code == 0 and ": 4 images, 3 classes" in scored.out, scored.err
+        loss = run.log[-1]["test_loss"]
+        assert score(scored.out, "test_loss") == pytest.approx(loss, abs=1e-4)
+    val.write_text("a7.jpg,ant\nb7.jpg,wasp\n")
+    scored = run_main(*last)
+    assert scored.code == 2 and "line 2: wasp is not one of the classes" in scored.err
+    train.write_text("\n".join(lines(range(6))).replace("a0.jpg,ant", "a0.jpg,cat"))
+    val.write_text("a7.jpg,ant\n")
+    told = "was trained on other images (as many, but not the same)"
+    other = run_main(*flags, "--epochs", 2, output_dir=tmp_path / "t")
+    assert other.code == 2 and told in other.err
+    other = run_main(*flags, *kd, *cache)
+    assert other.code == 2 and "cache: created with labels" in other.err
+
+
+def test_a_fifth_of_labelled_images_is_held_out(run_main, flat, tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text("\n".join(lines(range(8))))
+    flags = [*QUICK, *SMALL, "--data_path", flat, "--labels", file, "--batch_size", 4]
+    flags += ["--epochs", 1, "--output_dir", tmp_path / "out"]
+    run = start([*torchrun(2), "main.py", *map(str, flags)])
+    out, _ = run.communicate()
+    assert run.returncode == 0 and out.count("4 of its 24 images") == 1, out
+    scored = run_main("--eval", "true", "--resume", tmp_path / "out" / "checkpoint-0.pth")
+    assert scored.code == 0 and ": 4 held-out images, 3 classes" in scored.out, scored.err
