@@ -482,8 +482,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         if not (args.data_path or (args.eval and args.eval_data_path and not args.holdout)):
             parser.error(f"--data_set {args.data_set}: needs a folder; pass --data_path FOLDER")
         check_folders(parser, args)
-    for flag in {"labels", "eval_labels"} & set(args.given):
-        remedy = "no such file; pass a text file with a path and a class per line"
+    remedy = "no such file; pass a text file with a path and a class per line"
+    for flag in [flag for flag in ("labels", "eval_labels") if flag in args.given]:
         require(flag, os.path.isfile(getattr(args, flag)), remedy)
     if args.unlabeled == "rest":
         remedy = "means the images that --train_samples leaves out; pass --train_samples N too"
@@ -534,7 +534,9 @@ def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         return
     needed = {"train": not args.eval or args.holdout}
     needed["val"] = not args.holdout and (args.eval or not args.disable_eval)
-    for part in [part for part in needed if needed[part] and part not in names]:
+    for part in needed:
+        if not needed[part] or os.path.isdir(os.path.join(path, part)):
+            continue
         others = [name for name in names if name.lower() in SPLIT_NAMES[part]]
         problem = f"--data_path {path}: holds no folder {part}"
         if others:
@@ -552,7 +554,7 @@ def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             remedy += "with a folder of class folders"
         elif part == "val":
             remedy = "add it, or pass --holdout N, which holds out training images"
-        if classes and not args.eval:
+        if classes and splits and not args.eval:
             remedy += f"; if {splits[0]} and {classes[0]} are classes, pass --data_set image_folder"
             remedy += " --holdout N"
         parser.error(f"{problem}; {remedy}")

@@ -739,7 +739,8 @@ def open_splits(
             with name_flags(folder="--unlabeled"):
                 train = join(train, images_without_label(unlabelled, train.classes))
         if not args.eval and runtime.is_main_process() and not len(train.without_label()):
-            _tell_of_counts(train, args.class_weights)
+            learns_labels = not args.teacher_cache_only and not (args.kd and args.kd_alpha == 1)
+            _tell_of_counts(train, learns_labels and args.class_weights == "none")
     elif args.holdout or args.train_samples or unlabelled:
         raise UserError(
             "--holdout, --train_samples and --unlabeled need an indexable data set; "
@@ -796,7 +797,7 @@ def _choose_holdout(args: argparse.Namespace, train: ImageSource) -> None:
         )
     args.holdout = max(1, len(train) // 5)
     log(
-        f"{args.data_path}: without validation images; {args.holdout} of its {len(train)} images, "
+        f"{args.data_path} holds no validation images; {args.holdout} of its {len(train)} images, "
         "a fifth of each class, are held out for validation, the same ones in every run "
         "(--holdout N for another number)"
     )
@@ -826,8 +827,12 @@ def _check_disjoint(train: Source, val: Source, folder: str) -> None:
 UNEVEN = 3  # times as many images of the largest class as of the smallest, from which that is told
 
 
-def _tell_of_counts(train: ImageSource, class_weights: str) -> None:
-    """Print which classes have no training image, and the counts where they are uneven."""
+def _tell_of_counts(train: ImageSource, can_weigh: bool) -> None:
+    """Print which classes have no training image, and the counts where they are uneven.
+
+    Args:
+        can_weigh: whether --class_weights could help.
+    """
     counts = np.bincount(train.targets, minlength=len(train.classes))
     largest = int(counts.argmax())
     order = [int(index) for index in np.argsort(counts, kind="stable") if counts[index]]
@@ -837,7 +842,7 @@ def _tell_of_counts(train: ImageSource, class_weights: str) -> None:
         if len(told) > most:
             told = [*told[: most // 2], f"… {train.classes[largest]} {counts[largest]}"]
         remedy = "; --class_weights balanced gives each class the same weight in the label loss"
-        hint = remedy if class_weights == "none" else ""
+        hint = remedy if can_weigh else ""
         log(f"Uneven classes, images of the rarest first: {', '.join(told)}{hint}")
     if untaught := [name for name, count in zip(train.classes, counts, strict=True) if not count]:
         log(
