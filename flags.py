@@ -244,6 +244,13 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
         help="checkpoint file whose weights the student starts from",
     )
     add(
+        "--linear_probe",
+        type=str2bool,
+        default=False,
+        help="train only the classifier, on the features of a frozen backbone from --finetune; "
+        "augmentation is then off unless one of its flags is given",
+    )
+    add(
         "--head_init_scale",
         type=float,
         default=1.0,
