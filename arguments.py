@@ -209,7 +209,8 @@ def fit_to_images(args: argparse.Namespace, images: int) -> list[str]:
     total = args.batch_size * processes
     if "num_workers" not in args.given and total:
         args.num_workers = min(args.num_workers, max(1, images // total))
-    if args.lr is None and total:
+    # A probe's depends on the number of features, known once the network is made.
+    if args.lr is None and total and (is_sgd(args.opt) or not args.linear_probe):
         steps = args.epochs * math.ceil(images // total / args.update_freq)
         args.lr = max(args.min_lr, default_lr(args, total * args.update_freq, steps))
     left_out = images % total if total else 0

@@ -317,7 +317,8 @@ def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=float,
         help="peak learning rate (default: 4e-3 at a total batch of 4096, or 0.1 at 128 for SGD, "
-        "scaled by the square root of the batch; higher for few steps from scratch)",
+        "scaled by the square root of the batch; higher for few steps from scratch; for "
+        "--linear_probe 2 divided by the number of features, unless with SGD)",
     )
     add(
         "--layer_decay",

@@ -44,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import datasets
 import models
+import probe
 import runtime
 import utils
 from arguments import (
@@ -77,7 +78,6 @@ from engine import (
 )
 from loaders import Batch, Data, build_data, build_eval_loader
 from logs import History, Recorder
-from probe import TrainedClassifier, compute_features, freeze_backbone, head_of
 from runtime import log
 from teacher import RunTeacher, fill_store, prepare_teacher
 from transforms import data_config
@@ -163,6 +163,8 @@ def run(argv: list[str] | None) -> None:
         fill_store(teacher, data, settings, views_of(args))
         return
     student = make_student(args, device, data.classes)
+    if args.lr is None:
+        args.lr = max(args.min_lr, probe.default_lr(student))
     ema = make_ema(args, student)
     teacher = prepare_teacher(args, settings, data)
     with (
@@ -279,8 +281,8 @@ def train(
     features = None
     if args.linear_probe:
         if start < args.epochs:
-            features = compute_features(args, settings, data, student)
-        model = TrainedClassifier(student, takes_features=features is not None)
+            features = probe.compute_features(args, settings, data, student)
+        model = probe.TrainedClassifier(student, takes_features=features is not None)
     else:
         ddp = exchange_gradients(student, settings.device) if runtime.world_size() > 1 else student
         model = StudentWithDistillation(ddp, teacher.model)  # the teacher stays outside DDP
@@ -325,7 +327,9 @@ def train(
         is_due = (epoch + 1) % args.eval_freq == 0 or is_last
         if data.val_loader is not None and is_due and not args.disable_eval:
             if features and features.val is not None:
-                record |= evaluate_all(args, features.val, student, ema, settings, part=head_of)
+                record |= evaluate_all(
+                    args, features.val, student, ema, settings, part=probe.head_of
+                )
             else:
                 record |= evaluate_all(args, data.val_loader, student, ema, settings, teacher)
         record |= teacher.scores
@@ -422,7 +426,7 @@ def make_student(
         if args.finetune:
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix, classes))
         if args.linear_probe:
-            freeze_backbone(student, args.input_size)
+            probe.freeze_backbone(student, args.input_size)
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters")
     if args.sync_bn and runtime.world_size() > 1:
         student = convert_sync_batchnorm(student)

@@ -82,8 +82,8 @@ def test_features_are_computed_once_and_train_what_the_network_trains(
 
 def test_each_image_has_its_features_and_its_label(run_main, flags, backbone, monkeypatch):
     found = []
-    real = main.compute_features
-    monkeypatch.setattr(main, "compute_features", lambda *a: found.append(real(*a)) or found[0])
+    real = probe.compute_features
+    monkeypatch.setattr(probe, "compute_features", lambda *a: found.append(real(*a)) or found[0])
     assert run_main(*flags, "--train_samples", 72, "--epochs", 1).code == 0
     (loader,) = [features.train for features in found]
     digits = datasets.digits(is_train=True)
@@ -150,6 +150,13 @@ def test_a_probe_that_was_stopped_ends_in_the_same_bits(
     for part in ("model", "model_ema", "optimizer", "scores"):
         assert is_same(whole.checkpoint(2)[part], parts.checkpoint(2)[part]), part
     assert parts.log == whole.log
+
+
+def test_the_default_learning_rate_is_2_divided_by_the_number_of_features(run_main, backbone):
+    flags = ["--linear_probe", "true", "--finetune", backbone, "--train_samples", 32]
+    flags += ["--epochs", 1]
+    assert "learning rate 0.0312" in run_main(*flags).out
+    assert "learning rate 0.0354" in run_main(*flags, "--opt", "sgd").out
 
 
 def test_a_probe_is_not_continued_as_another_run(run_main, flags, tmp_path):
