@@ -96,6 +96,9 @@ def parse_args(
     unify_spelling(args)
     check_numbers(parser, args)
     check_distillation(parser, args)
+    of_images = {*flags_of_group(AUGMENTATION), *flags_of_group(MIXING)}
+    if args.linear_probe and not of_images & {*args.given, *(saved or ())}:
+        vars(args).update(NO_AUGMENTATION)
     fill_defaults(args)
     if not args.resume or saved is not None:  # else the checkpoint's flags are still to come
         check_combinations(parser, args)
@@ -229,7 +232,8 @@ def fit_to_images(args: argparse.Namespace, images: int) -> list[str]:
     total = args.batch_size * processes
     if "num_workers" not in args.given and total:
         args.num_workers = min(args.num_workers, max(1, images // total))
-    if args.lr is None and total:
+    # A probe's depends on the number of features, known once the network is made.
+    if args.lr is None and total and (is_sgd(args.opt) or not args.linear_probe):
         steps = args.epochs * math.ceil(images // total / args.update_freq)
         args.lr = default_lr(args, total * args.update_freq, steps)
     left_out = images % total if total else 0
@@ -362,6 +366,25 @@ def data_flag(args: argparse.Namespace) -> str:
 def unlabelled_of(args: argparse.Namespace) -> str:
     """Where images without a label come from: a folder or 'rest'; '' where no teacher is asked."""
     return args.unlabeled if teachers_of(args) else ""
+
+
+# Values of the flags of augmentation and mixing with which training images stay as they are.
+NO_AUGMENTATION = {
+    "aa": "",
+    "color_jitter": 0.0,
+    "hflip": 0.0,
+    "reprob": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "cutmix_minmax": None,
+}
+
+
+def is_augmented(args: argparse.Namespace) -> bool:
+    """Whether a linear probe changes its training images; every other run crops them at random."""
+    return not args.linear_probe or any(
+        getattr(args, flag) != value for flag, value in NO_AUGMENTATION.items()
+    )
 
 
 def is_mixed(args: argparse.Namespace) -> bool:
@@ -511,6 +534,12 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         require("batch_size", args.batch_size % 2 == 0, remedy)
     remedy = "beside --pretrained true, which starts from other weights; remove one of the two"
     require("finetune", not (args.finetune and args.pretrained), remedy)
+    if args.linear_probe and not args.eval:
+        has_weights = bool(args.finetune or args.pretrained)
+        remedy = "needs weights to start from; pass --finetune FILE or --pretrained true"
+        require("linear_probe", has_weights, remedy)
+        remedy = "trains on labels alone, without a teacher; remove --kd true or --linear_probe"
+        require("linear_probe", not args.kd, remedy)
     require("resume", bool(args.resume) or not args.eval, "--eval true needs a checkpoint to score")
     if args.teacher_cache_range and args.teacher_cache_only:
         all_views = min(args.teacher_views or args.epochs, args.epochs)
@@ -592,9 +621,9 @@ def dependences() -> list[Dependence]:
     of_cache = [flag for flag in cache if flag not in ("teacher_cache", "teacher_views")]
     asked = ["kd_temperature", *teacher, "teacher_cache", *of_cache, "unlabeled"]
     of_kd = ["teacher_path", "teacher_arch", "kd_alpha", *asked]
-    of_start = (
-        "start_epoch pretrained finetune model_key model_prefix head_init_scale drop_path".split()
-    )
+    of_start = "start_epoch pretrained finetune linear_probe model_key model_prefix".split()
+    of_start += ["head_init_scale", "drop_path"]
+    of_backbone = ["drop_path", "layer_decay", "compile", "sync_bn"]
     of_saving = "save_ckpt_freq save_ckpt_num save_ckpt_steps".split()
     output = [*of_saving, "save_ckpt", "auto_resume", "log_dir"]
     of_training = [*optimizer, ema, *of_ema, *of_start, *output, "update_freq"]
@@ -611,6 +640,12 @@ def dependences() -> list[Dependence]:
             lambda a: not a.teacher_cache_only,
             "with --teacher_cache_only true",
             ["teacher_cache_only"],
+        ),
+        row(
+            of_backbone,
+            lambda a: not a.linear_probe,
+            "with --linear_probe true",
+            ["linear_probe"],
         ),
         row(of_kd, lambda a: a.kd, "without --kd true", ["kd"]),
         row(

@@ -58,7 +58,7 @@ def check_images(sources: Sequence[Source | None], num_workers: int) -> None:
     )
     count = 0
     first: list[tuple[int, str]] = []
-    for batch in _follow(loader, len(loader), "all images"):
+    for batch in follow(loader, len(loader), "all images"):
         faults = [(index, fault) for index, fault in batch if fault]
         count += len(faults)
         first += faults[: MOST - len(first)]
@@ -88,7 +88,7 @@ def read_validation(data: Data) -> None:
     fault = ""
     loader.order.view = READ_ONLY
     try:
-        for _ in _follow(loader.host(), len(loader), "the validation images"):
+        for _ in follow(loader.host(), len(loader), "the validation images"):
             pass
     except UserError as error:
         fault = str(error)
@@ -97,8 +97,11 @@ def read_validation(data: Data) -> None:
         runtime.stop_all(faults[0])
 
 
-def _follow(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
-    """The same batches; prints how far they are every ten seconds, and stops on a signal."""
+def follow(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
+    """The same batches; prints how far they are every ten seconds, and stops on a signal.
+
+    Raises: runtime.Interrupted.
+    """
     printed = time.monotonic()
     for number, batch in enumerate(batches, start=1):
         yield batch

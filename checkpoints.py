@@ -567,7 +567,7 @@ class RunState:
             what = f"was trained with {name} {old}, but this run uses {new}"
             raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
         recipe = utils.changes(was, self.args)
-        for name in ("model", "kd", "opt"):
+        for name in ("model", "kd", "opt", "linear_probe"):
             if name in recipe:
                 old, new = recipe[name]
                 what = f"was trained with --{name} {as_typed(old)}, but this run uses "

@@ -257,6 +257,13 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
         help="checkpoint file whose weights the student starts from",
     )
     add(
+        "--linear_probe",
+        type=str2bool,
+        default=False,
+        help="train only the classifier, on the features of a frozen backbone from --finetune; "
+        "augmentation is then off unless one of its flags is given",
+    )
+    add(
         "--head_init_scale",
         type=float,
         default=1.0,
@@ -323,7 +330,8 @@ def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=float,
         help="peak learning rate (default: 4e-3 at a total batch of 4096, or 0.1 at 128 for SGD, "
-        "scaled by the square root of the batch; higher for few steps from scratch)",
+        "scaled by the square root of the batch; higher for few steps from scratch; for "
+        "--linear_probe 2 divided by the number of features, unless with SGD)",
     )
     add(
         "--layer_decay",

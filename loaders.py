@@ -21,7 +21,7 @@ import pictures
 import runtime
 import transforms
 import utils
-from arguments import PRETRAINED, fit_to_images, is_mixed, teachers_of
+from arguments import PRETRAINED, fit_to_images, is_augmented, is_mixed, teachers_of
 from checkpoints import class_names, read_checkpoint
 from datasets import ImageSource, Source, StreamSource
 from runtime import log
@@ -32,7 +32,8 @@ from utils import ROUNDS, RandomUse, UserError, name_flags, permute, seed_sequen
 class Batch(NamedTuple):
     """What a network is trained or scored on, and which images of the data those are."""
 
-    images: torch.Tensor  # (B, 3, H, W) float32, channels last, on the device
+    # (B, 3, H, W) float32, channels last, on the device; (B, D) features in a linear probe
+    images: torch.Tensor
     targets: torch.Tensor  # (B,) int64, or (B, C) probabilities where images are mixed
     view: int  # number of the augmented epoch that the images are from; 0 in an evaluation
     places: range  # positions of the images in the order of the view
@@ -324,6 +325,8 @@ class Data:
 
     train_loader: DeviceLoader
     val_loader: DeviceLoader | None  # None where neither student nor teacher is evaluated
+    # All training images once, as in an evaluation: for a linear probe that keeps their features.
+    feature_loader: DeviceLoader | None
     train: Source
     val: Source | None
     classes: list[str]
@@ -355,14 +358,18 @@ def build_data(
     to_network = ToNetwork(config, device)
     loader_keywords = _loader_keywords(args, device)
     train_loader = _train_loader(train, args, config, to_network, loader_keywords, views, fill)
-    val_loader = None
+    val_loader = feature_loader = None
     if val is not None:
         val_loader = build_eval_loader(args, val, config, device)
-    train_loader.start_workers()
+    if not is_augmented(args) and isinstance(train, ImageSource):
+        feature_loader = build_eval_loader(args, train, config, device, shared=True)
+    else:
+        train_loader.start_workers()
     share = 1.0
     if isinstance(train, ImageSource):
         share -= len(train.without_label()) / len(train)
-    return Data(train_loader, val_loader, train, val, train.classes, config, images, share)
+    loaders = train_loader, val_loader, feature_loader
+    return Data(*loaders, train, val, train.classes, config, images, share)
 
 
 def _classes_of_teacher(args: argparse.Namespace) -> list[str]:
@@ -417,11 +424,17 @@ def _fit_batches(args: argparse.Namespace, images: int) -> None:
 
 
 def build_eval_loader(
-    args: argparse.Namespace, val: Source, config: dict[str, Any], device: torch.device
+    args: argparse.Namespace,
+    val: Source,
+    config: dict[str, Any],
+    device: torch.device,
+    shared: bool | None = None,
 ) -> DeviceLoader:
     """Batches of the images of an evaluation, as a model of this data configuration expects them.
 
-    Over all processes every image comes once, or on each process with --dist_eval false.
+    Args:
+        shared: whether every image comes once over all processes, or else on each process; None for
+            what --dist_eval says.
     """
     batch_size = 2 * args.batch_size  # no activations are kept for a backward pass
     transform, to_network = transforms.eval_transform(config), ToNetwork(config, device)
@@ -430,7 +443,7 @@ def build_eval_loader(
         val.stream.transform = Compose([pictures.decode_of_stream, transform])
         stream = Stream(val.stream, loader_keywords | {"batch_size": batch_size}, is_train=False)
         return DeviceLoader(stream, stream, to_network)
-    order = EvalBatches(len(val), batch_size, args.dist_eval)
+    order = EvalBatches(len(val), batch_size, args.dist_eval if shared is None else shared)
     images = TransformedImages(val, transform, seed=None)
     loader = DeviceLoader(
         order, DataLoader(images, batch_sampler=order, **loader_keywords), to_network
@@ -448,7 +461,10 @@ def _train_loader(
     views: int | None,
     fill: bool,
 ) -> DeviceLoader:
-    transform = transforms.train_transform(args, config)
+    if is_augmented(args):
+        transform = transforms.train_transform(args, config)
+    else:
+        transform = transforms.eval_transform(config)
     partial_labels = isinstance(train, ImageSource) and len(train.without_label()) > 0
     mixup = transforms.make_mixup(args, len(train.classes), partial_labels)
     if isinstance(train, StreamSource):

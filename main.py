@@ -26,7 +26,7 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from io import FileIO
@@ -45,6 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 import datasets
 import losses
 import models
+import probe
 import runtime
 import utils
 from arguments import (
@@ -75,8 +76,15 @@ from distillation import (
     SelectClasses,
     StudentWithDistillation,
 )
-from engine import LoopSettings, Schedule, cosine_schedule, evaluate, train_one_epoch
-from loaders import Data, DeviceLoader, build_data, build_eval_loader
+from engine import (
+    LoopSettings,
+    Schedule,
+    TrainedModel,
+    cosine_schedule,
+    evaluate,
+    train_one_epoch,
+)
+from loaders import Batch, Data, build_data, build_eval_loader
 from logs import History, Recorder
 from runtime import log
 from teacher import RunTeacher, fill_store, prepare_teacher
@@ -174,6 +182,8 @@ def run(argv: list[str] | None) -> None:
         fill_store(teacher, data, settings, views_of(args))
         return
     student = make_student(args, device, data.classes)
+    if args.lr is None:
+        args.lr = probe.default_lr(student)
     ema = make_ema(args, student)
     teacher = prepare_teacher(args, settings, data)
     with (
@@ -312,7 +322,8 @@ def train(
 ) -> None:
     """Train from wherever an earlier run stopped to the last epoch."""
     loss = make_loss(args, data).to(settings.device)
-    optimizer = make_optimizer(args, student, settings.device)
+    trained = models.classifier_of(student) if args.linear_probe else student
+    optimizer = make_optimizer(args, trained, settings.device)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = math.ceil(data.train_loader.batches_in_epoch / args.update_freq)
     schedule = make_schedule(args, steps)
@@ -323,10 +334,18 @@ def train(
     if state.epoch < 0 and state.progress is None:  # not resumed
         read_validation(data)
 
-    ddp = exchange_gradients(student, settings.device) if runtime.world_size() > 1 else student
-    model = StudentWithDistillation(ddp, teacher.model)  # the teacher stays outside DDP
-    if args.compile:
-        student.compile()
+    model: TrainedModel
+    features = None
+    if args.linear_probe:
+        if start < args.epochs:
+            features = probe.compute_features(args, settings, data, student)
+        model = probe.TrainedClassifier(student, takes_features=features is not None)
+    else:
+        ddp = exchange_gradients(student, settings.device) if runtime.world_size() > 1 else student
+        model = StudentWithDistillation(ddp, teacher.model)  # the teacher stays outside DDP
+        if args.compile:
+            student.compile()
+    train_loader = features.train if features else data.train_loader
     first_step = start * steps + (state.progress.updates if state.progress else 0)
     with name_flags(folder="--log_dir"):
         recorder = Recorder.open(vars(args), settings.device, start, first_step)
@@ -348,7 +367,7 @@ def train(
         stats = train_one_epoch(
             model,
             loss,
-            data.train_loader,
+            train_loader,
             optimizer,
             scaler,
             schedule,
@@ -364,7 +383,12 @@ def train(
         is_last = epoch + 1 == args.epochs
         is_due = (epoch + 1) % args.eval_freq == 0 or is_last
         if data.val_loader is not None and is_due and not args.disable_eval:
-            record |= evaluate_all(args, data.val_loader, student, ema, settings, teacher)
+            if features and features.val is not None:
+                record |= evaluate_all(
+                    args, features.val, student, ema, settings, part=probe.head_of
+                )
+            else:
+                record |= evaluate_all(args, data.val_loader, student, ema, settings, teacher)
         record |= teacher.scores
         recorder.write(record | {"n_parameters": n_parameters})
         improved = state.finish_epoch(epoch, record)
@@ -399,22 +423,26 @@ def exchange_gradients(student: nn.Module, device: torch.device) -> DistributedD
 
 def evaluate_all(
     args: argparse.Namespace,
-    loader: DeviceLoader,
+    loader: Iterable[Batch],
     student: nn.Module,
     ema: ModelEmaV3 | None,
     settings: LoopSettings,
     teacher: RunTeacher | None = None,
+    part: Callable[[nn.Module], nn.Module] = lambda network: network,
 ) -> dict[str, float]:
     """Score the student, and its EMA where asked: test_loss, test_acc1, test_acc5, …_ema.
 
     Where the teacher was scored on the same images also test_agreement and test_kl.
+
+    Args:
+        part: which part of a network takes what the loader yields, such as probe.head_of.
     """
     teacher_logits = teacher.logits if teacher else None
 
     def score(model: nn.Module) -> dict[str, float]:
         if runtime.world_size() > 1:
             distribute_bn(model, runtime.world_size())  # every rank scores what rank 0 will save
-        return evaluate(loader, model, settings, args.dist_eval, teacher_logits)
+        return evaluate(loader, part(model), settings, args.dist_eval, teacher_logits)
 
     record = {f"test_{name}": value for name, value in score(student).items()}
     if ema is not None and args.model_ema_eval:
@@ -460,6 +488,8 @@ def make_student(
                     parameter.mul_(args.head_init_scale)
         if args.finetune:
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix, classes))
+        if args.linear_probe:
+            probe.freeze_backbone(student, args.input_size)
     origin = " (timm's pre-trained weights)" if args.pretrained and not is_resumed(args) else ""
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters{origin}")
     if args.sync_bn and runtime.world_size() > 1:
@@ -564,9 +594,9 @@ def check_optimizer(args: argparse.Namespace) -> None:
 
 
 def make_optimizer(
-    args: argparse.Namespace, student: nn.Module, device: torch.device
+    args: argparse.Namespace, network: nn.Module, device: torch.device
 ) -> torch.optim.Optimizer:
-    """timm's optimizer of that name; the fused one where torch has it."""
+    """timm's optimizer of that name, for a network or part of one; fused where torch has that."""
     keywords = {"eps": args.opt_eps}
     if args.opt_betas:
         keywords["betas"] = args.opt_betas
@@ -575,7 +605,7 @@ def make_optimizer(
         if get_optimizer_class(args.opt, bind_defaults=False) in fused and device.type != "mps":
             keywords["fused"] = True  # one kernel per step, and no wait for fp16's overflow check
         optimizer = create_optimizer_v2(
-            student,
+            network,
             opt=args.opt,
             lr=args.lr,
             weight_decay=args.weight_decay,

@@ -94,6 +94,22 @@ def test_only_rank_0_prints(runs):
     assert stdout.count("Teacher cifar_resnet8") == 1 and "2 process(es)" in stdout
 
 
+def test_two_processes_compute_and_learn_the_features_that_one_does(runs_folder):
+    """With 97 images, of which the processes compute 49 and 48."""
+    flags = "--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 97 --epochs 2"
+    flags += f" --lr 0.02 --linear_probe true --finetune {runs_folder / 'teacher.pth'}"
+    logs = []
+    for processes, batch_size in ((1, 16), (2, 8)):
+        folder = runs_folder / f"probe-{processes}"
+        size = ["--batch_size", batch_size]
+        out = launch(processes, "main.py", *flags.split(), *size, "--output_dir", folder)
+        assert out.count("Features of 97 training and ") == 1
+        logs.append(read_log(folder))
+    for one, two in zip(*logs, strict=True):
+        for key in ("train_loss", "test_loss", "test_acc1"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4), key
+
+
 ONCE_PER_MACHINE = """
 import os, sys
 import numpy as np
