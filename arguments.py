@@ -358,6 +358,11 @@ def must_hold_out(args: argparse.Namespace) -> bool:
     return args.data_set == "image_folder" and is_evaluated and not has_validation
 
 
+def is_own_module(arch: str) -> bool:
+    """Whether a network is made by a function of the user's own, named MODULE:FACTORY."""
+    return ":" in arch and arch.partition(":")[0] not in ("hf-hub", "hf_hub", "local-dir")
+
+
 def data_flag(args: argparse.Namespace) -> str:
     """The flag that names the data, with its value."""
     return f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"
@@ -532,6 +537,11 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     if is_mixed(args) and args.batch_size and not args.eval:
         remedy = "mixup and cutmix need an even batch size, or pass --mixup 0 --cutmix 0"
         require("batch_size", args.batch_size % 2 == 0, remedy)
+    if args.pretrained and is_own_module(args.model):
+        parser.error(
+            f"--pretrained true: timm has no weights of --model {args.model}; load them in that "
+            "function, or pass --finetune FILE"
+        )
     remedy = "beside --pretrained true, which starts from other weights; remove one of the two"
     require("finetune", not (args.finetune and args.pretrained), remedy)
     if args.linear_probe and not args.eval:
@@ -757,6 +767,12 @@ def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             is_hub_name = ":" in arch  # hf-hub:… and local-dir:… are looked up by timm
             if known and not is_hub_name and arch.split(".")[0] not in known:
                 parser.error(f"--{flag} {unknown_architecture(arch, known)}")
+    for teacher in teachers:
+        if teacher.path == PRETRAINED and is_own_module(teacher.arch):
+            parser.error(
+                f"--teacher_path {PRETRAINED}: timm has no weights of --teacher_arch "
+                f"{teacher.arch}; pass the file of its weights"
+            )
     files = [("teacher_path", teacher.path) for teacher in teachers]
     files += [("finetune", args.finetune), ("resume", args.resume)]
     for flag, path in files:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from arguments import PRETRAINED
+from arguments import PRETRAINED, is_own_module
 from checkpoints import class_names, find_weights, load_weights, read_checkpoint, weight_keys
 from losses import kl_divergence, kl_per_image
 from models.fusion import fuse_layers
@@ -325,6 +325,7 @@ def load_teacher(
     classes: Sequence[str] | None = None,
     teacher_classes: Sequence[str] | None = None,
     input_config: Mapping[str, Any] | None = None,
+    default_config: Mapping[str, Any] | None = None,
     use_ema: str = "auto",
 ) -> nn.Module:
     """Create a timm architecture, load a checkpoint into it strictly, and freeze it.
@@ -341,6 +342,7 @@ def load_teacher(
         classes: names of the data's classes in order, to match with the teacher's by name.
         teacher_classes: names of the teacher's classes, where the file does not hold them.
         input_config: any of mean, std and input_size, to overrule what the file or timm says.
+        default_config: the same, where neither the file nor a network of the user's own says.
         use_ema: 'true' for the EMA weights in the file, 'false' for the raw weights, 'auto' for
             those with the better recorded accuracy, else the EMA.
     Returns: the network in eval mode, its parameters without gradient, with six more attributes:
@@ -357,7 +359,7 @@ def load_teacher(
     names: Sequence[str] | None
     if path == PRETRAINED:
         checkpoint: dict[str, Any] = {}
-        config, config_from = _data_config(arch, checkpoint)
+        config, config_from = _data_config(arch, checkpoint, default_config)
         names = list(teacher_classes or _pretrained_classes(arch, classes or []))
         outputs, description, is_ema = len(names), "timm's pre-trained weights", False
         config |= dict(input_config or {})
@@ -367,7 +369,7 @@ def load_teacher(
         keys, reason = weight_keys(checkpoint, use_ema)
         weights = find_weights(checkpoint, path, keys)
         description, is_ema = f"{weights.description}{reason}", "ema" in weights.key
-        config, config_from = _data_config(arch, checkpoint)
+        config, config_from = _data_config(arch, checkpoint, default_config)
         if input_config:
             config |= dict(input_config)
             config_from = f"{config_from}, except the given values"
@@ -437,10 +439,15 @@ def _plain(name: str) -> str:
     return name.replace("_", " ").strip().lower()
 
 
-def _data_config(arch: str, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _data_config(
+    arch: str, checkpoint: dict[str, Any], default: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], str]:
     """What the teacher was trained to see, and where that is known from."""
-    cfg = models.pretrained_cfg(arch)
-    config = {"mean": list(cfg.mean), "std": list(cfg.std), "input_size": cfg.input_size[-1]}
+    native = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+    config = native | {"input_size": 224}
+    config |= {name: default[name] for name in config if default and name in default}
+    config |= models.input_config(arch)
+    source = "the network, else the student" if is_own_module(arch) else "timm's pretrained_cfg"
     if isinstance(saved := checkpoint.get("data"), dict):  # this project's
         return config | {name: saved[name] for name in config}, "the checkpoint"
     args = _saved_args(checkpoint)
@@ -456,7 +463,7 @@ def _data_config(arch: str, checkpoint: dict[str, Any]) -> tuple[dict[str, Any],
     for name in ("mean", "std"):  # timm's, where they were given by hand
         if args.get(name):
             config[name] = list(args[name])
-    return config, "the checkpoint's arguments" if is_told else "timm's pretrained_cfg"
+    return config, "the checkpoint's arguments" if is_told else source
 
 
 def _saved_args(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -136,9 +136,10 @@ def run(argv: list[str] | None) -> None:
         with name_flags(checkpoint="--resume"):
             checkpoint = read_checkpoint(args.resume)
         args = parse_args(argv, follow_checkpoint(saved_args(checkpoint), args.given, args.eval))
-    if args.pretrained and "input_size" not in args.given and not args.resume:
+    follows = args.pretrained or arguments.is_own_module(args.model)
+    if follows and "input_size" not in args.given and not args.resume:
         with name_flags(architecture="--model"):
-            args.input_size = models.pretrained_cfg(args.model).input_size[-1]
+            args.input_size = models.input_config(args.model).get("input_size", args.input_size)
     if args.use_amp and not args.amp_dtype:
         args.amp_dtype = runtime.default_amp_dtype(device)
     if args.sync_bn and device.type != "cuda":
@@ -483,8 +484,14 @@ def make_student(
             pretrained=args.pretrained and not is_resumed(args),
         )
         if args.head_init_scale != 1:
+            scaled = list(models.classifier_of(student).parameters())
+            if not scaled:
+                raise UserError(
+                    f"--head_init_scale {args.head_init_scale}: --model {args.model} does not tell "
+                    "its classifier; add a method get_classifier, or remove the flag"
+                )
             with torch.no_grad():
-                for parameter in models.classifier_of(student).parameters():
+                for parameter in scaled:
                     parameter.mul_(args.head_init_scale)
         if args.finetune:
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix, classes))

@@ -157,6 +157,7 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
                 classes=data.classes,
                 teacher_classes=names,
                 input_config=config,
+                default_config=data.config,
                 use_ema=args.use_ema,
             )
         log(network.origin)

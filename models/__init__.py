@@ -12,16 +12,17 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
-from arguments import unknown_architecture
+from arguments import is_own_module, unknown_architecture
 from utils import UserError, few, first_line
 
 from . import cifar_resnet  # noqa: F401
+from .own import make_network, own_cfg
 
 
 def check_architecture(arch: str) -> None:
     """Raise UserError, with similar names, for an architecture or a tag that timm does not know."""
-    if is_address(arch):
-        return  # found out when it is fetched
+    if ":" in arch:
+        return  # found out when it is fetched or imported
     if not timm.is_model(arch):
         raise UserError(unknown_architecture(arch, timm.list_models()), "architecture")
     tags = timm.models.get_arch_pretrained_cfgs(arch)
@@ -33,14 +34,20 @@ def check_architecture(arch: str) -> None:
         )
 
 
-def is_address(arch: str) -> bool:
-    """Whether a name is that of a model elsewhere: hf-hub:NAME or local-dir:FOLDER."""
-    return arch.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+def input_config(arch: str) -> dict[str, Any]:
+    """The input that a network expects: mean and std (of RGB in 0…1) and input_size (pixels).
+
+    Of a network of the user's own only what it says.
+    """
+    if is_own_module(arch):
+        return own_cfg(arch)
+    cfg = pretrained_cfg(arch)
+    return {"mean": list(cfg.mean), "std": list(cfg.std), "input_size": cfg.input_size[-1]}
 
 
 def pretrained_cfg(arch: str) -> PretrainedCfg:
     """What timm knows of an architecture's released weights: mean, std, input_size and more."""
-    if is_address(arch):
+    if ":" in arch:
         return _config_of_address(arch)
     check_architecture(arch)
     cfg = timm.models.get_pretrained_cfg(arch)
@@ -79,8 +86,9 @@ def fetching(arch: str) -> Iterator[None]:
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
-    """The last layer of a timm model; nn.Identity where it has none."""
-    return model.get_classifier()  # type: ignore[operator]
+    """The last layer of a timm model; nn.Identity where it has none, or does not say."""
+    tell: Any = getattr(model, "get_classifier", nn.Identity)
+    return tell()
 
 
 def create_model(
@@ -94,7 +102,8 @@ def create_model(
     """timm's `create_model` with only the keywords that this architecture takes.
 
     Args:
-        arch: a name of timm's, with or without a tag, or hf-hub:NAME or local-dir:FOLDER.
+        arch: a name of timm's, with or without a tag, or hf-hub:NAME or local-dir:FOLDER; or
+            MODULE:FACTORY, see own.make_network.
         pretrained: start from timm's weights, with position embeddings resampled for `input_size`,
             and with a new classifier where they have another number of classes.
     Returns: the network in training mode, for images (B, 3, input_size, input_size).
@@ -104,14 +113,17 @@ def create_model(
     """
     check_architecture(arch)
     keywords: dict[str, Any] = {"num_classes": num_classes}
-    cfg = pretrained_cfg(arch)
-    if cfg.fixed_input_size and cfg.input_size[-1] != input_size:
-        keywords["img_size"] = input_size
     if drop_path:
         keywords["drop_path_rate"] = drop_path
     try:
-        with fetching(arch) if pretrained else nullcontext():
-            model = timm.create_model(arch, pretrained=pretrained, **keywords)
+        if is_own_module(arch):
+            model = make_network(arch, keywords)
+        else:
+            cfg = pretrained_cfg(arch)
+            if cfg.fixed_input_size and cfg.input_size[-1] != input_size:
+                keywords["img_size"] = input_size
+            with fetching(arch) if pretrained else nullcontext():
+                model = timm.create_model(arch, pretrained=pretrained, **keywords)
     except TypeError as error:
         raise UserError(
             f"{arch}: does not take {', '.join(keywords)} ({error}); set drop_path to 0",

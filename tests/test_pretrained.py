@@ -143,3 +143,77 @@ def test_without_a_network_the_remedy_is_told(monkeypatch):
     monkeypatch.setattr(timm, "create_model", fails)
     with pytest.raises(UserError, match="could not be fetched .* on the Hub.*there is a network"):
         models.create_model("resnet18", 10, 64, pretrained=True)
+
+
+# ------------------------------------------------------------------------- networks of one's own
+
+OWN = """
+from torch import nn
+def plain(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(4, num_classes))
+def told(num_classes):
+    network = plain(num_classes)
+    network.default_cfg = {"mean": (0.4,) * 3, "std": (0.2,) * 3, "input_size": (3, 24, 24)}
+    return network
+def wrong(num_classes):
+    return "a network"
+def failing(num_classes):
+    raise RuntimeError("no such layer")
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> str:
+    """The name of a module that is in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    name = f"own_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    return name
+
+
+def test_a_network_of_ones_own_is_student_and_teacher(run_main, own, short, tmp_path):
+    """Its input is what it says, else what the flags say; cached as any other; resumed; scored."""
+    flags = [*short, "--model_ema", "true"]
+    first = run_main(*flags, "--model", f"{own}:told", output_dir=tmp_path / "t")
+    assert first.code == 0, first.err
+    data = first.checkpoint(1)["data"]
+    assert (data["mean"], data["input_size"]) == ([0.4] * 3, 24)
+    teacher = ["--kd", "true", "--teacher_arch", f"{own}:told", "--teacher_path"]
+    teacher += [tmp_path / "t" / "checkpoint-1.pth", "--teacher_cache", tmp_path / "cache"]
+    flags += ["--model", f"{own}:plain", "--input_size", 16, *teacher]
+    run = run_main(*flags, output_dir=tmp_path / "s")
+    assert run.code == 0 and "24 px, mean 0.4/0.4/0.4" in run.out, run.err
+    assert run.checkpoint(1)["data"]["input_size"] == 16
+    longer = run_main(*flags, "--epochs", 3, output_dir=tmp_path / "s")
+    assert longer.code == 0 and "epoch 1 is done" in longer.out, longer.err
+    scored = ["--eval", "true", "--resume", tmp_path / "s" / "checkpoint-2.pth"]
+    scored = run_main(*scored, "--model", f"{own}:plain", "--input_size", 16)
+    assert f"test_acc1 {longer.log[2]['test_acc1']:.4f}" in scored.out, scored.err
+    bare = tmp_path / "bare.pth"
+    torch.save(first.checkpoint(1)["model"], bare)
+    teacher = ["--kd", "true", "--teacher_arch", f"{own}:plain", "--teacher_path", bare]
+    run = run_main(*short, "--model", f"{own}:plain", "--input_size", 16, *teacher)
+    assert "16 px, mean 0.485" in run.out and "the network, else the student" in run.out, run.err
+
+
+FAULTS = {
+    "nowhere:make": "cannot import nowhere (ModuleNotFoundError",
+    "{own}:missing": "has no function missing; its functions are plain, told, wrong, failing",
+    "{own}:wrong": "the factory returned a str, not a torch.nn.Module",
+    "{own}:failing": "(RuntimeError: no such layer); it must take num_classes",
+    "{own}:plain --head_init_scale 0.1": "does not tell its classifier; add a method",
+    "{own}:plain --pretrained true": "timm has no weights of --model",
+}
+
+
+@pytest.mark.parametrize("flags", FAULTS)
+def test_what_makes_no_network_is_told_in_one_line(run_main, own, short, flags):
+    run = run_main(*short, "--model", *flags.format(own=own).split())
+    assert run.code == 2 and FAULTS[flags] in run.err, run.err
+    assert len(run.err.strip().splitlines()) <= 2
+
+
+def test_the_networks_of_the_example_can_be_trained(run_main, short):
+    run = run_main(*short, "--model", "examples.torchvision_student:shufflenet", "--input_size", 32)
+    assert run.code == 0 and "Model examples.torchvision_student:shufflenet" in run.out, run.err
