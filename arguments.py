@@ -672,6 +672,12 @@ def dependences() -> list[Dependence]:
             "without --teacher_cache_only true",
         ),
         row(["teacher_min_acc1"], lambda a: a.teacher_eval, "without --teacher_eval true"),
+        row(
+            ["eval_freq", "model_ema_eval"],
+            lambda a: not a.disable_eval,
+            "with --disable_eval true",
+            ["disable_eval"],
+        ),
         row(["teacher_weights"], lambda a: "," in a.teacher_arch, "with a single teacher"),
         row(
             ["smoothing", "class_weights"],

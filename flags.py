@@ -260,8 +260,8 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
         "--linear_probe",
         type=str2bool,
         default=False,
-        help="train only the classifier, on the features of a frozen backbone from --finetune; "
-        "augmentation is then off unless one of its flags is given",
+        help="train only the classifier, on the features of a frozen backbone from --finetune or "
+        "--pretrained true; augmentation is then off unless one of its flags is given",
     )
     add(
         "--head_init_scale",
