@@ -17,7 +17,14 @@ from torch import nn
 import models
 import runtime
 import utils
-from arguments import PRETRAINED, Teacher, is_mixed, teachers_of, views_of
+from arguments import (
+    PRETRAINED,
+    Teacher,
+    is_mixed,
+    is_own_module,
+    teachers_of,
+    views_of,
+)
 from checkpoints import local_file
 from datasets import ImageSource, Source, evenly, subset
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
@@ -358,7 +365,7 @@ def manifest_of(
     fields = {"decoder": DECODER, "seed": args.data_seed} | {
         name: getattr(args, name) for name in flags
     }
-    if args.pretrained:  # normalised as the student's weights ask
+    if args.pretrained or is_own_module(args.model):  # normalised as the student asks
         fields |= {name: data.config[name] for name in ("mean", "std")}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with name_flags(checkpoint="--teacher_path", text="--teacher_classes"):
