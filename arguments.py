@@ -363,6 +363,11 @@ def is_own_module(arch: str) -> bool:
     return ":" in arch and arch.partition(":")[0] not in ("hf-hub", "hf_hub", "local-dir")
 
 
+def follows_network(args: argparse.Namespace) -> bool:
+    """Whether the student says its input size and normalisation, where no flag does."""
+    return args.pretrained or is_own_module(args.model)
+
+
 def data_flag(args: argparse.Namespace) -> str:
     """The flag that names the data, with its value."""
     return f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"

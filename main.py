@@ -136,8 +136,7 @@ def run(argv: list[str] | None) -> None:
         with name_flags(checkpoint="--resume"):
             checkpoint = read_checkpoint(args.resume)
         args = parse_args(argv, follow_checkpoint(saved_args(checkpoint), args.given, args.eval))
-    follows = args.pretrained or arguments.is_own_module(args.model)
-    if follows and "input_size" not in args.given and not args.resume:
+    if arguments.follows_network(args) and not args.resume and "input_size" not in args.given:
         with name_flags(architecture="--model"):
             args.input_size = models.input_config(args.model).get("input_size", args.input_size)
     if args.use_amp and not args.amp_dtype:

@@ -20,8 +20,8 @@ import utils
 from arguments import (
     PRETRAINED,
     Teacher,
+    follows_network,
     is_mixed,
-    is_own_module,
     teachers_of,
     views_of,
 )
@@ -365,7 +365,7 @@ def manifest_of(
     fields = {"decoder": DECODER, "seed": args.data_seed} | {
         name: getattr(args, name) for name in flags
     }
-    if args.pretrained or is_own_module(args.model):  # normalised as the student asks
+    if follows_network(args):  # normalised as the student asks
         fields |= {name: data.config[name] for name in ("mean", "std")}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with name_flags(checkpoint="--teacher_path", text="--teacher_classes"):

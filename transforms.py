@@ -28,7 +28,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resiz
 import models
 import runtime
 import utils
-from arguments import SMALL, is_mixed, is_own_module
+from arguments import SMALL, follows_network, is_mixed
 from pictures import LargeJpeg, Picture
 from utils import RandomUse, seed_sequence
 
@@ -60,8 +60,7 @@ def data_config(args: argparse.Namespace, saved: Mapping[str, Any] | None = None
         "crop_mode": "squash" if size >= 384 and not args.crop_pct else "center",
         "interpolation": "bicubic",
     }
-    follows = args.pretrained or is_own_module(args.model)
-    if follows and "imagenet_default_mean_and_std" not in args.given:
+    if follows_network(args) and "imagenet_default_mean_and_std" not in args.given:
         told = models.input_config(args.model)
         config |= {name: told[name] for name in ("mean", "std") if name in told}
     if saved:
