@@ -22,6 +22,7 @@ from arguments import (
     Teacher,
     follows_network,
     is_mixed,
+    is_own_module,
     teachers_of,
     views_of,
 )
@@ -41,6 +42,7 @@ from logit_store import (
     open_store,
 )
 from logs import Stopwatch
+from models.own import code_file
 from pictures import DECODER
 from runtime import log
 from utils import UserError, name_flags
@@ -380,11 +382,22 @@ def manifest_of(
     return fields | {"note": versions | {"kd_temperature": args.kd_temperature}}
 
 
+def _hash_of_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _identity_of(teacher: Teacher) -> str:
-    """What tells the weights of a teacher from others: a hash of its file, or of timm's weights."""
+    """What tells a teacher from others: a hash of its file, or of timm's weights.
+
+    And of the file with the code of a network of the user's own, though not of what that imports.
+    """
     if teacher.path != PRETRAINED:
-        with open(local_file(teacher.path), "rb") as file:
-            return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+        told = f"sha256 {_hash_of_file(local_file(teacher.path))}"
+        if is_own_module(teacher.arch):
+            with name_flags(architecture="--teacher_arch"):
+                told += f", code sha256 {_hash_of_file(code_file(teacher.arch))}"
+        return told
     with name_flags(architecture="--teacher_arch"):
         cfg = models.pretrained_cfg(teacher.arch)
         size = cfg.input_size[-1]

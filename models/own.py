@@ -65,6 +65,11 @@ def _factory(arch: str) -> Callable[..., Any]:
     return factory
 
 
+def code_file(arch: str) -> str:
+    """The file with the code of a factory."""
+    return inspect.getfile(inspect.unwrap(_factory(arch)))
+
+
 @cache
 def own_cfg(arch: str) -> dict[str, Any]:
     """What a network's pretrained_cfg or default_cfg says: any of mean, std and input_size."""

@@ -190,6 +190,10 @@ def test_a_network_of_ones_own_is_student_and_teacher(run_main, own, short, tmp_
     scored = ["--eval", "true", "--resume", tmp_path / "s" / "checkpoint-2.pth"]
     scored = run_main(*scored, "--model", f"{own}:plain", "--input_size", 16)
     assert f"test_acc1 {longer.log[2]['test_acc1']:.4f}" in scored.out, scored.err
+    with open(tmp_path / f"{own}.py", "a") as file:
+        file.write("# another network, perhaps\n")
+    changed = run_main(*flags, output_dir=tmp_path / "changed")
+    assert changed.code == 2 and "teacher_path" in changed.err
     bare = tmp_path / "bare.pth"
     torch.save(first.checkpoint(1)["model"], bare)
     teacher = ["--kd", "true", "--teacher_arch", f"{own}:plain", "--teacher_path", bare]
