@@ -683,6 +683,12 @@ def dependences() -> list[Dependence]:
             "with --disable_eval true",
             ["disable_eval"],
         ),
+        row(
+            ["dist_eval"],
+            lambda a: not a.disable_eval or teachers_of(a),
+            "with --disable_eval true",
+            ["disable_eval"],
+        ),
         row(["teacher_weights"], lambda a: "," in a.teacher_arch, "with a single teacher"),
         row(
             ["smoothing", "class_weights"],
@@ -723,7 +729,7 @@ def dependences() -> list[Dependence]:
             "without --data_set image_folder",
         ),
         row(["eval_data_path", "eval_labels"], lambda a: not a.holdout, "beside --holdout"),
-        row(of_saving, lambda a: a.output_dir, "without --output_dir FOLDER"),
+        row([*of_saving, "auto_resume"], lambda a: a.output_dir, "without --output_dir FOLDER"),
         row(of_saving, lambda a: a.save_ckpt, "with --save_ckpt false", ["save_ckpt"]),
     ]
 

@@ -469,6 +469,13 @@ def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():  # a complete store may be on a read-only disk
         utils.make_folder(folder)
+        # The manifest is written first, so rows without one are not of another run at this moment.
+        if any(folder.glob("view-*.sums")) and not path.exists():
+            raise UserError(
+                f"{folder}: holds logits but no manifest.json, which says what they belong to; "
+                "restore that file, or pass another folder",
+                "cache",
+            )
     manifest = {"format": FORMAT, "id": secrets.token_hex(16)} | manifest
     try:
         with open(path, "x", encoding="utf-8") as file:  # of several runs at once, one creates it
