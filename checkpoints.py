@@ -436,6 +436,23 @@ def _epoch_of(path: Path) -> int:
     return int(path.stem.removeprefix("checkpoint-"))
 
 
+def newest_checkpoint(folder: Path) -> str:
+    """The path of the newest complete checkpoint of a folder; '' without any."""
+    newest, its_epoch = "", -math.inf
+    candidates = [p for p in (folder / INSIDE_EPOCH,) if p.exists()] + epoch_checkpoints(folder)
+    for path in candidates:
+        try:
+            checkpoint = read_checkpoint(str(path))
+        except UserError as error:
+            log(f"Warning: {error}; trying the checkpoint before it")
+            continue
+        if checkpoint["epoch"] > its_epoch:
+            newest, its_epoch = str(path), checkpoint["epoch"]
+        if path.name != INSIDE_EPOCH:
+            break  # the others are older
+    return newest
+
+
 def saved_args(checkpoint: Any) -> dict[str, Any]:
     """The arguments in a checkpoint of this project; none for any other file."""
     is_ours = isinstance(checkpoint, dict) and isinstance(checkpoint.get("data"), dict)
@@ -485,21 +502,18 @@ class RunState:
         self.folder = Path(args["output_dir"]) if saves else None  # None: nothing is saved
         self.global_batch = args.get("batch_size", 0) * args.get("update_freq", 1) * world_size()
 
-    def resume(self, output_dir: str, path: str, auto_resume: bool, start_epoch: int) -> int:
-        """Restore from `path`, else from the newest complete checkpoint in `output_dir`.
+    def resume(self, path: str, start_epoch: int) -> int:
+        """Restore from a checkpoint; for '' nothing is restored.
 
         Sets `progress` where that checkpoint was written inside an epoch.
         Returns: the epoch to start with.
         """
-        if not path and output_dir and auto_resume:
-            # One for all processes, whatever each of them sees in the folder.
-            path = runtime.from_main(lambda: self._newest(Path(output_dir)))
-            if path and not os.path.exists(path):
-                raise UserError(
-                    f"{path}: process 0 resumes from this file, but process {runtime.rank()} "
-                    "cannot find it; use a folder on a file system that all machines share",
-                    "checkpoint",
-                )
+        if path and not is_url(path) and not os.path.exists(path):
+            raise UserError(
+                f"{path}: process 0 resumes from this file, but process {runtime.rank()} "
+                "cannot find it; use a folder on a file system that all machines share",
+                "checkpoint",
+            )
         if path:
             start_epoch = self._restore(read_checkpoint(path), path, start_epoch)
         updates = self.progress.updates if self.progress else 0
@@ -611,22 +625,6 @@ class RunState:
             )
         elif self.changes:
             log(f"Warning: resumed with another recipe: {list_changes(self.changes)}")
-
-    def _newest(self, folder: Path) -> str:
-        """The path of the newest complete checkpoint of a folder; '' without any."""
-        newest, its_epoch = "", -math.inf
-        candidates = [p for p in (folder / INSIDE_EPOCH,) if p.exists()] + epoch_checkpoints(folder)
-        for path in candidates:
-            try:
-                checkpoint = read_checkpoint(str(path))
-            except UserError as error:
-                log(f"Warning: {error}; trying the checkpoint before it")
-                continue
-            if checkpoint["epoch"] > its_epoch:
-                newest, its_epoch = str(path), checkpoint["epoch"]
-            if path.name != INSIDE_EPOCH:
-                break  # the others are older
-        return newest
 
     def _check_global_batch(self, saved: int | None, path: str) -> None:
         if saved in (None, self.global_batch):

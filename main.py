@@ -61,11 +61,11 @@ from checkpoints import (
     EMA_KEYS,
     RAW_KEYS,
     RunState,
-    epoch_checkpoints,
     files_of_run,
     load_finetune,
     load_network,
     move_aside,
+    newest_checkpoint,
     read_checkpoint,
     saved_args,
 )
@@ -181,7 +181,9 @@ def run(argv: list[str] | None) -> None:
         teacher = prepare_teacher(args, settings, data)
         fill_store(teacher, data, settings, views_of(args))
         return
-    student = make_student(args, device, data.classes)
+    # One for all processes, whatever each of them sees in the folder.
+    resumed = args.resume or runtime.from_main(lambda: run_to_resume(args))
+    student = make_student(args, device, data.classes, args.pretrained and not resumed)
     if args.lr is None:
         args.lr = probe.default_lr(student)
     ema = make_ema(args, student)
@@ -190,7 +192,7 @@ def run(argv: list[str] | None) -> None:
         name_flags(output="--output_dir", cache="--teacher_cache", log="--log_dir"),
         explain_batch_norm(),
     ):
-        train(args, settings, data, student, ema, teacher)
+        train(args, settings, data, student, ema, teacher, resumed)
     if lock is not None:
         lock.close()
 
@@ -319,8 +321,9 @@ def train(
     student: nn.Module,
     ema: ModelEmaV3 | None,
     teacher: RunTeacher,
+    resumed: str,
 ) -> None:
-    """Train from wherever an earlier run stopped to the last epoch."""
+    """Train from the checkpoint `resumed`, or from the beginning for '', to the last epoch."""
     loss = make_loss(args, data).to(settings.device)
     trained = models.classifier_of(student) if args.linear_probe else student
     optimizer = make_optimizer(args, trained, settings.device)
@@ -329,7 +332,7 @@ def train(
     schedule = make_schedule(args, steps)
     state = RunState(student, ema, optimizer, scaler, vars(args), data.config, data.images)
     with name_flags(checkpoint="--resume" if args.resume else "--output_dir"):
-        start = state.resume(args.output_dir, args.resume, args.auto_resume, args.start_epoch)
+        start = state.resume(resumed, args.start_epoch)
     report_schedule(args, schedule, steps, start * steps, state.changes)
     if state.epoch < 0 and state.progress is None:  # not resumed
         read_validation(data)
@@ -470,9 +473,15 @@ def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | N
 
 
 def make_student(
-    args: argparse.Namespace, device: torch.device, classes: Sequence[str]
+    args: argparse.Namespace,
+    device: torch.device,
+    classes: Sequence[str],
+    pretrained: bool = False,
 ) -> nn.Module:
-    """The network to train, with seeded initial weights or those of --finetune, on the device."""
+    """The network to train, on the device.
+
+    Its initial weights are seeded, those of --finetune, or for `pretrained` those of timm.
+    """
     utils.seed_rng(device, RandomUse.WEIGHTS, args.seed)
     with name_flags(architecture="--model", checkpoint="--finetune"):
         student = models.create_model(
@@ -480,7 +489,7 @@ def make_student(
             len(classes),
             args.input_size,
             args.drop_path,
-            pretrained=args.pretrained and not is_resumed(args),
+            pretrained=pretrained,
         )
         if args.head_init_scale != 1:
             scaled = list(models.classifier_of(student).parameters())
@@ -496,7 +505,7 @@ def make_student(
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix, classes))
         if args.linear_probe:
             probe.freeze_backbone(student, args.input_size)
-    origin = " (timm's pre-trained weights)" if args.pretrained and not is_resumed(args) else ""
+    origin = " (timm's pre-trained weights)" if pretrained else ""
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters{origin}")
     if args.sync_bn and runtime.world_size() > 1:
         student = convert_sync_batchnorm(student)
@@ -504,10 +513,9 @@ def make_student(
     return student.to(device).to(memory_format=torch.channels_last)
 
 
-def is_resumed(args: argparse.Namespace) -> bool:
-    """Whether the weights will be those of a checkpoint, whatever the student starts from."""
-    in_folder = args.output_dir and args.auto_resume and epoch_checkpoints(Path(args.output_dir))
-    return bool(args.resume or in_folder)
+def run_to_resume(args: argparse.Namespace) -> str:
+    """The newest checkpoint of an earlier run in --output_dir; '' where none is to be resumed."""
+    return newest_checkpoint(Path(args.output_dir)) if args.output_dir and args.auto_resume else ""
 
 
 def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:

@@ -52,6 +52,18 @@ def test_a_pretrained_student_follows_its_weights(run_main, imnet, vit, tmp_path
     assert scored.code == 0 and f"test_loss {again.log[1]['test_loss']:.4f}" in scored.out
 
 
+def test_weights_are_fetched_where_no_checkpoint_can_be_read(run_main, imnet, vit, tmp_path):
+    """Else the run would begin with random weights."""
+    flags = ["--model", vit, "--pretrained", "true", "--data_path", imnet, *QUICK]
+    flags += ["--lr", 0, "--min_lr", 0]
+    first = run_main(*flags, output_dir=tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.pth"):
+        path.write_bytes(b"cut short")
+    again = run_main(*flags, output_dir=tmp_path / "out")
+    assert again.code == 0 and "trying the checkpoint before it" in again.out, again.err
+    assert "timm's pre-trained weights" in again.out and again.log == first.log
+
+
 def test_flags_overrule_the_size_and_positions_are_resampled(run_main, imnet, tmp_path):
     vit = save_hub_folder(tmp_path / "fixed", "vit_tiny_patch16_224", 7)
     flags = ["--model", vit, "--data_path", imnet, *QUICK, "--input_size", 64, "--lr", 0]
