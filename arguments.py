@@ -76,6 +76,11 @@ DATA_FLAGS = (
 )
 
 
+# Flags that set nothing in a run without a teacher; --teacher_views also repeats epochs without.
+OF_TEACHER = {*flags_of_group(KD), *flags_of_group(TEACHER), *flags_of_group(TEACHER_CACHE)}
+OF_TEACHER = (OF_TEACHER | {"unlabeled", "use_ema"}) - {"kd", "teacher_views"}
+
+
 def parse_args(
     argv: list[str] | None = None, saved: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:

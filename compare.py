@@ -22,14 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from arguments import DATA_FLAGS, NOT_RECIPE, as_typed
-from flags import KD, TEACHER, TEACHER_CACHE, flags_of_group
+from arguments import DATA_FLAGS, NOT_RECIPE, OF_TEACHER, as_typed
 
 # Flags that do not change what a run computes, or only how it is repeated.
 NOT_COMPARED = NOT_RECIPE | {"seed", "data_seed", "teacher_cache", "teacher_cache_only"}
 NOT_COMPARED |= {"teacher_cache_range", "teacher_eval", "teacher_min_acc1", "check_data"}
-OF_TEACHER = {*flags_of_group(KD), *flags_of_group(TEACHER), *flags_of_group(TEACHER_CACHE)}
-OF_TEACHER = (OF_TEACHER | {"unlabeled"}) - {"kd", "teacher_views"}
 SCORE = "test_acc1"
 COLUMNS = {  # of the table: record in log.txt -> heading
     "test_acc1": "accuracy %",

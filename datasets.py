@@ -588,15 +588,19 @@ def join(first: ImageSource, second: ImageSource) -> ImageSource:
     return ImageSource(load, targets, first.classes, names, contents, path)
 
 
+def _place_in_join(first: ImageSource, second: ImageSource, index: int) -> tuple[ImageSource, int]:
+    return (first, index) if index < len(first) else (second, index - len(first))
+
+
 def _path_of_join(first: ImageSource, second: ImageSource, index: int) -> str:
-    source, index = (first, index) if index < len(first) else (second, index - len(first))
+    source, index = _place_in_join(first, second, index)
     assert source.path is not None
     return source.path(index)
 
 
 def _image_of_join(first: ImageSource, second: ImageSource, index: int) -> Picture:
-    is_first = index < len(first)
-    return first.load(index) if is_first else second.load(index - len(first))
+    source, index = _place_in_join(first, second, index)
+    return source.load(index)
 
 
 def _names_of_join(first: ImageSource, second: ImageSource, positions: np.ndarray) -> np.ndarray:

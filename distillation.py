@@ -355,27 +355,25 @@ def load_teacher(
         for weights that are not finite.
     """
     models.check_architecture(arch)
+    checkpoint: Any = {} if path == PRETRAINED else read_checkpoint(path)
     teacher: Any
     names: Sequence[str] | None
     if path == PRETRAINED:
-        checkpoint: dict[str, Any] = {}
-        config, config_from = _data_config(arch, checkpoint, default_config)
+        description, is_ema = "timm's pre-trained weights", False
         names = list(teacher_classes or _pretrained_classes(arch, classes or []))
-        outputs, description, is_ema = len(names), "timm's pre-trained weights", False
-        config |= dict(input_config or {})
-        teacher = models.create_model(arch, outputs, config["input_size"], pretrained=True)
+        outputs = len(names)
     else:
-        checkpoint = read_checkpoint(path)
         keys, reason = weight_keys(checkpoint, use_ema)
         weights = find_weights(checkpoint, path, keys)
         description, is_ema = f"{weights.description}{reason}", "ema" in weights.key
-        config, config_from = _data_config(arch, checkpoint, default_config)
-        if input_config:
-            config |= dict(input_config)
-            config_from = f"{config_from}, except the given values"
         names = teacher_classes or class_names(checkpoint)
         outputs = len(names) if names and classes else num_classes
-        teacher = models.create_model(arch, outputs, config["input_size"])
+    config, config_from = _data_config(arch, checkpoint, default_config)
+    if input_config:
+        config, config_from = config | dict(input_config), f"{config_from}, except the given values"
+    size = config["input_size"]
+    teacher = models.create_model(arch, outputs, size, pretrained=path == PRETRAINED)
+    if path != PRETRAINED:
         load_weights(
             teacher,
             weights,

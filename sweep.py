@@ -18,13 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from arguments import unknown_flags
+from arguments import OF_TEACHER, unknown_flags
 from flags import (
     AUGMENTATION,
-    KD,
     MIXING,
     TEACHER,
-    TEACHER_CACHE,
     flags_of_group,
     get_args_parser,
     str2bool,
@@ -32,9 +30,6 @@ from flags import (
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RECORD = "sweep.json"  # in --out: the commands of the runs that are finished, by folder
-# Flags that set nothing in a run without a teacher.
-OF_TEACHER = {*flags_of_group(KD), *flags_of_group(TEACHER), *flags_of_group(TEACHER_CACHE)}
-OF_TEACHER = (OF_TEACHER | {"unlabeled", "use_ema"}) - {"kd", "teacher_views"}
 # Flags that change what the teacher sees or answers: runs that differ in one of them need caches of
 # their own. main.py compares all of them, so a flag that is missing here ends in an error.
 OF_CACHE = {

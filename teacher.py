@@ -104,7 +104,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     if not args.teacher_cache:
         network = make_teacher(args, settings.device, data)
         if loader is None:
-            _tell_confidence(args, settings, data, network, {})
+            _tell_confidence(args, settings, data, network)
             return RunTeacher(network)
         scores, logits = _score(args, settings, data, loader, network)
         _tell_confidence(args, settings, data, network, logits)
@@ -126,14 +126,16 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     else:
         log("All teacher logits are cached; the teacher is not loaded")
     teacher = RunTeacher(StoredTeacher(store, source if missing else None), store)
+    known: dict[range, torch.Tensor] = {}
     if cached is not None and loader is not None:
         if source is not None and unscored:
-            teacher.scores, logits = _score(args, settings, data, loader, source)
-            cached.write(list(logits.items()))
-            _tell_confidence(args, settings, data, source, logits)
+            teacher.scores, known = _score(args, settings, data, loader, source)
+            cached.write(list(known.items()))
         else:
             teacher.scores, _ = _score(args, settings, data, loader, cached)
         teacher.logits = ValidationLogits(cached)
+    if source is not None:
+        _tell_confidence(args, settings, data, source, known)
     return teacher
 
 
@@ -249,14 +251,14 @@ def _tell_confidence(
     settings: LoopSettings,
     data: Data,
     network: nn.Module,
-    known: Mapping[range, torch.Tensor],
+    known: Mapping[range, torch.Tensor] | None = None,
 ) -> None:
     """Report how sure the teacher is of the images without a label, of which it is not scored.
 
     Warns where it is far less sure than of the validation images. Collective.
 
     Args:
-        known: the network's logits on the validation images, as far as this process has them.
+        known: the network's logits on validation images, as far as this process has them.
     """
     if not isinstance(data.train, ImageSource) or data.labelled_share == 1:
         return

@@ -111,7 +111,6 @@ def create_model(
         `drop_path` asks for it, or that cannot take images of `input_size` pixels; and for weights
         that cannot be fetched.
     """
-    check_architecture(arch)
     keywords: dict[str, Any] = {"num_classes": num_classes}
     if drop_path:
         keywords["drop_path_rate"] = drop_path
