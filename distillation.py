@@ -400,31 +400,47 @@ def load_teacher(
     return teacher
 
 
-def _pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
+def names_of_weights(arch: str, classes: Sequence[str]) -> list[str] | None:
     """The names of the outputs of timm's weights, in the spelling of the data where they are meant.
 
     Those in the configuration of the weights, else ImageNet's: WordNet ids, or the names of a
     class, the first or all of them.
+    Returns: None where the weights do not know all classes of the data.
+    """
+    wanted = {_plain(name): name for name in classes}
+    for names in _namings(arch):
+        if wanted.keys() <= set(map(_plain, names)):
+            return [wanted.get(_plain(name), name) for name in names]
+    return None
+
+
+def _namings(arch: str) -> list[list[str]]:
+    """The ways in which the outputs of timm's weights are named."""
+    cfg = models.pretrained_cfg(arch)
+    found = [list(cfg.label_names or [])]
+    if subset := infer_imagenet_subset({"num_classes": cfg.num_classes}):
+        info = ImageNetInfo(subset)
+        descriptions = info.label_descriptions()
+        found += [info.label_names(), [text.split(",")[0] for text in descriptions]]
+        found += [list(descriptions)]
+    return [names for names in found if names]
+
+
+def _pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
+    """`names_of_weights`, for a teacher.
+
     Raises: UserError where the data has other classes, or where there is no classifier.
     """
-    cfg = models.pretrained_cfg(arch)
-    if not cfg.num_classes:
+    outputs = models.pretrained_cfg(arch).num_classes
+    if not outputs:
         raise UserError(
             f"{arch}: these weights have no classifier; fine-tune or probe them on this data first",
             "architecture",
         )
-    schemes: list[list[str]] = [list(cfg.label_names or [])]
-    if subset := infer_imagenet_subset({"num_classes": cfg.num_classes}):
-        info = ImageNetInfo(subset)
-        descriptions = info.label_descriptions()
-        schemes += [info.label_names(), [text.split(",")[0] for text in descriptions]]
-        schemes += [list(descriptions)]
-    wanted = {_plain(name): name for name in classes}
-    for names in filter(None, schemes):
-        if wanted.keys() <= set(map(_plain, names)):
-            return [wanted.get(_plain(name), name) for name in names]
-    known = next(filter(None, reversed(schemes)), [f"{cfg.num_classes} classes without names"])
-    unknown = [name for plain, name in wanted.items() if plain not in set(map(_plain, known))]
+    if names := names_of_weights(arch, classes):
+        return names
+    known = next(iter(reversed(_namings(arch))), [f"{outputs} classes without names"])
+    unknown = [name for name in classes if _plain(name) not in set(map(_plain, known))]
     raise UserError(
         f"{arch}: timm's weights know {few(known)}, and not all classes of the data ({few(unknown)}"
         "); fine-tune or probe this network on the data first (docs/teachers.md), then pass its "

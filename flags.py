@@ -248,7 +248,7 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
         type=str2bool,
         default=False,
         help="start the student from timm's weights of its architecture, with their input size and "
-        "normalisation where no flag says otherwise, and with a new classifier",
+        "normalisation where no flag says otherwise, and with a new classifier for other classes",
     )
     add(
         "--finetune",

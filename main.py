@@ -75,6 +75,7 @@ from distillation import (
     PartlyLabelledLoss,
     SelectClasses,
     StudentWithDistillation,
+    names_of_weights,
 )
 from engine import (
     LoopSettings,
@@ -491,6 +492,14 @@ def make_student(
             args.drop_path,
             pretrained=pretrained,
         )
+        origin = ""
+        if pretrained:
+            # Else timm would keep a classifier of as many other classes.
+            is_kept = names_of_weights(args.model, classes) == list(classes)
+            if not is_kept:
+                student.reset_classifier(len(classes))  # type: ignore[operator]
+            classifier = "classifier of the same classes" if is_kept else "new classifier"
+            origin = f" (timm's pre-trained weights, {classifier})"
         if args.head_init_scale != 1:
             scaled = list(models.classifier_of(student).parameters())
             if not scaled:
@@ -505,7 +514,6 @@ def make_student(
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix, classes))
         if args.linear_probe:
             probe.freeze_backbone(student, args.input_size)
-    origin = " (timm's pre-trained weights)" if pretrained else ""
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters{origin}")
     if args.sync_bn and runtime.world_size() > 1:
         student = convert_sync_batchnorm(student)

@@ -52,6 +52,19 @@ def test_a_pretrained_student_follows_its_weights(run_main, imnet, vit, tmp_path
     assert scored.code == 0 and f"test_loss {again.log[1]['test_loss']:.4f}" in scored.out
 
 
+def test_a_classifier_of_as_many_other_classes_is_not_kept(run_main, imnet, tmp_path):
+    flags = ["--pretrained", "true", "--data_path", imnet, *QUICK, "--input_size", 32]
+    flags += ["--lr", 0, "--min_lr", 0]
+    for names in (["ant", "bee", "cat"], ["bee", "ant", "cat"], ["x", "y", "z"]):
+        folder = tmp_path / names[0]
+        arch = save_hub_folder(folder, "test_resnet", 3, label_names=names)
+        run = run_main(*flags, "--model", arch, output_dir=folder / "out")
+        released = timm.create_model(arch, pretrained=True).fc.weight
+        is_kept = torch.equal(run.checkpoint(0)["model"]["fc.weight"], released)
+        assert is_kept == (names == ["ant", "bee", "cat"]), run.err
+        assert ("new classifier" in run.out) != is_kept
+
+
 def test_weights_are_fetched_where_no_checkpoint_can_be_read(run_main, imnet, vit, tmp_path):
     """Else the run would begin with random weights."""
     flags = ["--model", vit, "--pretrained", "true", "--data_path", imnet, *QUICK]
