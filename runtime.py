@@ -1,5 +1,6 @@
 """Where a run computes: its device, its processes and what they share, signals, locks."""
 
+import atexit
 import ctypes
 import json
 import multiprocessing
@@ -63,7 +64,7 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
             device_id=chosen if is_cuda else None,
         )
         _stores.append(store)
-        threading.Thread(target=_follow_failure, daemon=True).start()
+        _start_following()
     return chosen
 
 
@@ -365,15 +366,27 @@ _FAILED = "failed"  # the key that a process sets when an error ends it
 SECONDS_TO_LEAVE = 5  # for what other processes are doing when one fails, such as a checkpoint
 
 
-def _follow_failure() -> None:
-    """End this process some seconds after another one failed.
+def _start_following() -> None:
+    """Start a thread that ends this process some seconds after another one failed.
 
-    The main thread may wait in a collective that the failed process will never join.
+    The main thread may wait in a collective that the failed process will never join. The thread
+    ends before the interpreter does, which would abort the process (SIGABRT) if the thread were
+    within a call to the store at that moment.
     """
-    while not has_failed():
-        time.sleep(1)
-    time.sleep(SECONDS_TO_LEAVE)
-    os._exit(1)
+    is_over = threading.Event()
+
+    def follow() -> None:
+        while not is_over.wait(1):
+            if has_failed() and not is_over.wait(SECONDS_TO_LEAVE):
+                os._exit(1)
+
+    def end() -> None:
+        is_over.set()
+        thread.join(SECONDS_TO_LEAVE)
+
+    thread = threading.Thread(target=follow, daemon=True, name="follow failures")
+    thread.start()
+    atexit.register(end)
 
 
 def has_failed() -> bool:

@@ -265,6 +265,22 @@ def test_a_killed_process_ends_the_other_within_seconds(tmp_path):
     assert "Signal 9 (SIGKILL)" in err
 
 
+LEAVES = """
+import atexit, threading, runtime
+import torch.distributed as dist
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))  # the last one
+runtime._stores.append(dist.HashStore())
+runtime._start_following()
+"""
+
+
+def test_no_thread_is_in_the_store_when_the_interpreter_ends():
+    """One that is aborts the process: a run that was finished then ended with SIGABRT."""
+    argv = [sys.executable, "-c", LEAVES]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "['MainThread']\n"), done.stderr
+
+
 def test_restarts_on_several_machines_are_refused_where_processes_would_look_for_dead_ones(
     monkeypatch,
 ):
