@@ -61,7 +61,7 @@ SPLIT_NAMES = {
 NOT_RECIPE = frozenset(
     "given output_dir log_dir resume auto_resume start_epoch device teacher_device num_workers "
     "pin_mem compile dist_url local_rank eval use_ema dist_eval save_ckpt save_ckpt_freq "
-    "save_ckpt_num save_ckpt_steps fast_cuda".split()
+    "save_ckpt_num save_ckpt_steps fast_cuda print_seconds report calibrate".split()
 )
 # Flags that name the data. A checkpoint knows its data by its contents, which may have moved.
 DATA_FLAGS = (
@@ -455,7 +455,7 @@ RANGES = {
     "input_size teacher_input_size train_samples holdout nb_classes teacher_views "
     "teacher_cache_topk save_ckpt_freq save_ckpt_num save_ckpt_steps",
     Range("must be 0 or more", lambda value: value >= 0): "seed data_seed start_epoch num_workers "
-    "warmup_epochs",
+    "warmup_epochs print_seconds",
     Range("must be 0 or more, or -1 for unset", lambda value: value >= -1): "warmup_steps",
     Range("must be above 0 and finite", lambda value: 0 < value < math.inf): "kd_temperature "
     "clip_grad layer_decay",
@@ -645,7 +645,7 @@ def dependences() -> list[Dependence]:
     of_start += ["head_init_scale", "drop_path"]
     of_backbone = ["drop_path", "layer_decay", "compile", "sync_bn"]
     of_saving = "save_ckpt_freq save_ckpt_num save_ckpt_steps".split()
-    output = [*of_saving, "save_ckpt", "auto_resume", "log_dir"]
+    output = [*of_saving, "save_ckpt", "auto_resume", "log_dir", "print_seconds"]
     of_training = [*optimizer, ema, *of_ema, *of_start, *output, "update_freq"]
     not_scored = [*of_training, *kd, *teacher, *cache, *augmentation, *mixing]
     not_scored += "epochs compile train_samples unlabeled disable_eval eval_freq".split()

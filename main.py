@@ -28,7 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import datasets
 import losses
+import metrics
 import models
 import probe
 import runtime
+import summary
 import utils
 from arguments import (
     cores_per_process,
@@ -56,6 +58,7 @@ from arguments import (
     teachers_of,
     views_of,
 )
+from board import PICTURES, Board, to_pictures
 from check_data import check_images, read_validation
 from checkpoints import (
     EMA_KEYS,
@@ -85,10 +88,11 @@ from engine import (
     evaluate,
     train_one_epoch,
 )
-from loaders import Batch, Data, build_data, build_eval_loader
-from logs import History, Recorder
+from loaders import Batch, Data, DeviceLoader, build_data, build_eval_loader
+from logs import History, Recorder, TimeSplit
 from runtime import log
 from teacher import RunTeacher, fill_store, prepare_teacher
+from terminal import MANY_CLASSES
 from transforms import data_config
 from utils import RandomUse, UserError, name_flags
 
@@ -247,6 +251,9 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
             f"--eval true: {args.resume} does not say what it was trained on; pass --data_path"
         )
     config = data_config(args, saved)
+    if args.calibrate:
+        require_other_images(args)
+        args.holdout = None  # of the checkpoint: those images are for the temperature
     if arguments.must_hold_out(args):
         args.holdout = saved_args(checkpoint).get("holdout")
         if not args.holdout:
@@ -274,16 +281,86 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
         check_images([val], args.num_workers)
     settings = loop_settings(args, device)
     loader = build_eval_loader(args, val, config, device)
+    held_out = None
+    if args.calibrate:
+        held_out = build_eval_loader(args, images_to_calibrate(args, checkpoint), config, device)
     student = make_student(args, device, classes)
     network = SelectClasses(student, index)
+    reports = {}
     for suffix, keys in (("", RAW_KEYS), ("_ema", EMA_KEYS)):
         is_ema, is_there = bool(suffix), any(checkpoint.get(key) for key in keys)
         if args.use_ema == str(not is_ema).lower() or (is_ema and not is_there):
             continue
         with name_flags(checkpoint="--resume"):
             load_network(checkpoint, args.resume, student, keys)
-        for name, value in evaluate(loader, network, settings, args.dist_eval).items():
-            log(f"test_{name}{suffix} {value:.4f}")
+        answers: list[metrics.Answers] = []
+        scores = evaluate(loader, network, settings, args.dist_eval, answers=answers)
+        found = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
+        if held_out is not None:
+            temperature = calibrate(held_out, student, settings)
+            found["temperature"] = temperature
+            scaled = evaluate(loader, Tempered(network, temperature), settings, args.dist_eval)
+            scores |= {f"{name}_calibrated": scaled[name] for name in ("loss", "ece")}
+            found |= {"nll_calibrated": scaled["loss"], "ece_calibrated": scaled["ece"]}
+            log(f"temperature{suffix} {temperature:.4f}")
+        for name, value in scores.items():
+            if name != "acc5" or len(val.classes) > MANY_CLASSES:
+                log(f"test_{name}{suffix} {value:.4f}")
+        reports["ema" if is_ema else "student"] = found
+        log("\n".join(metrics.report_lines(found)))
+    with name_flags(output="--report"):
+        summary.write_report(args.report, reports)
+
+
+def require_other_images(args: argparse.Namespace) -> None:
+    """Raise UserError where --calibrate would fit its temperature on the images that it scores."""
+    is_same = arguments.must_hold_out(argparse.Namespace(**{**vars(args), "holdout": None}))
+    if "holdout" in args.given or is_same:
+        flag = f"--holdout {args.holdout}" if "holdout" in args.given else arguments.data_flag(args)
+        raise UserError(
+            f"--calibrate true: {flag} leaves only the held-out images to score, and the "
+            "temperature is fitted on those; pass data that also has validation images, such as "
+            "--eval_data_path FOLDER"
+        )
+
+
+def images_to_calibrate(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> Source:
+    """The training images that the training of a checkpoint held out; UserError without any."""
+    holdout = saved_args(checkpoint).get("holdout")
+    if not holdout:
+        raise UserError(
+            f"--calibrate true: the training of {args.resume} held out no images, on which a "
+            "temperature could be fitted; train with --holdout N"
+        )
+    args = argparse.Namespace(**{**vars(args), "holdout": holdout})
+    held_out = datasets.open_validation(args, checkpoint["data"]["classes"])
+    if checkpoint.get("images", {}).get("held_out") != datasets.held_out_identity(held_out):
+        raise UserError(
+            f"--calibrate true: {arguments.data_flag(args)} does not have the images that the "
+            f"training of {args.resume} held out; pass the data of the training"
+        )
+    return held_out
+
+
+def calibrate(loader: DeviceLoader, network: nn.Module, settings: LoopSettings) -> float:
+    """The temperature with which a network's answers for these images have the smallest loss."""
+    logits: dict[range, torch.Tensor] = {}
+    answers: list[metrics.Answers] = []
+    evaluate(loader, network, settings, shared=False, collect=logits, answers=answers)
+    targets = torch.cat([batch.targets for batch in answers]).cpu()
+    return metrics.fit_temperature(torch.cat(list(logits.values())), targets)
+
+
+class Tempered(nn.Module):
+    """A network whose logits are divided by a temperature."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C)"""
+        return self.network(images) / self.temperature
 
 
 def check_held_out(args: argparse.Namespace, checkpoint: Mapping[str, Any], val: Source) -> None:
@@ -338,6 +415,7 @@ def train(
     if state.epoch < 0 and state.progress is None:  # not resumed
         read_validation(data)
 
+    times = TimeSplit(settings.device)
     model: TrainedModel
     features = None
     if args.linear_probe:
@@ -346,67 +424,164 @@ def train(
         model = probe.TrainedClassifier(student, takes_features=features is not None)
     else:
         ddp = exchange_gradients(student, settings.device) if runtime.world_size() > 1 else student
-        model = StudentWithDistillation(ddp, teacher.model)  # the teacher stays outside DDP
+        # The teacher stays outside DDP.
+        model = StudentWithDistillation(ddp, teacher.model, partial(times.on_device, "teacher"))
         if args.compile:
             student.compile()
-    train_loader = features.train if features else data.train_loader
+    train_loader = times.timed(features.train if features else data.train_loader)
     first_step = start * steps + (state.progress.updates if state.progress else 0)
-    with name_flags(folder="--log_dir"):
-        recorder = Recorder.open(vars(args), settings.device, start, first_step)
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    started = time.time()
 
     def after_update(history: History, updates: int) -> None:
         is_due = args.save_ckpt_steps and updates % args.save_ckpt_steps == 0
         if not (is_due or history.stop) or updates == history.updates:
             return  # the last step of an epoch is followed by the checkpoint of the epoch
         teacher.flush()
-        saved = state.save_inside_epoch(history.flush(updates))
+        with times.spent_on("saving"):
+            saved = state.save_inside_epoch(history.flush(updates))
         if history.stop:
             raise runtime.Interrupted(
                 history.stop, f"step {updates} of epoch {history.epoch}", saved
             )
 
-    for epoch in range(start, args.epochs):
-        stats = train_one_epoch(
-            model,
-            loss,
-            train_loader,
-            optimizer,
-            scaler,
-            schedule,
-            epoch,
-            settings,
-            ema=ema,
-            writer=recorder.writer,
-            progress=state.progress,
-            after_update=after_update,
-        )
-        teacher.flush()
-        record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
-        is_last = epoch + 1 == args.epochs
-        is_due = (epoch + 1) % args.eval_freq == 0 or is_last
-        if data.val_loader is not None and is_due and not args.disable_eval:
-            if features and features.val is not None:
-                record |= evaluate_all(
-                    args, features.val, student, ema, settings, part=probe.head_of
-                )
-            else:
-                record |= evaluate_all(args, data.val_loader, student, ema, settings, teacher)
-        record |= teacher.scores
-        recorder.write(record | {"n_parameters": n_parameters})
-        improved = state.finish_epoch(epoch, record)
-        if state.folder is not None:
-            is_kept = (epoch + 1) % args.save_ckpt_freq == 0 or is_last
-            signalled = runtime.stop_requested(settings.device)
-            state.save(improved, is_kept or bool(signalled), args.save_ckpt_num)
-            if signalled and not is_last:
-                raise runtime.Interrupted(signalled, f"epoch {epoch}", state.folder)
-    recorder.close()
-    teacher.warn_if_below(state.scores)
-    duration = timedelta(seconds=int(time.time() - started))
-    log(f"Trained {max(0, args.epochs - start)} epochs in {duration}")
-    log(state.summary())
+    with name_flags(folder="--log_dir"):
+        recorder = Recorder.open(vars(args), settings.device, data.config, start, first_step)
+    answers: dict[str, list[metrics.Answers]] = {}
+    with recorder:
+        for epoch in range(start, args.epochs):
+            began = time.perf_counter()
+            stats = train_one_epoch(
+                model,
+                loss,
+                train_loader,
+                optimizer,
+                scaler,
+                schedule,
+                epoch,
+                settings,
+                ema=ema,
+                recorder=recorder,
+                progress=state.progress,
+                after_update=after_update,
+            )
+            steps_now = (epoch + 1) * steps - first_step if epoch == start else steps
+            rate = steps_now * recorder.images_per_step / (time.perf_counter() - began)
+            teacher.flush()
+            record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
+            is_last = epoch + 1 == args.epochs
+            is_due = (epoch + 1) % args.eval_freq == 0 or is_last
+            if data.val_loader is not None and is_due and not args.disable_eval:
+                collected = answers if is_last else None
+                with times.spent_on("evaluation"):
+                    if features and features.val is not None:
+                        record |= evaluate_all(
+                            args,
+                            features.val,
+                            student,
+                            ema,
+                            settings,
+                            part=probe.head_of,
+                            answers=collected,
+                        )
+                    else:
+                        record |= evaluate_all(
+                            args,
+                            data.val_loader,
+                            student,
+                            ema,
+                            settings,
+                            teacher,
+                            answers=collected,
+                        )
+            record |= teacher.scores
+            improved = state.finish_epoch(epoch, record)
+            recorder.write(
+                record | {"n_parameters": n_parameters},
+                (epoch + 1) * steps,
+                state.best.get("best"),
+                rate,
+            )
+            if state.folder is not None:
+                is_kept = (epoch + 1) % args.save_ckpt_freq == 0 or is_last
+                signalled = runtime.stop_requested(settings.device)
+                with times.spent_on("saving"):
+                    state.save(improved, is_kept or bool(signalled), args.save_ckpt_num)
+                if signalled and not is_last:
+                    raise runtime.Interrupted(signalled, f"epoch {epoch}", state.folder)
+        teacher.warn_if_below(state.scores)
+        trained = (args.epochs * steps - first_step) * recorder.images_per_step
+        conclude(args, settings, data, state, teacher, times, recorder, answers, trained)
+
+
+def conclude(
+    args: argparse.Namespace,
+    settings: LoopSettings,
+    data: Data,
+    state: RunState,
+    teacher: RunTeacher,
+    times: TimeSplit,
+    recorder: Recorder,
+    answers: dict[str, list[metrics.Answers]],
+    trained: int,
+) -> None:
+    """Tell how a run ended, in the terminal, in summary.json, and in TensorBoard. Collective.
+
+    Args:
+        answers: of the last evaluation, by network; empty where there was none.
+        trained: images, since the start of this process.
+    """
+    if not trained:  # the run was finished already
+        log(state.summary())
+        return
+    seconds = times.parts()
+    joined = {name: metrics.join(batches, args.dist_eval) for name, batches in answers.items()}
+    if not runtime.is_main_process():
+        return
+    size, board = data.config["input_size"], recorder.board
+    costs = summary.costs_of(state.student, teacher.model, size)
+    memory = summary.peak_memory(settings.device)
+    if recorder.path is not None:
+        rate = trained / sum(seconds.values())
+        folder = recorder.path.parent
+        summary.write_summary(folder, state.scores, state.best, costs, seconds, rate, memory)
+    columns = summary.columns_of(state.scores, state.best, costs)
+    summary.tell_end(columns, seconds, memory, state.folder, board.folder if board else None)
+    if not joined:
+        return
+    classes = data.classes
+    reports = {name: metrics.report(found, classes) for name, found in joined.items()}
+    log("\n".join(metrics.report_lines(reports["student"])))
+    summary.write_report(args.report, reports)
+    if board is not None:
+        board.settings(summary.settings_of(args), summary.finals_of(state.scores, state.best))
+        if isinstance(data.val, ImageSource):
+            show_mistakes(args, settings, data, joined["student"], board)
+
+
+def show_mistakes(
+    args: argparse.Namespace,
+    settings: LoopSettings,
+    data: Data,
+    answers: metrics.Answers,
+    board: Board,
+) -> None:
+    """Show the wrongly classified validation images with the largest losses in TensorBoard."""
+    assert isinstance(data.val, ImageSource)
+    wrong = (answers.predictions != answers.targets).nonzero()[:, 0]
+    worst = wrong[answers.losses[wrong].argsort(descending=True)][:PICTURES]
+    if not len(worst):
+        return
+    args = argparse.Namespace(**{**vars(args), "dist_eval": False, "num_workers": 0})
+    images = datasets.subset(data.val, answers.places[worst].numpy())
+    loader = build_eval_loader(args, images, data.config, settings.device)
+    batches = torch.cat([batch.images.cpu() for batch in loader])
+    captions = [
+        f"{data.classes[answers.targets[i]]}, taken for {data.classes[answers.predictions[i]]} "
+        f"{answers.confidences[i]:.2f}"
+        for i in worst
+    ]
+    pictures = to_pictures(batches, data.config["mean"], data.config["std"])
+    board.pictures("validation_mistakes", pictures, captions)
 
 
 def exchange_gradients(student: nn.Module, device: torch.device) -> DistributedDataParallel:
@@ -433,6 +608,7 @@ def evaluate_all(
     settings: LoopSettings,
     teacher: RunTeacher | None = None,
     part: Callable[[nn.Module], nn.Module] = lambda network: network,
+    answers: dict[str, list[metrics.Answers]] | None = None,
 ) -> dict[str, float]:
     """Score the student, and its EMA where asked: test_loss, test_acc1, test_acc5, …_ema.
 
@@ -440,20 +616,24 @@ def evaluate_all(
 
     Args:
         part: which part of a network takes what the loader yields, such as probe.head_of.
+        answers: filled with the answers of 'student' and 'ema'.
     """
     teacher_logits = teacher.logits if teacher else None
 
-    def score(model: nn.Module) -> dict[str, float]:
+    def score(model: nn.Module, name: str) -> dict[str, float]:
         if runtime.world_size() > 1:
             distribute_bn(model, runtime.world_size())  # every rank scores what rank 0 will save
-        return evaluate(loader, part(model), settings, args.dist_eval, teacher_logits)
+        collected = None if answers is None else answers.setdefault(name, [])
+        return evaluate(
+            loader, part(model), settings, args.dist_eval, teacher_logits, answers=collected
+        )
 
-    record = {f"test_{name}": value for name, value in score(student).items()}
+    record = {f"test_{name}": value for name, value in score(student, "student").items()}
     if ema is not None and args.model_ema_eval:
         averaged = ema.module
         if args.model_ema_force_cpu:
             averaged = copy.deepcopy(averaged).to(settings.device)
-        record |= {f"test_{name}_ema": value for name, value in score(averaged).items()}
+        record |= {f"test_{name}_ema": value for name, value in score(averaged, "ema").items()}
     return record
 
 

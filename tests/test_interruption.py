@@ -17,7 +17,7 @@ from checkpoints import INSIDE_EPOCH
 from utils import UserError
 
 LONG = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 640 --batch_size 8
---epochs 3"""
+--epochs 3 --print_seconds 0"""
 
 
 def train(folder: Path, processes: int = 1) -> subprocess.Popen:

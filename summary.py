@@ -1,0 +1,174 @@
+"""The end of a run: a table of its networks, summary.json, and what TensorBoard shows of it."""
+
+import argparse
+import json
+import resource
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import cost
+import runtime
+from arguments import DATA_FLAGS, NOT_RECIPE
+from cost import Cost
+from distillation import TeacherAdapter
+from logs import write_whole
+from runtime import log
+from terminal import aligned, summary_table, time_line
+
+# Scores in log.txt -> row of the table, and its format.
+ROWS = {
+    "acc1": ("accuracy %, last epoch", ".2f"),
+    "loss": ("cross-entropy", ".4f"),
+    "ece": ("calibration error %", ".2f"),
+    "agreement": ("agreement with teacher %", ".2f"),
+}
+BEST = {"student": "best", "EMA": "best-ema"}  # columns of the table -> names of checkpoints
+
+
+def columns_of(
+    scores: Mapping[str, float], best: Mapping[str, float], costs: Mapping[str, Cost | None]
+) -> dict[str, dict[str, str]]:
+    """The table at the end of a run: network -> row -> text.
+
+    Args:
+        scores: of the last epoch, as in log.txt.
+        best: accuracy that each of the best checkpoints was saved with.
+        costs: by network; EMA and student cost the same, which is shown once.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for network, start, end in (
+        ("student", "test_", ""),
+        ("EMA", "test_", "_ema"),
+        ("teacher", "teacher_", ""),
+    ):
+        column = {}
+        if BEST.get(network) in best:
+            column["accuracy %, best epoch"] = f"{best[BEST[network]]:.2f}"
+        for name, (row, form) in ROWS.items():
+            if f"{start}{name}{end}" in scores:
+                column[row] = f"{scores[f'{start}{name}{end}']:{form}}"
+        spent = costs.get(network)
+        if spent is not None:
+            column["parameters"] = f"{spent.parameters:,}"
+            column["multiply-adds per image"] = f"{spent.multiply_adds:,}"
+            column["ms for 1 image"] = f"{spent.ms_single:.2f}"
+            large = spent.ms_large
+            column[f"ms for {cost.LARGE_BATCH} images"] = "" if large is None else f"{large:.1f}"
+        if column:
+            columns[network] = column
+    return columns
+
+
+def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cost | None]:
+    """What the student and the teacher cost to use; None for a teacher that was not loaded.
+
+    Args:
+        teacher: RunTeacher.model.
+    """
+    loaded = getattr(teacher, "teacher", teacher)  # what a cache asks for missing logits
+    modules = list(loaded.modules()) if isinstance(loaded, nn.Module) else []
+    adapters = [module for module in modules if isinstance(module, TeacherAdapter)]
+    of_teacher = [
+        cost.cost_of(each, input_size, each.parameters_before_fusing) for each in adapters
+    ]
+    return {
+        "student": cost.cost_of(student, input_size),
+        "teacher": cost.total(of_teacher) if of_teacher else None,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were in use at once: of the GPU, else of this process's host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What tells runs apart on TensorBoard's page HPARAMS: the recipe, where it was typed."""
+    main = ["model", "kd", "lr", "epochs", "batch_size", "seed"]
+    main += ["teacher_arch", "kd_alpha", "kd_temperature"] if args.kd else []
+    typed = [name for name in args.given if name not in NOT_RECIPE and name not in DATA_FLAGS]
+    skipped = {"teacher_path", "teacher_cache"}
+    return {n: getattr(args, n) for n in dict.fromkeys([*main, *typed]) if n not in skipped}
+
+
+def finals_of(scores: Mapping[str, float], best: Mapping[str, float]) -> dict[str, float]:
+    """The scores of the last epoch and the best accuracy, for TensorBoard's page HPARAMS."""
+    shown = ("test_acc1", "test_acc1_ema", "test_loss", "test_agreement")
+    found = {name.removeprefix("test_"): scores[name] for name in shown if name in scores}
+    return found | ({"best_acc1": best["best"]} if "best" in best else {})
+
+
+def write_report(path: str, reports: Mapping[str, Any]) -> None:
+    """Write the file of --report, on rank 0; nothing for ''."""
+    if path and runtime.is_main_process():
+        write_whole(Path(path), json.dumps(reports, indent=1, ensure_ascii=False))
+        log(f"Report: {path}")
+
+
+def write_summary(
+    folder: Path,
+    scores: Mapping[str, float],
+    best: Mapping[str, float],
+    costs: Mapping[str, Cost | None],
+    seconds: Mapping[str, float],
+    rate: float,
+    memory: int,
+) -> None:
+    """Write summary.json beside log.txt, on rank 0.
+
+    Args:
+        seconds: of this process since its start, by what they were spent on.
+        rate: training images per second, evaluation and saving included.
+        memory: peak, in bytes.
+    """
+    if runtime.is_main_process():
+        found = {
+            "scores": dict(scores),
+            "best": dict(best),
+            "costs": {name: asdict(spent) for name, spent in costs.items() if spent is not None},
+            "seconds": dict(seconds),
+            "images_per_second": rate,
+            "peak_memory": memory,
+        }
+        write_whole(folder / "summary.json", json.dumps(found, indent=1))
+
+
+def tell_end(
+    columns: Mapping[str, Mapping[str, str]],
+    seconds: Mapping[str, float],
+    memory: int,
+    folder: Path | None,
+    board: Path | None,
+) -> None:
+    """Print the table at the end of a run, and what to do next."""
+    if columns:
+        log("\n" + "\n".join(summary_table(columns)))
+    rows = [("Time", time_line(seconds)), ("Peak memory", f"{memory / 2**30:.2f} GiB")]
+    if folder is not None:
+        best = next(
+            (p for n in ("best", "best-ema") if (p := folder / f"checkpoint-{n}.pth").exists()),
+            None,
+        )
+        path = best or max(
+            folder.glob("checkpoint-*.pth"), key=lambda p: p.stat().st_mtime, default=None
+        )
+        rows.append(
+            ("Files", f"{folder}/log.txt, summary.json" + (f", {path.name}" if path else ""))
+        )
+        if path is not None:
+            quoted = shlex.quote(str(path))
+            rows.append(("Evaluate", f"python main.py --eval true --resume {quoted}"))
+            rows.append(("Train longer", "the same command with a larger --epochs"))
+    if board is not None:
+        rows.append(("TensorBoard", f"tensorboard --logdir {shlex.quote(str(board))}"))
+    log("\n" + "\n".join(aligned(rows)))
