@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from PIL import Image
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
@@ -58,7 +59,7 @@ from arguments import (
     teachers_of,
     views_of,
 )
-from board import PICTURES, Board, to_pictures
+from board import PICTURES, Board
 from check_data import check_images, read_validation
 from checkpoints import (
     EMA_KEYS,
@@ -93,7 +94,7 @@ from logs import History, Recorder, TimeSplit
 from runtime import log
 from teacher import RunTeacher, fill_store, prepare_teacher
 from terminal import MANY_CLASSES
-from transforms import data_config
+from transforms import data_config, eval_transform
 from utils import RandomUse, UserError, name_flags
 
 
@@ -544,43 +545,37 @@ def conclude(
         rate = trained / sum(seconds.values())
         folder = recorder.path.parent
         summary.write_summary(folder, state.scores, state.best, costs, seconds, rate, memory)
-    columns = summary.columns_of(state.scores, state.best, costs)
-    summary.tell_end(columns, seconds, memory, state.folder, board.folder if board else None)
+    reports = {name: metrics.report(found, data.classes) for name, found in joined.items()}
+    summary.tell_end(
+        summary.columns_of(state.scores, state.best, costs),
+        metrics.report_lines(reports["student"]) if reports else [],
+        seconds,
+        memory,
+        state.folder,
+        board.folder if board else None,
+    )
     if not joined:
         return
-    classes = data.classes
-    reports = {name: metrics.report(found, classes) for name, found in joined.items()}
-    log("\n".join(metrics.report_lines(reports["student"])))
-    summary.write_report(args.report, reports)
+    with name_flags(output="--report"):
+        summary.write_report(args.report, reports)
     if board is not None:
         board.settings(summary.settings_of(args), summary.finals_of(state.scores, state.best))
         if isinstance(data.val, ImageSource):
-            show_mistakes(args, settings, data, joined["student"], board)
+            show_mistakes(data, joined["student"], board)
 
 
-def show_mistakes(
-    args: argparse.Namespace,
-    settings: LoopSettings,
-    data: Data,
-    answers: metrics.Answers,
-    board: Board,
-) -> None:
+def show_mistakes(data: Data, answers: metrics.Answers, board: Board) -> None:
     """Show the wrongly classified validation images with the largest losses in TensorBoard."""
     assert isinstance(data.val, ImageSource)
     wrong = (answers.predictions != answers.targets).nonzero()[:, 0]
-    worst = wrong[answers.losses[wrong].argsort(descending=True)][:PICTURES]
-    if not len(worst):
-        return
-    args = argparse.Namespace(**{**vars(args), "dist_eval": False, "num_workers": 0})
-    images = datasets.subset(data.val, answers.places[worst].numpy())
-    loader = build_eval_loader(args, images, data.config, settings.device)
-    batches = torch.cat([batch.images.cpu() for batch in loader])
-    captions = [
-        f"{data.classes[answers.targets[i]]}, taken for {data.classes[answers.predictions[i]]} "
-        f"{answers.confidences[i]:.2f}"
-        for i in worst
-    ]
-    pictures = to_pictures(batches, data.config["mean"], data.config["std"])
+    worst = wrong[answers.losses[wrong].argsort(descending=True)][:PICTURES].tolist()
+    transform = eval_transform(data.config)
+    pictures, captions = [], []
+    for index in worst:
+        pixels, _ = transform(data.val.load(int(answers.places[index])))
+        pictures.append(Image.fromarray(pixels))
+        label, taken = (data.classes[a[index]] for a in (answers.targets, answers.predictions))
+        captions.append(f"{label}, taken for {taken} {answers.confidences[index]:.2f}")
     board.pictures("validation_mistakes", pictures, captions)
 
 

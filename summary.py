@@ -5,7 +5,7 @@ import json
 import resource
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -145,14 +145,21 @@ def write_summary(
 
 def tell_end(
     columns: Mapping[str, Mapping[str, str]],
+    classes: Sequence[str],
     seconds: Mapping[str, float],
     memory: int,
     folder: Path | None,
     board: Path | None,
 ) -> None:
-    """Print the table at the end of a run, and what to do next."""
+    """Print the table at the end of a run, and what to do next.
+
+    Args:
+        classes: lines about the classes (see metrics.report_lines).
+    """
     if columns:
         log("\n" + "\n".join(summary_table(columns)))
+    if classes:
+        log("\n" + "\n".join(classes))
     rows = [("Time", time_line(seconds)), ("Peak memory", f"{memory / 2**30:.2f} GiB")]
     if folder is not None:
         best = next(
