@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from PIL import Image
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
@@ -59,7 +58,6 @@ from arguments import (
     teachers_of,
     views_of,
 )
-from board import PICTURES, Board
 from check_data import check_images, read_validation
 from checkpoints import (
     EMA_KEYS,
@@ -94,7 +92,7 @@ from logs import History, Recorder, TimeSplit
 from runtime import log
 from teacher import RunTeacher, fill_store, prepare_teacher
 from terminal import MANY_CLASSES
-from transforms import data_config, eval_transform
+from transforms import data_config
 from utils import RandomUse, UserError, name_flags
 
 
@@ -511,72 +509,7 @@ def train(
                     raise runtime.Interrupted(signalled, f"epoch {epoch}", state.folder)
         teacher.warn_if_below(state.scores)
         trained = (args.epochs * steps - first_step) * recorder.images_per_step
-        conclude(args, settings, data, state, teacher, times, recorder, answers, trained)
-
-
-def conclude(
-    args: argparse.Namespace,
-    settings: LoopSettings,
-    data: Data,
-    state: RunState,
-    teacher: RunTeacher,
-    times: TimeSplit,
-    recorder: Recorder,
-    answers: dict[str, list[metrics.Answers]],
-    trained: int,
-) -> None:
-    """Tell how a run ended, in the terminal, in summary.json, and in TensorBoard. Collective.
-
-    Args:
-        answers: of the last evaluation, by network; empty where there was none.
-        trained: images, since the start of this process.
-    """
-    if not trained:  # the run was finished already
-        log(state.summary())
-        return
-    seconds = times.parts()
-    joined = {name: metrics.join(batches, args.dist_eval) for name, batches in answers.items()}
-    if not runtime.is_main_process():
-        return
-    size, board = data.config["input_size"], recorder.board
-    costs = summary.costs_of(state.student, teacher.model, size)
-    memory = summary.peak_memory(settings.device)
-    if recorder.path is not None:
-        rate = trained / sum(seconds.values())
-        folder = recorder.path.parent
-        summary.write_summary(folder, state.scores, state.best, costs, seconds, rate, memory)
-    reports = {name: metrics.report(found, data.classes) for name, found in joined.items()}
-    summary.tell_end(
-        summary.columns_of(state.scores, state.best, costs),
-        metrics.report_lines(reports["student"]) if reports else [],
-        seconds,
-        memory,
-        state.folder,
-        board.folder if board else None,
-    )
-    if not joined:
-        return
-    with name_flags(output="--report"):
-        summary.write_report(args.report, reports)
-    if board is not None:
-        board.settings(summary.settings_of(args), summary.finals_of(state.scores, state.best))
-        if isinstance(data.val, ImageSource):
-            show_mistakes(data, joined["student"], board)
-
-
-def show_mistakes(data: Data, answers: metrics.Answers, board: Board) -> None:
-    """Show the wrongly classified validation images with the largest losses in TensorBoard."""
-    assert isinstance(data.val, ImageSource)
-    wrong = (answers.predictions != answers.targets).nonzero()[:, 0]
-    worst = wrong[answers.losses[wrong].argsort(descending=True)][:PICTURES].tolist()
-    transform = eval_transform(data.config)
-    pictures, captions = [], []
-    for index in worst:
-        pixels, _ = transform(data.val.load(int(answers.places[index])))
-        pictures.append(Image.fromarray(pixels))
-        label, taken = (data.classes[a[index]] for a in (answers.targets, answers.predictions))
-        captions.append(f"{label}, taken for {taken} {answers.confidences[index]:.2f}")
-    board.pictures("validation_mistakes", pictures, captions)
+        summary.conclude(args, data, state, teacher, times, recorder, answers, trained)
 
 
 def exchange_gradients(student: nn.Module, device: torch.device) -> DistributedDataParallel:

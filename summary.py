@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 import cost
+import metrics
 import runtime
 from arguments import DATA_FLAGS, NOT_RECIPE
+from board import PICTURES, Board
+from checkpoints import RunState
 from cost import Cost
+from datasets import ImageSource
 from distillation import TeacherAdapter
-from logs import write_whole
+from loaders import Data
+from logs import Recorder, TimeSplit, write_whole
 from runtime import log
+from teacher import RunTeacher
 from terminal import aligned, summary_table, time_line
+from transforms import eval_transform
+from utils import name_flags
 
 # Scores in log.txt -> row of the table, and its format.
 ROWS = {
@@ -30,6 +39,70 @@ ROWS = {
     "agreement": ("agreement with teacher %", ".2f"),
 }
 BEST = {"student": "best", "EMA": "best-ema"}  # columns of the table -> names of checkpoints
+
+
+def conclude(
+    args: argparse.Namespace,
+    data: Data,
+    state: RunState,
+    teacher: RunTeacher,
+    times: TimeSplit,
+    recorder: Recorder,
+    answers: dict[str, list[metrics.Answers]],
+    trained: int,
+) -> None:
+    """Tell how a run ended, in the terminal, in summary.json and in TensorBoard. Collective.
+
+    Args:
+        answers: of the last evaluation, by network; empty where there was none.
+        trained: images, since the start of this process.
+    """
+    if not trained:  # the run was finished already
+        log(state.summary())
+        return
+    seconds = times.parts()
+    joined = {name: metrics.join(batches, args.dist_eval) for name, batches in answers.items()}
+    if not runtime.is_main_process():
+        return
+    size, board = data.config["input_size"], recorder.board
+    costs = costs_of(state.student, teacher.model, size)
+    memory = peak_memory(times.device)
+    if recorder.path is not None:
+        rate = trained / sum(seconds.values())
+        folder = recorder.path.parent
+        write_summary(folder, state.scores, state.best, costs, seconds, rate, memory)
+    reports = {name: metrics.report(found, data.classes) for name, found in joined.items()}
+    tell_end(
+        columns_of(state.scores, state.best, costs),
+        metrics.report_lines(reports["student"]) if reports else [],
+        seconds,
+        memory,
+        state.folder,
+        board.folder if board else None,
+    )
+    if not joined:
+        return
+    with name_flags(output="--report"):
+        write_report(args.report, reports)
+    if board is not None:
+        board.settings(settings_of(args), finals_of(state.scores, state.best))
+        if isinstance(data.val, ImageSource):
+            show_mistakes(data, joined["student"], board)
+
+
+def show_mistakes(data: Data, answers: metrics.Answers, board: Board) -> None:
+    """Show the wrongly classified validation images with the largest losses in TensorBoard."""
+    assert isinstance(data.val, ImageSource)
+    wrong = (answers.predictions != answers.targets).nonzero()[:, 0]
+    worst = wrong[answers.losses[wrong].argsort(descending=True)][:PICTURES].tolist()
+    transform = eval_transform(data.config)
+    pictures, captions = [], []
+    for index in worst:
+        pixels, _ = transform(data.val.load(int(answers.places[index])))
+        pictures.append(Image.fromarray(pixels))
+        label, taken = (data.classes[a[index]] for a in (answers.targets, answers.predictions))
+        captions.append(f"{label}, taken for {taken} {answers.confidences[index]:.2f}")
+    board.pictures("validation_mistakes", pictures, captions)
 
 
 def columns_of(
