@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import resource
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -157,10 +157,17 @@ def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cos
     }
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that were in use at once: of the GPU, else of this process's host memory."""
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that were in use at once: of the GPU, else of this process's host memory.
+
+    None on Windows, which does not tell the latter.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":
+        return None
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -195,14 +202,14 @@ def write_summary(
     costs: Mapping[str, Cost | None],
     seconds: Mapping[str, float],
     rate: float,
-    memory: int,
+    memory: int | None,
 ) -> None:
     """Write summary.json beside log.txt, on rank 0.
 
     Args:
         seconds: of this process since its start, by what they were spent on.
         rate: training images per second, evaluation and saving included.
-        memory: peak, in bytes.
+        memory: peak, in bytes; None where it is not known.
     """
     if runtime.is_main_process():
         found = {
@@ -220,7 +227,7 @@ def tell_end(
     columns: Mapping[str, Mapping[str, str]],
     classes: Sequence[str],
     seconds: Mapping[str, float],
-    memory: int,
+    memory: int | None,
     folder: Path | None,
     board: Path | None,
 ) -> None:
@@ -233,7 +240,9 @@ def tell_end(
         log("\n" + "\n".join(summary_table(columns)))
     if classes:
         log("\n" + "\n".join(classes))
-    rows = [("Time", time_line(seconds)), ("Peak memory", f"{memory / 2**30:.2f} GiB")]
+    rows = [("Time", time_line(seconds))]
+    if memory is not None:
+        rows.append(("Peak memory", f"{memory / 2**30:.2f} GiB"))
     if folder is not None:
         best = next(
             (p for n in ("best", "best-ema") if (p := folder / f"checkpoint-{n}.pth").exists()),
