@@ -29,7 +29,7 @@ from runtime import log
 from teacher import RunTeacher
 from terminal import aligned, summary_table, time_line
 from transforms import eval_transform
-from utils import name_flags
+from utils import first_line, name_flags
 
 # Scores in log.txt -> row of the table, and its format.
 ROWS = {
@@ -140,7 +140,7 @@ def columns_of(
 
 
 def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cost | None]:
-    """What the student and the teacher cost to use; None for a teacher that was not loaded.
+    """What student and teacher cost to use; None for a teacher that was not loaded.
 
     Args:
         teacher: RunTeacher.model.
@@ -148,13 +148,15 @@ def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cos
     loaded = getattr(teacher, "teacher", teacher)  # what a cache asks for missing logits
     modules = list(loaded.modules()) if isinstance(loaded, nn.Module) else []
     adapters = [module for module in modules if isinstance(module, TeacherAdapter)]
-    of_teacher = [
-        cost.cost_of(each, input_size, each.parameters_before_fusing) for each in adapters
-    ]
-    return {
-        "student": cost.cost_of(student, input_size),
-        "teacher": cost.total(of_teacher) if of_teacher else None,
-    }
+    try:
+        of_teacher = [cost.cost_of(a, input_size, a.parameters_before_fusing) for a in adapters]
+        return {
+            "student": cost.cost_of(student, input_size),
+            "teacher": cost.total(of_teacher) if of_teacher else None,
+        }
+    except Exception as error:  # whatever a network of one's own raises: the run itself is saved
+        log(f"Warning: parameters and latency are not told: {first_line(error)}")
+        return {"student": None, "teacher": None}
 
 
 def peak_memory(device: torch.device) -> int | None:

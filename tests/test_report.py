@@ -221,3 +221,13 @@ def test_pictures_are_shown_as_the_network_sees_them_with_their_captions():
     assert board.label_text(torch.zeros(3), classes) == "no label"
     logits = torch.tensor([0.0, 2.0, -1.0])
     assert board.answer_text(logits, classes) == "bee 0.84, ant 0.11"
+
+
+def test_a_network_that_cannot_be_measured_does_not_fail_the_run(run_main, short, monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("only batches of 16")
+
+    monkeypatch.setattr(cost, "cost_of", refuse)
+    run = run_main(*short)
+    assert run.code == 0 and "latency are not told: only batches of 16" in run.out
+    assert "accuracy %, last epoch" in run.out and "parameters  " not in run.out
