@@ -379,6 +379,7 @@ class Recorder:
         board: TensorBoard, or None.
         images_per_step: of an optimizer step, on all processes.
         config: what the student is shown (see transforms.data_config), and the class names.
+        device: whose memory is told.
     """
 
     def __init__(
@@ -388,10 +389,12 @@ class Recorder:
         board: Board | None = None,
         images_per_step: int = 1,
         config: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.terminal = terminal or Terminal(epochs=1)
         self.path, self.board = path, board
         self.images_per_step, self.config = images_per_step, config or {}
+        self.device = device or torch.device("cpu")
 
     @classmethod
     def open(
@@ -425,7 +428,7 @@ class Recorder:
                 board.text("settings", json.dumps(args, indent=1))
                 board.text("environment", json.dumps(found, indent=1))
         terminal = Terminal(args["epochs"], args["print_seconds"], len(config["classes"]))
-        return cls(terminal, path, board, images_per_step, config)
+        return cls(terminal, path, board, images_per_step, config, device)
 
     def __enter__(self) -> Self:
         return self
@@ -474,7 +477,8 @@ class Recorder:
         if set(means) == {"loss", "ce"}:
             del shown["ce"]  # the same number: nothing is distilled
         per_step = self.images_per_step
-        self.terminal.step(epoch, done, updates, shown, opt["opt/lr"], rate, per_step)
+        memory = runtime.peak_memory(self.device)
+        self.terminal.step(epoch, done, updates, shown, opt["opt/lr"], rate, per_step, memory)
         if self.board is not None:
             values = {TRAINING_CHARTS[name]: value for name, value in means.items()}
             seen = (epoch * updates + done) * self.images_per_step

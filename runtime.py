@@ -207,6 +207,21 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that were in use at once: of the GPU, else of this process's host memory.
+
+    None on Windows, which does not tell the latter.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def world_size() -> int:
     """Number of processes in the group; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1

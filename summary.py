@@ -2,15 +2,12 @@
 
 import argparse
 import json
-import os
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import nn
 
@@ -66,7 +63,7 @@ def conclude(
         return
     size, board = data.config["input_size"], recorder.board
     costs = costs_of(state.student, teacher.model, size)
-    memory = peak_memory(times.device)
+    memory = runtime.peak_memory(times.device)
     if recorder.path is not None:
         rate = trained / sum(seconds.values())
         folder = recorder.path.parent
@@ -157,21 +154,6 @@ def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cos
     except Exception as error:  # whatever a network of one's own raises: the run itself is saved
         log(f"Warning: parameters and latency are not told: {first_line(error)}")
         return {"student": None, "teacher": None}
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that were in use at once: of the GPU, else of this process's host memory.
-
-    None on Windows, which does not tell the latter.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if os.name != "posix":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Terminal:
         lr: float,
         rate: float,
         images: float,
+        memory: int | None,
     ) -> None:
         """Tell about a step of an epoch.
 
@@ -52,11 +53,14 @@ class Terminal:
             means: loss and its parts since the last look.
             rate: images per second since then.
             images: of an optimizer step.
+            memory: peak, in bytes; None where it is not known.
         """
         left = (updates - done) * images / rate
         losses = "  ".join(f"{name} {means[name]:.4f}" for name in LOSSES if name in means)
         place = f"Epoch {epoch} [{done:>{len(str(updates))}}/{updates}]"
         text = f"{losses}  lr {lr:.2e}  {rate:,.0f} images/s"
+        if memory is not None:
+            text += f"  {memory / 2**30:.2f} GiB"
         if self.is_live:
             if self.bar is None:
                 self.bar = status_line()
