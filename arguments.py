@@ -455,12 +455,12 @@ RANGES = {
     "input_size teacher_input_size train_samples holdout nb_classes teacher_views "
     "teacher_cache_topk save_ckpt_freq save_ckpt_num save_ckpt_steps",
     Range("must be 0 or more", lambda value: value >= 0): "seed data_seed start_epoch num_workers "
-    "warmup_epochs print_seconds",
+    "warmup_epochs",
     Range("must be 0 or more, or -1 for unset", lambda value: value >= -1): "warmup_steps",
     Range("must be above 0 and finite", lambda value: 0 < value < math.inf): "kd_temperature "
     "clip_grad layer_decay",
     Range("must be 0 or more and finite", lambda value: 0 <= value < math.inf): "lr min_lr "
-    "weight_decay weight_decay_end opt_eps head_init_scale color_jitter mixup cutmix",
+    "weight_decay weight_decay_end opt_eps head_init_scale color_jitter mixup cutmix print_seconds",
     Range("must lie in 0…1", lambda value: 0 <= value <= 1): "kd_alpha drop_path momentum reprob "
     "hflip mixup_prob mixup_switch_prob cutmix_minmax",
     Range("must be 0 or more and below 1", lambda value: 0 <= value < 1): "smoothing opt_betas "

@@ -196,7 +196,7 @@ def test_a_sweep_is_resumed_skips_what_is_finished_and_refuses_other_commands(tm
     for line in process.stdout:
         if line.startswith("[2/2]"):
             break
-    assert any(line.startswith("Epoch 1 ") for line in process.stdout)
+    assert any(line.split()[:2] == ["Epoch", "1"] for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and "the same command goes on with this run" in err

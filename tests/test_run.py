@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from helpers import CPU, ROOT, is_same, teacher_flags
+from helpers import CPU, RECORDS, ROOT, is_same, teacher_flags
 from torch import nn
 
 import arguments
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(run_main, short, tmp_path):
 
 def test_nothing_is_saved_where_it_is_not_wanted(run_main, short, tmp_path):
     run_main(*short, "--save_ckpt", "false", "--save_ckpt_steps", 1, output_dir=tmp_path)
-    records = [".lock", "args.json", "environment.json", "log.txt"]
+    records = [".lock", *RECORDS]
     assert sorted(path.name for path in tmp_path.iterdir()) == records
 
 
