@@ -42,7 +42,6 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import datasets
 import losses
 import models
 import probe
@@ -85,11 +84,11 @@ from engine import (
     evaluate,
     train_one_epoch,
 )
+from evaluation import open_scored
 from loaders import Batch, Data, build_data, build_eval_loader
 from logs import History, Recorder
 from runtime import log
 from teacher import RunTeacher, fill_store, prepare_teacher
-from transforms import data_config
 from utils import RandomUse, UserError, name_flags
 
 
@@ -240,26 +239,7 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
     Model, data, normalisation and crop are those of the training run where no flag says otherwise.
     Classes are matched by name; data that has only some of the classes is scored on those.
     """
-    saved = checkpoint.get("data") if isinstance(checkpoint, dict) else None
-    saved = saved if isinstance(saved, dict) else {}
-    if not saved and not {"data_set", "data_path"} & set(args.given):
-        raise UserError(
-            f"--eval true: {args.resume} does not say what it was trained on; pass --data_path"
-        )
-    config = data_config(args, saved)
-    if arguments.must_hold_out(args):
-        args.holdout = saved_args(checkpoint).get("holdout")
-        if not args.holdout:
-            raise UserError(
-                f"{arguments.data_flag(args)}: holds no folder val; pass the folder that holds it, "
-                "or --data_set image_folder --eval_data_path FOLDER to score all images of class "
-                f"folders ({args.resume} held out none of its training images)"
-            )
-    val = datasets.open_validation(args, saved.get("classes"))
-    check_held_out(args, checkpoint, val)
-    classes = saved.get("classes") or val.classes
-    with name_flags(classes=f"{arguments.data_flag(args)}:"):
-        index = datasets.match_classes(val.classes, classes)
+    config, val, classes, positions, saved = open_scored(args, checkpoint)
     log(
         f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}: {len(val)} "
         f"{'held-out ' if args.holdout else ''}images, {len(val.classes)} classes; "
@@ -275,7 +255,7 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
     settings = loop_settings(args, device)
     loader = build_eval_loader(args, val, config, device)
     student = make_student(args, device, classes)
-    network = SelectClasses(student, index)
+    network = SelectClasses(student, positions)
     for suffix, keys in (("", RAW_KEYS), ("_ema", EMA_KEYS)):
         is_ema, is_there = bool(suffix), any(checkpoint.get(key) for key in keys)
         if args.use_ema == str(not is_ema).lower() or (is_ema and not is_there):
@@ -284,35 +264,6 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
             load_network(checkpoint, args.resume, student, keys)
         for name, value in evaluate(loader, network, settings, args.dist_eval).items():
             log(f"test_{name}{suffix} {value:.4f}")
-
-
-def check_held_out(args: argparse.Namespace, checkpoint: Mapping[str, Any], val: Source) -> None:
-    """See to it that held-out images are not scored by a network that was trained on them.
-
-    With --holdout on the command line, which may mean other data, a warning is enough. Collective.
-
-    Raises: UserError where the checkpoint's training held out other images.
-    """
-    was = saved_args(checkpoint)
-    if not args.holdout or not was:
-        return
-    held_out = checkpoint.get("images", {}).get("held_out")
-    is_by_flag = "holdout" in args.given
-    if held_out is None:  # not noted by earlier versions
-        is_other = {"data_set", "data_path"} & set(args.given)
-        is_believed = was.get("holdout") == args.holdout if is_by_flag else not is_other
-    else:
-        is_believed = held_out == datasets.held_out_identity(val)
-    if is_believed:
-        return
-    flag = f"{arguments.data_flag(args)} --holdout {args.holdout}"
-    what = f"these are not the images that the training of {args.resume} held out"
-    if not is_by_flag:
-        raise UserError(
-            f"{flag}: {what}, so it may have seen them; pass the same images, or score others by "
-            "--data_set image_folder --eval_data_path FOLDER"
-        )
-    log(f"Warning: {flag}: {what}; it may have been trained on them")
 
 
 def train(
