@@ -237,7 +237,9 @@ def import_onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(f".onnx files need onnxruntime ({error}); {ONNX_PACKAGES}") from error
+        raise UserError(
+            f".onnx files need onnxruntime ({error}); pip install onnxruntime", "model"
+        ) from error
     return onnxruntime
 
 
