@@ -8,6 +8,8 @@ where there are none. Where the two differ by more than rounding, nothing is lef
 
 import argparse
 import copy
+import io
+import logging
 import os
 import re
 import shutil
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,8 +182,9 @@ def export(args: argparse.Namespace) -> None:
         compare(rows, images)
         log(table(rows))
         log(f"Latency: median of {LATENCIES} runs on {torch.get_num_threads()} CPU thread(s)")
-        for row in rows[1:]:
-            check_difference(row, args.out, images)
+        for row in rows[1:-1]:
+            check_difference(row, "float32", args.out, images)
+        check_difference(rows[-1], card.dtype, args.out, images)
         publish(path, args.out, "" if args.format == "timm" else card.to_json())
     if args.format == "timm":
         log(f"Wrote {args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
@@ -395,30 +398,34 @@ def write_program(network: nn.Module, card: Card, path: Path) -> None:
         example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1)
     try:
-        with torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.export.export(fused.eval(), (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # of any layer of the network, or of the tracer
+        remedy = "keep what depends on the images' values or number out of its forward method"
+        if not arguments.is_own_module(card.architecture):
+            remedy = "pass --format timm"
         raise UserError(
             f"--format {path.suffix[1:]}: torch.export cannot trace {card.architecture} for any "
-            f"batch size{operator_in(error)} ({first_line(error)}); pass --format timm"
+            f"batch size ({explain(error)}); {remedy}"
         ) from error
     if path.suffix == ".pt2":
         torch.export.save(program, path, extra_files={CARD: card.to_json()})
         return
     try:
-        converted = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=({0: "batch"},),
-            input_names=[input_name(card)],
-            output_names=[card.output],
-            verbose=False,
-        )
+        with quiet():
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: "batch"},),
+                input_names=[input_name(card)],
+                output_names=[card.output],
+                verbose=False,
+            )
     except Exception as error:
         raise UserError(
-            f"--format onnx: {card.architecture} cannot be written as ONNX{operator_in(error)} "
-            f"({first_line(error)}); pass --format pt2"
+            f"--format onnx: {card.architecture} cannot be written as ONNX ({explain(error)}); "
+            "pass --format pt2"
         ) from error
     assert converted is not None
     converted.model.metadata_props[CARD] = card.to_json()
@@ -430,13 +437,30 @@ def input_name(card: Card) -> str:
     return "pixels" if card.with_preprocessing else "images"
 
 
-def operator_in(error: BaseException | None) -> str:
-    """', operator …' where an exporter's error names one, in its text or in that of its causes."""
-    while error is not None:
-        if found := re.search(r"\b(aten|torchvision|timm)(\.|::)\w+(\.\w+)?", str(error)):
-            return f", operator {found[0]}"
-        error = error.__cause__ or error.__context__
-    return ""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the pages that exporters print on errors off the terminal."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def explain(error: BaseException) -> str:
+    """The operator or the line of code that an exporter's error names, and its first cause."""
+    texts = [str(error)]
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+        texts.append(str(error))
+    told = [first_line(error)]
+    if found := re.search(r"(?:OpOverload\(op='|torch\.ops\.)(\w+[.:]+\w+)", "\n".join(texts)):
+        told.insert(0, f"operator {found[1]}")
+    elif places := re.findall(r'File "(.+)", line (\d+), in forward', "\n".join(texts)):
+        told.insert(0, "{}, line {}".format(*places[-1]))
+    return ": ".join(told)
 
 
 class Calibration:
@@ -576,10 +600,9 @@ def compare(rows: Sequence[Row], images: Images) -> None:
         row.latency = statistics.median(found)
 
 
-def check_difference(row: Row, out: Path, images: Images) -> None:
+def check_difference(row: Row, dtype: str, out: Path, images: Images) -> None:
     """Raise UserError where an export is not what the checkpoint is."""
     assert row.difference is not None and row.agreement is not None
-    dtype = row.model.card.dtype
     if dtype == "int8":
         if row.agreement >= LEAST_AGREEMENT:
             return

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import models
 import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,3 +94,51 @@ def write_images(folder: Path, classes: list[str], count: int = 8, size=(40, 32)
         for index in range(count):
             noise = rng.integers(0, 64, (*size, 3), dtype=np.uint8) + 60 * number
             Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{index}.jpg")
+
+
+def tree(folder: Path, hidden: bool = True) -> list[str]:
+    """The paths of everything below a folder, sorted; with or without hidden files."""
+    found = (str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return sorted(path for path in found if hidden or not path.startswith("."))
+
+
+def write_checkpoint(
+    path: Path,
+    arch: str,
+    classes: list[str],
+    config: dict,
+    *,
+    data_path: str,
+    with_ema: bool = False,
+    scores: dict | None = None,
+    network: torch.nn.Module | None = None,
+) -> Path:
+    """A checkpoint as main.py writes it, of a network with random weights."""
+    size = config["input_size"]
+    torch.manual_seed(0)
+    made = network or models.create_model(arch, len(classes), size)
+    states = []
+    for _ in range(1 + with_ema):
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.dim() == 1:  # else some would begin with 0 or 1e-6 and do nothing
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            if classifier := getattr(made, "get_classifier", None):
+                classifier().weight.mul_(5)
+            made.train()
+            for _ in range(5):  # so that BatchNorm has statistics
+                made(torch.randn(8, 3, size, size))
+        states.append({name: value.clone() for name, value in made.state_dict().items()})
+    args = {"model": arch, "input_size": size, "batch_size": 4, "kd": False}
+    checkpoint = {
+        "format": 2,
+        "model": states[0],
+        "model_ema": states[1] if with_ema else None,
+        "epoch": 0,
+        "args": args | {"data_set": "IMNET", "data_path": data_path, "given": []},
+        "data": config | {"classes": classes},
+        "images": {},
+        "scores": scores or {},
+    }
+    torch.save(checkpoint, path)
+    return path
