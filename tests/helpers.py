@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 
@@ -18,6 +19,17 @@ CPU = torch.device("cpu")
 # The flags that every quick run shares; flags given later replace them.
 QUICK = "--device cpu --num_workers 0 --batch_size 16 --model cifar_resnet8".split()
 SHORT = "--train_samples 64 --epochs 2".split()  # four steps per epoch
+
+CLASSES = ['ant, "red"', "bee", "Käfer 猫"]
+# Not what main.py would choose, so that a value that is not handed on shows.
+CONFIG = {
+    "input_size": 32,
+    "mean": [0.5, 0.4, 0.3],
+    "std": [0.2, 0.25, 0.3],
+    "crop_pct": 0.8,
+    "crop_mode": "center",
+    "interpolation": "bilinear",
+}
 
 
 class Run:
@@ -142,3 +154,25 @@ def write_checkpoint(
     }
     torch.save(checkpoint, path)
     return path
+
+
+def images_of(photos: Path) -> torch.Tensor:
+    """The validation images as timm shows them with CONFIG: (9, 3, 32, 32)."""
+    transform = timm.data.create_transform(
+        32,
+        is_training=False,
+        interpolation=CONFIG["interpolation"],
+        crop_pct=CONFIG["crop_pct"],
+        mean=CONFIG["mean"],
+        std=CONFIG["std"],
+    )
+    files = sorted((photos / "val").rglob("*.png"))
+    return torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+
+
+def network_of(path: Path, arch: str, key: str = "model") -> torch.nn.Module:
+    """The network of a checkpoint, built by timm."""
+    sizes = {"img_size": 32} if arch.startswith("vit") else {}
+    network = timm.create_model(arch, num_classes=len(CLASSES), **sizes)
+    network.load_state_dict(torch.load(path, weights_only=True)[key])
+    return network.eval()

@@ -5,27 +5,15 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from helpers import is_same, tree, write_checkpoint
-from PIL import Image
+from helpers import CLASSES, CONFIG, images_of, is_same, network_of, tree, write_checkpoint
 from torch import nn
 
 import export
 import models
 
-CLASSES = ['ant, "red"', "bee", "Käfer 猫"]
-# Not what main.py would choose, so that a value that is not handed on shows.
-CONFIG = {
-    "input_size": 32,
-    "mean": [0.5, 0.4, 0.3],
-    "std": [0.2, 0.25, 0.3],
-    "crop_pct": 0.8,
-    "crop_mode": "center",
-    "interpolation": "bilinear",
-}
 FAMILIES = ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "cifar_resnet8"]
 
 
@@ -33,31 +21,6 @@ def needs_onnx() -> None:
     """Skip where the optional packages are missing; requirements-dev.txt has them."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
-
-
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    """A folder with val/ of three classes; photographs of several shapes."""
-    root, rng = tmp_path / "photos", np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
-        for index, shape in enumerate([(40, 50), (64, 33), (32, 32)]):
-            pixels = rng.integers(60 * label, 60 * label + 90, (*shape, 3), dtype=np.uint8)
-            for part in ("train", "val"):
-                (root / part / name).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(root / part / name / f"{index}.png")
-    return root
-
-
-@pytest.fixture
-def checkpoint(tmp_path, photos):
-    """Writes a checkpoint of an architecture with random weights; returns its path."""
-
-    def write(arch: str, **more: object) -> Path:
-        return write_checkpoint(
-            tmp_path / f"{arch}.pth", arch, CLASSES, CONFIG, data_path=str(photos), **more
-        )
-
-    return write
 
 
 @pytest.fixture
@@ -72,28 +35,6 @@ def run_export(capsys, tmp_path):
         return code, told.out, told.err, out
 
     return run
-
-
-def images_of(photos: Path) -> torch.Tensor:
-    """The validation images as timm shows them with CONFIG: (9, 3, 32, 32)."""
-    transform = timm.data.create_transform(
-        32,
-        is_training=False,
-        interpolation=CONFIG["interpolation"],
-        crop_pct=CONFIG["crop_pct"],
-        mean=CONFIG["mean"],
-        std=CONFIG["std"],
-    )
-    files = sorted((photos / "val").rglob("*.png"))
-    return torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
-
-
-def network_of(path: Path, arch: str, key: str = "model") -> nn.Module:
-    """The network of a checkpoint, built by timm."""
-    sizes = {"img_size": 32} if arch.startswith("vit") else {}
-    network = timm.create_model(arch, num_classes=len(CLASSES), **sizes)
-    network.load_state_dict(torch.load(path, weights_only=True)[key])
-    return network.eval()
 
 
 def run_file(path: Path, images: torch.Tensor) -> torch.Tensor:
