@@ -33,9 +33,7 @@ class Scored(NamedTuple):
     saved: dict[str, Any]
 
 
-def evaluation_args(
-    checkpoint: Any, path: str, flags: Sequence[str] = (), remedy: str = ""
-) -> argparse.Namespace:
+def evaluation_args(checkpoint: Any, path: str, flags: Sequence[str] = ()) -> argparse.Namespace:
     """The arguments with which `main.py --eval true --resume PATH` and these flags would score.
 
     Raises: UserError for flags that cannot work.
@@ -48,7 +46,7 @@ def evaluation_args(
             saved = arguments.follow_checkpoint(saved_args(checkpoint), given, is_eval=True)
             return arguments.parse_args(argv, saved)
     except SystemExit as stop:
-        raise UserError(told.getvalue().partition("error: ")[2].strip() + remedy) from stop
+        raise UserError(told.getvalue().partition("error: ")[2].strip()) from stop
 
 
 def open_scored(args: argparse.Namespace, checkpoint: Any) -> Scored:

@@ -105,7 +105,8 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=True,
         default=False,
-        help="store the weights and compute in float16; input and output stay float32",
+        help="store the weights in float16, and compute in it (onnx, pt2); input and output stay "
+        "float32",
     )
     add(
         "--int8",
@@ -332,14 +333,34 @@ def temporary_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def saving(path: Path, action: str = "written") -> Iterator[None]:
+    """Raise UserError where a library cannot write a file; each has errors of its own for it."""
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(path.parent).free / 1e6
+        remedy = "free some space, or pass another folder"
+        raise UserError(
+            f"--out: {path.name} could not be {action} ({first_line(error)}; {free:.0f} MB are "
+            f"free); {remedy if action == 'written' or free < 100 else 'leave --int8 out'}"
+        ) from error
+
+
 def publish(path: Path, out: Path, card: str) -> None:
     """Give a finished export its name, and write its card beside it unless that is ''."""
     if os.path.lexists(out):
         raise UserError(f"--out {out}: another program wrote it meanwhile; pass another name")
-    if card:
-        sidecar(path).write_text(card + "\n", encoding="utf-8")
-        os.replace(sidecar(path), sidecar(out))
-    os.rename(path, out)
+    with saving(out):
+        if card:
+            sidecar(path).write_text(card + "\n", encoding="utf-8")
+            os.rename(sidecar(path), sidecar(out))
+        try:
+            os.rename(path, out)
+        except OSError:
+            if card:
+                sidecar(out).unlink()
+            raise
 
 
 def write_timm(network: nn.Module, card: Card, folder: Path) -> None:
@@ -349,7 +370,8 @@ def write_timm(network: nn.Module, card: Card, folder: Path) -> None:
     config = card.config | {"input_size": (3, card.input_size, card.input_size)}
     # timm would keep the name and the licence of the weights that it has of this architecture.
     told = {"label_names": card.classes, "pretrained_cfg": {"tag": "", "license": None}}
-    save_for_hf(network, str(folder), told, safe_serialization=True, data_config=config)
+    with saving(folder):
+        save_for_hf(network, str(folder), told, safe_serialization=True, data_config=config)
 
 
 class Preprocessed(nn.Module):
@@ -411,8 +433,11 @@ def write_program(network: nn.Module, card: Card, path: Path) -> None:
             f"batch size ({explain(error)}); {remedy}"
         ) from error
     if path.suffix == ".pt2":
+        content = io.BytesIO()  # torch's own writer ends the process where a disk is full
         with quiet():
-            torch.export.save(program, path, extra_files={CARD: card.to_json()})
+            torch.export.save(program, content, extra_files={CARD: card.to_json()})
+        with saving(path):
+            path.write_bytes(content.getbuffer())
         return
     try:
         with quiet():
@@ -432,7 +457,8 @@ def write_program(network: nn.Module, card: Card, path: Path) -> None:
         ) from error
     assert converted is not None
     converted.model.metadata_props[CARD] = card.to_json()
-    converted.save(path, external_data=False)
+    with saving(path):
+        converted.save(path, external_data=False)
 
 
 def input_name(card: Card) -> str:
@@ -497,21 +523,23 @@ def quantize(path: Path, card: Card, batches: Iterator[torch.Tensor]) -> Path:
 
     prepared, quantized = path.with_name("prepared.onnx"), path.parent / "int8" / path.name
     quantized.parent.mkdir()
-    quant_pre_process(path, prepared, skip_symbolic_shape=True)
-    quantize_static(
-        prepared,
-        quantized,
-        Calibration(open_onnx(str(path), CPU), batches),
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-        per_channel=True,
-        reduce_range=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-    model = onnx.load(quantized)
-    del model.metadata_props[:]
-    onnx.helper.set_model_props(model, {CARD: card.to_json()})
-    onnx.save(model, quantized)
+    reader = Calibration(open_onnx(str(path), CPU), batches)
+    with quiet(), saving(quantized, "quantized"):
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            quantized,
+            reader,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        model = onnx.load(quantized)
+        del model.metadata_props[:]
+        onnx.helper.set_model_props(model, {CARD: card.to_json()})
+        onnx.save(model, quantized)
     return quantized
 
 
@@ -625,4 +653,6 @@ def check_difference(row: Row, dtype: str, out: Path, images: Images) -> None:
 
 
 if __name__ == "__main__":
+    # As for Ctrl-C, what was written so far is removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

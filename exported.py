@@ -272,6 +272,12 @@ def open_onnx(path: str, device: torch.device) -> Model:
             "checkpoint again",
             "model",
         ) from error
+    if provider not in session.get_providers():  # it falls back to the CPU by itself
+        raise UserError(
+            f"{device.type}: onnxruntime cannot start {provider}; pass cpu, or install the CUDA "
+            "that this onnxruntime was built for",
+            "device",
+        )
     card = session.get_modelmeta().custom_metadata_map.get(CARD, "{}")
     name = session.get_inputs()[0].name
 
