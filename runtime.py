@@ -47,7 +47,7 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
     Raises: UserError for a device that does not exist.
     """
     _refuse_tasks_without_group()
-    chosen = find_device(device or _default_device())
+    chosen = find_device(device or default_device())
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -185,7 +185,8 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """CUDA where there is one, then MPS, then the CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -3,10 +3,21 @@
 import gc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from helpers import QUICK, SHORT, Run, teacher_flags, write_images
+from helpers import (
+    CLASSES,
+    CONFIG,
+    QUICK,
+    SHORT,
+    Run,
+    teacher_flags,
+    write_checkpoint,
+    write_images,
+)
+from PIL import Image
 
 import main
 import models  # noqa: F401
@@ -65,3 +76,28 @@ def imnet(tmp_path) -> Path:
     write_images(root / "train", ["ant", "bee", "cat"])
     write_images(root / "val", ["ant", "bee", "cat"], count=3)
     return root
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder with val/ of three classes; photographs of several shapes."""
+    root, rng = tmp_path / "photos", np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        for index, shape in enumerate([(40, 50), (64, 33), (32, 32)]):
+            pixels = rng.integers(60 * label, 60 * label + 90, (*shape, 3), dtype=np.uint8)
+            for part in ("train", "val"):
+                (root / part / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / part / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def checkpoint(tmp_path, photos):
+    """Writes a checkpoint of an architecture with random weights; returns its path."""
+
+    def write(arch: str, **more: object) -> Path:
+        return write_checkpoint(
+            tmp_path / f"{arch}.pth", arch, CLASSES, CONFIG, data_path=str(photos), **more
+        )
+
+    return write

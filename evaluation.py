@@ -1,0 +1,177 @@
+"""Which images score a checkpoint, how they are shown, and a temperature that calibrates it."""
+
+import argparse
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import arguments
+import datasets
+import metrics
+from checkpoints import saved_args
+from datasets import Source
+from engine import LoopSettings, evaluate
+from loaders import DeviceLoader
+from runtime import log
+from transforms import data_config
+from utils import UserError, name_flags
+
+
+class Scored(NamedTuple):
+    """The images of an evaluation.
+
+    Attributes:
+        config: what the network is shown, see transforms.data_config.
+        images: the validation images.
+        classes: of the network, in the order of its logits.
+        positions: of the images' classes among the logits; None where these are all, in order.
+        saved: what the checkpoint says of its data; empty where it says nothing.
+    """
+
+    config: dict[str, Any]
+    images: Source
+    classes: list[str]
+    positions: list[int] | None
+    saved: dict[str, Any]
+
+
+def evaluation_args(checkpoint: Any, path: str, flags: Sequence[str] = ()) -> argparse.Namespace:
+    """The arguments with which `main.py --eval true --resume PATH` and these flags would score.
+
+    Raises: UserError for flags that cannot work.
+    """
+    argv = ["--eval", "true", "--resume", path, "--device", "cpu", *flags]
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            given = arguments.given_flags(argv)
+            saved = arguments.follow_checkpoint(saved_args(checkpoint), given, is_eval=True)
+            return arguments.parse_args(argv, saved)
+    except SystemExit as stop:
+        raise UserError(told.getvalue().partition("error: ")[2].strip()) from stop
+
+
+def open_scored(args: argparse.Namespace, checkpoint: Any) -> Scored:
+    """Open the images that score the checkpoint of --resume.
+
+    Classes are matched by name; data that has only some of the classes is scored on those.
+
+    Args:
+        args: of an evaluation; `holdout` is set where the training held images out.
+    Raises: UserError for data that is missing, of other classes, or that training has seen.
+    """
+    saved = checkpoint.get("data") if isinstance(checkpoint, dict) else None
+    saved = saved if isinstance(saved, dict) else {}
+    if not saved and not {"data_set", "data_path"} & set(args.given):
+        raise UserError(
+            f"--eval true: {args.resume} does not say what it was trained on; pass --data_path"
+        )
+    config = data_config(args, saved)
+    if args.calibrate:
+        require_other_images(args)
+        args.holdout = None  # of the checkpoint: those images are for the temperature
+    if arguments.must_hold_out(args):
+        args.holdout = saved_args(checkpoint).get("holdout")
+        if not args.holdout:
+            raise UserError(
+                f"{arguments.data_flag(args)}: holds no folder val; pass the folder that holds it, "
+                "or --data_set image_folder --eval_data_path FOLDER to score all images of class "
+                f"folders ({args.resume} held out none of its training images)"
+            )
+    val = datasets.open_validation(args, saved.get("classes"))
+    check_held_out(args, checkpoint, val)
+    classes = saved.get("classes") or val.classes
+    with name_flags(classes=f"{arguments.data_flag(args)}:"):
+        positions = datasets.match_classes(val.classes, classes)
+    return Scored(config, val, classes, positions, saved)
+
+
+def check_held_out(args: argparse.Namespace, checkpoint: Mapping[str, Any], val: Source) -> None:
+    """See to it that held-out images are not scored by a network that was trained on them.
+
+    With --holdout on the command line, which may mean other data, a warning is enough. Collective.
+
+    Raises: UserError where the checkpoint's training held out other images.
+    """
+    was = saved_args(checkpoint)
+    if not args.holdout or not was:
+        return
+    held_out = checkpoint.get("images", {}).get("held_out")
+    is_by_flag = "holdout" in args.given
+    if held_out is None:  # not noted by earlier versions
+        is_other = {"data_set", "data_path"} & set(args.given)
+        is_believed = was.get("holdout") == args.holdout if is_by_flag else not is_other
+    else:
+        is_believed = held_out == datasets.held_out_identity(val)
+    if is_believed:
+        return
+    flag = f"{arguments.data_flag(args)} --holdout {args.holdout}"
+    what = f"these are not the images that the training of {args.resume} held out"
+    if not is_by_flag:
+        raise UserError(
+            f"{flag}: {what}, so it may have seen them; pass the same images, or score others by "
+            "--data_set image_folder --eval_data_path FOLDER"
+        )
+    log(f"Warning: {flag}: {what}; it may have been trained on them")
+
+
+# ------------------------------------------------------------------------------- calibration
+
+
+def require_other_images(args: argparse.Namespace) -> None:
+    """Raise UserError where --calibrate would fit its temperature on the images that it scores."""
+    is_same = arguments.must_hold_out(argparse.Namespace(**{**vars(args), "holdout": None}))
+    if "holdout" in args.given or is_same:
+        flag = f"--holdout {args.holdout}" if "holdout" in args.given else arguments.data_flag(args)
+        raise UserError(
+            f"--calibrate true: {flag} leaves only the held-out images to score, and the "
+            "temperature is fitted on those; pass data that also has validation images, such as "
+            "--eval_data_path FOLDER"
+        )
+
+
+def images_to_calibrate(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> Source:
+    """The training images that the training of a checkpoint held out; UserError without any."""
+    holdout = saved_args(checkpoint).get("holdout")
+    if not holdout:
+        raise UserError(
+            f"--calibrate true: the training of {args.resume} held out no images, on which a "
+            "temperature could be fitted; train with --holdout N"
+        )
+    args = argparse.Namespace(**{**vars(args), "holdout": holdout})
+    held_out = datasets.open_validation(args, checkpoint["data"]["classes"])
+    if checkpoint.get("images", {}).get("held_out") != datasets.held_out_identity(held_out):
+        raise UserError(
+            f"--calibrate true: {arguments.data_flag(args)} does not have the images that the "
+            f"training of {args.resume} held out; pass the data of the training"
+        )
+    return held_out
+
+
+def calibrate(loader: DeviceLoader, network: nn.Module, settings: LoopSettings) -> float:
+    """The temperature with which a network's answers for these images have the smallest loss.
+
+    Args:
+        loader: every image, on each process.
+    """
+    logits: dict[range, torch.Tensor] = {}
+    answers: list[metrics.Answers] = []
+    evaluate(loader, network, settings, shared=False, collect=logits, answers=answers)
+    targets = torch.cat([batch.targets for batch in answers]).cpu()
+    return metrics.fit_temperature(torch.cat(list(logits.values())), targets)
+
+
+class Tempered(nn.Module):
+    """A network whose logits are divided by a temperature."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C)"""
+        return self.network(images) / self.temperature

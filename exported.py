@@ -1,0 +1,288 @@
+"""A trained network as it is used: from a checkpoint, timm's folder, an .onnx or a .pt2 file."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+from torch.export.passes import move_to_device_pass
+
+import models
+import runtime
+from checkpoints import class_names, load_network, read_checkpoint, saved_args, weight_keys
+from evaluation import evaluation_args
+from transforms import HostBatch, ToNetwork, data_config
+from utils import UserError, few, first_line
+
+CARD = "card.json"  # what the card is called inside .onnx and .pt2 files
+ONNX_PACKAGES = "pip install onnx onnxscript onnxruntime"
+
+
+@dataclass
+class Card:
+    """What has to be known of a network to use it; written beside and into every export.
+
+    Attributes:
+        architecture: timm's name, or one of models/.
+        classes: names, in the order of the outputs.
+        input_size … interpolation: from an image to pixels, see transforms.data_config.
+        weights: 'EMA' or 'raw'.
+        dtype: of the weights: float32, float16 or int8.
+        with_preprocessing: whether the network takes pixels (B, H, W, 3) uint8 and returns
+            probabilities, instead of normalised images (B, 3, H, W) and logits.
+    """
+
+    architecture: str
+    classes: list[str]
+    input_size: int
+    mean: list[float]
+    std: list[float]
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
+    weights: str = "raw"
+    dtype: str = "float32"
+    with_preprocessing: bool = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The data configuration, as transforms.eval_transform and ToNetwork take it."""
+        names = "input_size mean std crop_pct crop_mode interpolation".split()
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def output(self) -> str:
+        """What the network returns."""
+        return "probabilities" if self.with_preprocessing else "logits"
+
+    def to_json(self) -> str:
+        """The card, with its input and output in words."""
+        size = self.input_size
+        taken = f"normalised images (batch, 3, {size}, {size}) float32: (RGB / 255 - mean) / std"
+        if self.with_preprocessing:
+            taken = f"RGB pixels (batch, {size}, {size}, 3) uint8"
+        told = {"input": taken, "output": f"{self.output} (batch, {len(self.classes)}) float32"}
+        return json.dumps(asdict(self) | told, indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, source: object) -> "Card":
+        """Read a card; raises UserError where it is not one."""
+        try:
+            found = json.loads(text)
+            card = cls(**{f.name: found[f.name] for f in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{source}: does not say which classes and which input this network has "
+                f"({type(error).__name__}: {first_line(error)}); export the checkpoint again with "
+                "export.py",
+                "model",
+            ) from error
+        return card
+
+
+@dataclass
+class Model:
+    """A network that is ready to use, wherever it came from.
+
+    Attributes:
+        run: what the network takes, see Card.with_preprocessing, on `device` -> its output (B, C).
+        kind: 'checkpoint', 'timm', 'onnx' or 'pt2'.
+    """
+
+    card: Card
+    run: Callable[[torch.Tensor], torch.Tensor]
+    device: torch.device
+    kind: str
+
+    def __post_init__(self) -> None:
+        self.to_network = ToNetwork(self.card.config, self.device)
+
+    def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, H, W, 3) uint8 -> what `run` takes."""
+        if self.card.with_preprocessing:
+            return runtime.send(pixels, self.device)
+        no_boxes = torch.empty(0, 5, dtype=torch.int64)
+        batch = HostBatch(pixels, torch.empty(0, dtype=torch.int64), no_boxes, torch.empty(0))
+        return self.to_network(batch)
+
+    def outputs(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, H, W, 3) uint8 -> logits or probabilities (B, C) float32 on the CPU."""
+        with torch.inference_mode():
+            return self.run(self.prepare(pixels)).float().cpu()
+
+    def probabilities(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, H, W, 3) uint8 -> (B, C) float32 on the CPU"""
+        outputs = self.outputs(pixels)
+        return outputs if self.card.with_preprocessing else outputs.softmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------- from a checkpoint
+
+
+def read_network(path: str, use_ema: str) -> tuple[nn.Module, Card, Any]:
+    """The network of a checkpoint of main.py in eval mode on the CPU, its card, and the checkpoint.
+
+    Args:
+        use_ema: 'true', 'false' or 'auto', see checkpoints.weight_keys.
+    Raises: UserError for a file that is not a checkpoint of main.py, or has no such weights.
+    """
+    checkpoint = read_checkpoint(path)
+    saved, classes = saved_args(checkpoint), class_names(checkpoint)
+    if not saved or not classes:
+        known = f" (its keys: {few(checkpoint)})" if isinstance(checkpoint, dict) else ""
+        raise UserError(
+            f"{path}: does not say which classes and which input its network has{known}; pass a "
+            "checkpoint that main.py wrote into --output_dir",
+            "checkpoint",
+        )
+    # The data set plays no part in these, and its folder need not be on this machine.
+    args = evaluation_args(checkpoint, path, ["--data_set", "DIGITS"])
+    config = data_config(args, checkpoint["data"])
+    network = models.create_model(args.model, len(classes), config["input_size"])
+    keys, _ = weight_keys(checkpoint, use_ema)
+    load_network(checkpoint, path, network, keys)
+    is_ema = "ema" in next(key for key in keys if isinstance(checkpoint.get(key), dict))
+    card = Card(args.model, classes, **config, weights="EMA" if is_ema else "raw")
+    return network.eval(), card, checkpoint
+
+
+def run_network(network: nn.Module, card: Card, device: torch.device, kind: str) -> Model:
+    """A network in this process, run as an evaluation runs it."""
+    network = network.eval().to(device).to(memory_format=torch.channels_last)
+    return Model(card, network, device, kind)
+
+
+# ------------------------------------------------------------------------------- from an export
+
+
+def open_model(path: str, device: torch.device, use_ema: str = "auto") -> Model:
+    """Any of the four kinds of model, ready to use.
+
+    Raises: UserError for a file or a folder that is none of them, or that cannot be read.
+    """
+    if os.path.isdir(path):
+        return open_timm(path, device)
+    if not path.endswith((".onnx", ".pt2")):
+        network, card, _ = read_network(path, use_ema)
+        return run_network(network, card, device, "checkpoint")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; pass a model that export.py wrote", "model")
+    return open_onnx(path, device) if path.endswith(".onnx") else open_pt2(path, device)
+
+
+def open_timm(folder: str, device: torch.device) -> Model:
+    """A folder with config.json and model.safetensors, loaded by timm.
+
+    Raises: UserError for a folder that timm cannot load or that names no classes.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder}: holds no config.json; pass a folder that export.py --format timm wrote, a "
+            "checkpoint, an .onnx or a .pt2 file",
+            "model",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"{folder}: timm cannot load this folder ({type(error).__name__}: "
+            f"{first_line(error)}); export the checkpoint again",
+            "model",
+        ) from error
+    classes, architecture = config.get("label_names"), config.get("architecture")
+    if not isinstance(classes, list) or len(classes) != network.num_classes:
+        raise UserError(
+            f"{file}: does not name the {network.num_classes} classes (label_names); export the "
+            "checkpoint with export.py, which writes them",
+            "model",
+        )
+    found = timm.data.resolve_model_data_config(network)
+    config = {name: found[name] for name in ("crop_pct", "crop_mode", "interpolation")}
+    config |= {"mean": list(found["mean"]), "std": list(found["std"])}
+    card = Card(architecture, classes, found["input_size"][-1], **config)
+    return run_network(network, card, device, "timm")
+
+
+def open_pt2(path: str, device: torch.device) -> Model:
+    """A program of torch.export.
+
+    Raises: UserError for a file that torch cannot load, or that has no card.
+    """
+    inside = {CARD: ""}
+    try:
+        program = torch.export.load(path, extra_files=inside)
+        if device.type != "cpu":
+            program = move_to_device_pass(program, device)
+        network = program.module()
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        raise UserError(
+            f"{path}: torch.export cannot load this file ({type(error).__name__}: "
+            f"{first_line(error)}); export the checkpoint again",
+            "model",
+        ) from error
+    return Model(Card.from_json(inside[CARD] or "{}", path), network, device, "pt2")
+
+
+def import_onnxruntime() -> ModuleType:
+    """onnxruntime; raises UserError where it is missing."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f".onnx files need onnxruntime ({error}); pip install onnxruntime", "model"
+        ) from error
+    return onnxruntime
+
+
+def open_onnx(path: str, device: torch.device) -> Model:
+    """An ONNX file, run by onnxruntime with as many threads as torch.
+
+    Raises: UserError for a file that onnxruntime cannot load, that has no card, or a device for
+        which this onnxruntime is not built.
+    """
+    onnxruntime = import_onnxruntime()
+    providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+    provider = providers.get(device.type)
+    if provider not in onnxruntime.get_available_providers():
+        raise UserError(
+            f"{device.type}: this onnxruntime does not run on it (it has "
+            f"{few(onnxruntime.get_available_providers())}); pass cpu, or pip install "
+            "onnxruntime-gpu for CUDA",
+            "device",
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait for work would spin, and slow torch and whatever else uses these cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors only: the result is compared, not its fused operators
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    except Exception as error:  # onnxruntime's own types derive from Exception alone
+        raise UserError(
+            f"{path}: onnxruntime cannot load this file ({first_line(error)}); export the "
+            "checkpoint again",
+            "model",
+        ) from error
+    if provider not in session.get_providers():  # it falls back to the CPU by itself
+        raise UserError(
+            f"{device.type}: onnxruntime cannot start {provider}; pass cpu, or install the CUDA "
+            "that this onnxruntime was built for",
+            "device",
+        )
+    card = session.get_modelmeta().custom_metadata_map.get(CARD, "{}")
+    name = session.get_inputs()[0].name
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        array = np.ascontiguousarray(images.cpu().numpy())
+        return torch.from_numpy(session.run(None, {name: array})[0])
+
+    return Model(Card.from_json(card, path), run, device, "onnx")

@@ -1,0 +1,290 @@
+"""Name the classes of images with a checkpoint or with what export.py made of one.
+
+    python predict.py student.onnx photo.jpg folder 'more/**/*.png' --format csv > classes.csv
+
+The images are shown as in an evaluation. Those that cannot be read are left out and named at the
+end; the exit code is then 1. It is 2 where the command itself cannot work.
+"""
+
+import argparse
+import csv
+import glob
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+from tqdm import tqdm
+
+import pictures
+import runtime
+from arguments import cores_per_process
+from exported import Model, open_model
+from flags import ShowDefaults
+from transforms import eval_transform
+from utils import UserError, few, name_flags
+
+LONG = 256  # images for which starting loader workers pays
+PATIENCE = 5  # seconds before progress is shown
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    parser = argparse.ArgumentParser(
+        "predict.py",
+        usage="python predict.py MODEL IMAGES... [--flag value ...]",
+        description=__doc__.partition("\n")[0],
+        formatter_class=ShowDefaults,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", help="a checkpoint, a folder of timm's, an .onnx or a .pt2 file")
+    add("images", nargs="+", help="files, folders (with the folders below them) and globs")
+    add(
+        "--format",
+        default="table",
+        choices=tuple(WRITERS),
+        help="how to print: an aligned table, CSV, or a JSON object per line",
+    )
+    add("--top_k", type=int, default=5, help="classes per image, most probable first")
+    add("--batch_size", type=int, default=32, help="images that the network sees at once")
+    add(
+        "--device",
+        help="cpu, cuda, cuda:1, mps (default: cuda or mps where there is one; cpu for .onnx)",
+    )
+    add(
+        "--use_ema",
+        default="auto",
+        choices=("auto", "true", "false"),
+        help="which weights of a checkpoint to use: the better ones by their recorded accuracy, "
+        "else the EMA (auto), the EMA (true) or the raw weights (false)",
+    )
+    add(
+        "--num_workers",
+        type=int,
+        help=f"processes that load images (default: 0 for up to {LONG} images, else one per core)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Predict the images of a command line; returns the exit code."""
+    args = get_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name of a file need not be text; see runtime.log
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        broken = predict(args)
+    except UserError as error:
+        print(f"predict.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("predict.py: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # of `predict.py … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell says of SIGPIPE
+    return 1 if broken else 0
+
+
+def predict(args: argparse.Namespace) -> list[str]:
+    """Print the classes of every image; returns why some images could not be read.
+
+    Raises: UserError for whatever the user can correct.
+    """
+    for flag, least in (("top_k", 1), ("batch_size", 1), ("num_workers", 0)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
+    files = find_images(args.images)
+    name = args.device or ("cpu" if args.model.endswith(".onnx") else runtime.default_device())
+    with name_flags(device="--device"):
+        device = runtime.find_device(name)
+        model = open_model(args.model, device, args.use_ema)
+    if args.num_workers is None:
+        args.num_workers = max(1, int(cores_per_process())) if len(files) > LONG else 0
+    top_k = min(args.top_k, len(model.card.classes))
+    writer = WRITERS[args.format](files, model.card.classes, top_k)
+    broken = []
+    with tqdm(total=len(files), unit=" images", delay=PATIENCE, mininterval=1) as progress:
+        for path, found in predictions(model, files, args.batch_size, args.num_workers):
+            if isinstance(found, str):
+                broken.append(found)
+            else:
+                writer.write(path, top_classes(found, model.card.classes, top_k))
+            progress.update()
+    sys.stdout.flush()
+    if broken:
+        print(f"{len(broken)} of {len(files)} images could not be read:", file=sys.stderr)
+        print("\n".join(broken), file=sys.stderr)
+    return broken
+
+
+# ------------------------------------------------------------------------------------- images
+
+
+def find_images(words: Sequence[str]) -> list[str]:
+    """The files that files, folders and globs name: in their order, folders sorted, none twice.
+
+    Raises: UserError for a word that names no image.
+    """
+    found: dict[str, None] = {}
+    for word in words:
+        matches = [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
+        if not matches:
+            what = "no file matches" if glob.has_magic(word) else "no such file or folder"
+            raise UserError(f"{word}: {what}; pass files, folders or globs of images")
+        for match in matches:
+            below = images_below(match) if os.path.isdir(match) else [match]
+            if not below and match == word:
+                raise UserError(
+                    f"{word}: holds no image ({', '.join(IMG_EXTENSIONS)}), nor do the folders "
+                    "below it; pass another folder, or the files themselves"
+                )
+            found.update(dict.fromkeys(below))
+    if not found:
+        raise UserError(f"{few(words)}: only folders without images match; pass images")
+    return list(found)
+
+
+def images_below(folder: str) -> list[str]:
+    """The image files of a folder and of those below it, by their endings; sorted."""
+    found, seen, others = [], set(), 0
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()  # a link that leads back
+            continue
+        seen.add(real)
+        folders.sort()
+        images = [name for name in files if has_file_allowed_extension(name, IMG_EXTENSIONS)]
+        others += len(files) - len(images)
+        found += [os.path.join(parent, name) for name in sorted(images)]
+    if others and found:
+        print(f"{folder}: left out {others} files that are no images by ending", file=sys.stderr)
+    return found
+
+
+class ImageFiles(Dataset):
+    """Image files as an evaluation shows them, or why they cannot be read."""
+
+    def __init__(self, files: Sequence[str], config: dict[str, Any]) -> None:
+        self.files, self.transform = np.array(files, dtype=object), eval_transform(config)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> np.ndarray | str:
+        """(H, W, 3) uint8, or a message"""
+        path = self.files[index]
+        try:
+            return self.transform(pictures.open_image(path, path))[0]
+        except UserError as error:
+            return str(error)
+        except Exception as error:  # such as a picture of one pixel's width that no crop fits
+            return str(pictures.unreadable(path, error))
+
+
+def predictions(
+    model: Model, files: Sequence[str], batch_size: int, num_workers: int
+) -> Iterator[tuple[str, torch.Tensor | str]]:
+    """Each file with its probabilities (C,), or with a message where it cannot be read.
+
+    Raises: UserError where the network returns NaN or Inf.
+    """
+    loader = DataLoader(
+        ImageFiles(files, model.card.config),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+        worker_init_fn=runtime.leave_signals_to_the_trainer,
+    )
+    start = 0
+    for items in loader:
+        pixels = [torch.from_numpy(item) for item in items if not isinstance(item, str)]
+        rows = iter(model.probabilities(torch.stack(pixels)) if pixels else ())
+        for path, item in zip(files[start : start + len(items)], items, strict=True):
+            row = item if isinstance(item, str) else next(rows)
+            if not isinstance(row, str) and not row.isfinite().all():
+                raise UserError(
+                    f"{path}: the network's output is not finite; export or train it without "
+                    "--half, or check its weights"
+                )
+            yield path, row
+        start += len(items)
+
+
+# ------------------------------------------------------------------------------------- output
+
+
+class Guess(NamedTuple):
+    """A class and its probability."""
+
+    name: str
+    probability: float
+
+
+def top_classes(probabilities: torch.Tensor, classes: Sequence[str], top_k: int) -> list[Guess]:
+    """(C,) -> the most probable classes, best first."""
+    values, indices = probabilities.topk(top_k)
+    return [Guess(classes[i], v) for v, i in zip(values.tolist(), indices.tolist(), strict=True)]
+
+
+class Writer(Protocol):
+    """Prints one image after another."""
+
+    def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None: ...
+
+    def write(self, path: str, guesses: Sequence[Guess]) -> None:
+        """Print an image and its classes, best first."""
+
+
+class Table:
+    """Aligned columns: the image, then class and probability in percent."""
+
+    def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None:
+        self.path, self.name = (max(map(len, words)) for words in (files, classes))
+
+    def write(self, path: str, guesses: Sequence[Guess]) -> None:
+        """Print a line."""
+        told = [f"{g.name.ljust(self.name)} {100 * g.probability:6.2f} %" for g in guesses]
+        print("  ".join([path.ljust(self.path), *told]))
+
+
+class Csv:
+    """Columns image, class_1, probability_1, class_2 and so on, with a header."""
+
+    def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None:
+        self.writer = csv.writer(sys.stdout, lineterminator="\n")
+        ranks = range(1, top_k + 1)
+        heads = [name for k in ranks for name in (f"class_{k}", f"probability_{k}")]
+        self.writer.writerow(["image", *heads])
+
+    def write(self, path: str, guesses: Sequence[Guess]) -> None:
+        """Print a line."""
+        cells = [cell for g in guesses for cell in (g.name, f"{g.probability:.8g}")]
+        self.writer.writerow([path, *cells])
+
+
+class JsonLines:
+    """{"image": …, "classes": [{"name": …, "probability": …}, …]}"""
+
+    def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None:
+        pass
+
+    def write(self, path: str, guesses: Sequence[Guess]) -> None:
+        """Print a line."""
+        found = [{"name": g.name, "probability": float(f"{g.probability:.8g}")} for g in guesses]
+        print(json.dumps({"image": path, "classes": found}, ensure_ascii=False))
+
+
+WRITERS: dict[str, type[Writer]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

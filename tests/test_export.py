@@ -1,0 +1,323 @@
+"""Exports: what each format computes, what is refused, and that nothing wrong is left behind."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import CLASSES, CONFIG, images_of, is_same, network_of, tree, write_checkpoint
+from torch import nn
+
+import export
+import models
+
+FAMILIES = ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "cifar_resnet8"]
+
+
+def needs_onnx() -> None:
+    """Skip where the optional packages are missing; requirements-dev.txt has them."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+
+
+@pytest.fixture
+def run_export(capsys, tmp_path):
+    """Runs export.py; returns exit code, output, errors and the path of the export."""
+
+    def run(checkpoint: Path, kind: str, *flags: object, name: str = "") -> tuple:
+        out = tmp_path / "exports" / (name or f"student{export.ENDING.get(kind, '')}")
+        argv = [str(checkpoint), "--format", kind, "--out", str(out), *map(str, flags)]
+        code = export.main(argv)
+        told = capsys.readouterr()
+        return code, told.out, told.err, out
+
+    return run
+
+
+def run_file(path: Path, images: torch.Tensor) -> torch.Tensor:
+    """What an export computes, by its own runtime and without any code of this project."""
+    if path.is_dir():
+        network = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    elif path.suffix == ".pt2":
+        network = torch.export.load(path).module()
+    else:
+        ort = importlib.import_module("onnxruntime")
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+    with torch.inference_mode():
+        return network(images)
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+    assert found.dtype == torch.float32 and found.shape == wanted.shape
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["timm", "pt2", "onnx"])
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_family_computes_the_same_in_every_format(checkpoint, run_export, photos, arch, kind):
+    if kind == "onnx":
+        needs_onnx()
+    path = checkpoint(arch)
+    code, out, err, exported = run_export(path, kind)
+    if (arch, kind) == ("cifar_resnet8", "timm"):
+        assert code == 2 and not exported.exists()
+        assert "timm alone cannot build; pass --format onnx or pt2" in err
+        return
+    assert code == 0, err
+    assert "all 9 validation images" in out
+    images = images_of(photos)
+    with torch.inference_mode():
+        wanted = network_of(path, arch)(images)
+    assert wanted.std(dim=0).min() > 1e-3  # else the images would not matter
+    for part in (slice(0, 1), slice(0, 7)):  # any batch size
+        assert_close(run_file(exported, images[part]), wanted[part], 1e-4)
+    card = exported / "config.json" if kind == "timm" else export.sidecar(exported)
+    told = json.loads(card.read_text(encoding="utf-8"))
+    if kind == "timm":
+        assert told["label_names"] == CLASSES and told["num_classes"] == len(CLASSES)
+        told = told["pretrained_cfg"] | {"input_size": told["pretrained_cfg"]["input_size"][-1]}
+    else:
+        assert told["classes"] == CLASSES and told["with_preprocessing"] is False
+    assert {name: told[name] for name in CONFIG} == CONFIG
+    assert tree(exported.parent) == tree(exported.parent, hidden=False)
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+@pytest.mark.parametrize("half", ["false", "true"])
+def test_with_preprocessing_takes_pixels_and_returns_probabilities(
+    checkpoint, run_export, photos, kind, half
+):
+    if kind == "onnx":
+        needs_onnx()
+    path = checkpoint("cifar_resnet8")
+    code, _, err, exported = run_export(path, kind, "--with_preprocessing", "--half", half)
+    assert code == 0, err
+    images = images_of(photos)
+    mean, std = (torch.tensor(CONFIG[name])[:, None, None] for name in ("mean", "std"))
+    pixels = ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    with torch.inference_mode():
+        wanted = network_of(path, "cifar_resnet8")(images).softmax(dim=1)
+    found = run_file(exported, pixels.contiguous())
+    assert_close(found, wanted, 1e-4 if half == "false" else 2e-2)
+    assert (found != wanted).any() or half == "false"
+
+
+def test_half_stores_half_the_bytes(checkpoint, run_export, photos):
+    path = checkpoint("resnet18")
+    sizes, outputs = [], []
+    for half in ("false", "true"):
+        code, _, err, exported = run_export(path, "timm", "--half", half, name=half)
+        assert code == 0, err
+        sizes.append((exported / "model.safetensors").stat().st_size)
+        outputs.append(run_file(exported, images_of(photos)))
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.01)
+    assert 0 < (outputs[0] - outputs[1]).abs().max() <= 2e-2 * outputs[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("raw", "ema", "use_ema", "key"),
+    [
+        (90.0, 91.0, "auto", "model_ema"),
+        (91.0, 90.0, "auto", "model"),
+        (91.0, 90.0, "true", "model_ema"),
+        (90.0, 91.0, "false", "model"),
+    ],
+)
+def test_the_better_weights_are_exported_unless_a_flag_says_which(
+    checkpoint, run_export, raw, ema, use_ema, key
+):
+    scores = {"test_acc1": raw, "test_acc1_ema": ema}
+    path = checkpoint("resnet18", scores=scores, with_ema=True)
+    code, out, err, exported = run_export(path, "timm", "--use_ema", use_ema)
+    assert code == 0, err
+    assert ("EMA weights" if key == "model_ema" else "raw weights") in out
+    found = timm.create_model(f"local-dir:{exported}", pretrained=True).state_dict()
+    assert is_same(dict(found), torch.load(path, weights_only=True)[key])
+
+
+def test_the_accuracy_in_the_table_is_that_of_the_evaluation(
+    checkpoint, run_export, run_main, photos
+):
+    path = checkpoint("cifar_resnet8")
+    code, out, err, exported = run_export(path, "pt2")
+    assert code == 0, err
+    run = run_main("--eval", "true", "--resume", path, "--model", "cifar_resnet8")
+    scored = float(run.out.split("test_acc1 ")[1].split()[0])
+    rows = [line.split() for line in out.splitlines() if line.startswith(("checkpoint,", "stud"))]
+    assert [float(row[-4]) for row in rows[1:]] == [100.0]  # the same class
+    accuracies = [float(rows[0][2]), float(rows[1][1])]
+    assert accuracies == pytest.approx([scored, scored], abs=0.005) and 0 < scored < 100
+
+
+class TestInt8:
+    """Quantization by onnxruntime."""
+
+    def test_weights_take_a_quarter_and_classes_stay(self, checkpoint, run_export, photos):
+        needs_onnx()
+        path = checkpoint("resnet18")
+        code, out, err, exported = run_export(path, "onnx", "--int8", "true")
+        assert code == 0, err
+        assert out.count("student.onnx ") >= 1 and "float32 .onnx" in out
+        assert exported.stat().st_size < 0.3 * path.stat().st_size
+        images = images_of(photos)
+        with torch.inference_mode():
+            wanted = network_of(path, "resnet18")(images)
+        found = run_file(exported, images)
+        assert 0 < (found - wanted).abs().max() < 0.2 * wanted.abs().max()
+        assert json.loads(export.sidecar(exported).read_text())["dtype"] == "int8"
+
+    def test_too_many_changed_classes_leave_no_file(self, checkpoint, run_export, monkeypatch):
+        needs_onnx()
+        monkeypatch.setattr(export, "LEAST_AGREEMENT", 100.5)
+        code, _, err, exported = run_export(checkpoint("cifar_resnet8"), "onnx", "--int8")
+        assert code == 2 and "nothing was written" in err
+        assert tree(exported.parent) == []
+
+
+def wrong_weights(network: nn.Module, size: int) -> nn.Module:
+    """A network in which one weight of the classifier has changed a little."""
+    with torch.no_grad():
+        models.classifier_of(network).bias[0] += 0.05
+    return network
+
+
+def wrong_order(network: nn.Module, card: export.Card) -> nn.Module:
+    """A network that takes BGR for RGB."""
+    order = {"mean": card.mean[::-1], "std": card.std[::-1]}
+    return WELL_PREPROCESSED(network, export.replace(card, **order))
+
+
+WELL_PREPROCESSED = export.Preprocessed
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+@pytest.mark.parametrize("wrong", [wrong_weights, wrong_order])
+def test_an_export_that_differs_is_an_error_and_leaves_no_file(
+    checkpoint, run_export, monkeypatch, kind, wrong
+):
+    if kind == "onnx":
+        needs_onnx()
+    name = "fuse_layers" if wrong is wrong_weights else "Preprocessed"
+    monkeypatch.setattr(export, name, wrong)
+    code, _, err, exported = run_export(checkpoint("cifar_resnet8"), kind, "--with_preprocessing")
+    assert code == 2
+    assert "the export differs from the checkpoint by" in err and "nothing was written" in err
+    assert tree(exported.parent) == []
+
+
+def test_without_images_the_comparison_is_on_noise(checkpoint, run_export, photos):
+    path = checkpoint("cifar_resnet8")
+    photos.rename(photos.with_name("elsewhere"))
+    code, out, err, exported = run_export(path, "pt2")
+    assert code == 0, err
+    assert "No validation images (" in out and "32 images of noise" in out
+    given = ["--data_path", photos.with_name("elsewhere")]
+    code, out, err, _ = run_export(path, "pt2", *given, name="other.pt2")
+    assert code == 0 and "all 9 validation images" in out, err
+    code, out, err, _ = run_export(path, "pt2", "--data_path", photos, name="third.pt2")
+    assert code == 2 and f"--data_path {photos}" in err  # a flag that cannot work is an error
+
+
+def test_an_export_that_exists_is_left_as_it_is(checkpoint, run_export):
+    path = checkpoint("cifar_resnet8")
+    assert run_export(path, "pt2")[0] == 0
+    before = tree(path.parent / "exports")
+    code, _, err, exported = run_export(path, "pt2")
+    assert code == 2 and f"{exported} exists" in err
+    assert tree(exported.parent) == before
+    exported.unlink()
+    code, _, err, _ = run_export(path, "pt2")  # its card is there
+    assert code == 2 and "student.pt2.json exists" in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "name", "message"),
+    [
+        ("onnx", [], "student", "--out * must end in .onnx"),
+        ("timm", ["--with_preprocessing"], "", "--with_preprocessing true: a folder of timm"),
+        ("timm", ["--int8"], "", "--int8 true: a folder of timm holds only the network"),
+        ("pt2", ["--int8"], "", "--int8 true: onnxruntime does the quantization"),
+        ("onnx", ["--int8", "--half"], "", "--int8 true --half true: pass one of them"),
+        ("pt2", ["--compare_images", "0"], "", "--compare_images 0: must be at least 1"),
+    ],
+)
+def test_flags_that_cannot_work_are_one_line(checkpoint, run_export, kind, flags, name, message):
+    code, _, err, exported = run_export(checkpoint("cifar_resnet8"), kind, *flags, name=name)
+    assert code == 2 and not exported.exists() and err.count("\n") == 1
+    first, _, rest = message.partition("*")
+    assert first in err and rest in err
+
+
+def test_a_checkpoint_without_data_configuration_is_refused(tmp_path, run_export):
+    path = tmp_path / "release.pth"
+    state = timm.create_model("cifar_resnet8", num_classes=3).state_dict()
+    torch.save({"model": state}, path)
+    code, _, err, _ = run_export(path, "pt2")
+    assert code == 2 and err.count("\n") == 1
+    assert f"{path}: does not say which classes and which input its network has" in err
+    code, _, err, _ = run_export(tmp_path / "missing.pth", "pt2")
+    assert code == 2 and "missing.pth: no such file" in err
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_packages_are_named_with_the_pip_command(
+    checkpoint, run_export, monkeypatch, missing
+):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None if name == missing else sys)
+    code, _, err, _ = run_export(checkpoint("cifar_resnet8"), "onnx")
+    assert code == 2 and missing in err and "pip install onnx onnxscript onnxruntime" in err
+
+
+class Unusual(nn.Module):
+    """A network with an operator that ONNX lacks, or with a branch that depends on the images."""
+
+    def __init__(self, num_classes: int, branches: bool) -> None:
+        super().__init__()
+        self.fc, self.branches = nn.Linear(3, num_classes), branches
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C)"""
+        means = images.mean((2, 3))
+        if not self.branches:
+            means = torch.special.bessel_j0(means)
+        elif means.sum() > 0:
+            means = 2 * means
+        return self.fc(means)
+
+
+def with_bessel(num_classes: int) -> nn.Module:
+    return Unusual(num_classes, branches=False)
+
+
+def with_branch(num_classes: int) -> nn.Module:
+    return Unusual(num_classes, branches=True)
+
+
+@pytest.mark.parametrize(
+    ("factory", "kind", "messages"),
+    [
+        (with_bessel, "onnx", ["operator prims.bessel_j0", "pass --format pt2"]),
+        (with_branch, "onnx", ["test_export.py, line", "out of its forward method"]),
+        (with_branch, "pt2", ["test_export.py, line", "out of its forward method"]),
+        (with_branch, "timm", ["a network of your own", "pass --format onnx or pt2"]),
+    ],
+)
+def test_a_network_that_an_exporter_cannot_take_is_explained(
+    tmp_path, photos, run_export, factory, kind, messages
+):
+    if kind == "onnx":
+        needs_onnx()
+    network, arch = factory(len(CLASSES)), f"test_export:{factory.__name__}"
+    path = write_checkpoint(
+        tmp_path / "own.pth", arch, CLASSES, CONFIG, data_path=str(photos), network=network
+    )
+    code, _, err, exported = run_export(path, kind)
+    assert code == 2 and err.count("\n") == 1
+    assert all(message in err for message in messages), err
+    assert kind == "timm" or tree(exported.parent) == []

@@ -1,0 +1,250 @@
+"""Predictions: the evaluation's numbers from every kind of model, broken images, odd names."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CLASSES, CONFIG, ROOT, images_of, network_of, write_checkpoint
+from PIL import Image
+
+import export
+import predict
+
+
+@pytest.fixture
+def run_predict(capsys):
+    """Runs predict.py; returns exit code, output and errors."""
+
+    def run(model: object, *words: object) -> tuple[int, str, str]:
+        code = predict.main([str(model), *map(str, words), "--device", "cpu"])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def student(checkpoint) -> Path:
+    return checkpoint("cifar_resnet8")
+
+
+def as_json(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "timm", "pt2", "onnx", "preprocessed"])
+def test_every_model_predicts_what_the_evaluation_sees(
+    checkpoint, run_predict, photos, tmp_path, kind
+):
+    arch = "test_resnet.r160_in1k" if kind == "timm" else "cifar_resnet8"
+    path = model = checkpoint(arch)
+    if kind != "checkpoint":
+        if kind in ("onnx", "preprocessed"):
+            pytest.importorskip("onnxruntime")
+        name = {"timm": "folder", "pt2": "a.pt2"}.get(kind, "a.onnx")
+        flags = ["--format", "onnx" if name == "a.onnx" else kind, "--out", tmp_path / name]
+        flags += ["--with_preprocessing"] if kind == "preprocessed" else []
+        assert export.main([str(path), *map(str, flags)]) == 0
+        model = tmp_path / name
+    code, out, err = run_predict(model, photos / "val", "--format", "jsonl", "--batch_size", 4)
+    assert code == 0, err
+    out = out[out.index('{"image"') :]
+    with torch.inference_mode():
+        wanted = network_of(path, arch)(images_of(photos)).softmax(dim=1)
+    rows = as_json(out)
+    assert [row["image"] for row in rows] == sorted(map(str, (photos / "val").rglob("*.png")))
+    for row, probabilities in zip(rows, wanted, strict=True):
+        found = {guess["name"]: guess["probability"] for guess in row["classes"]}
+        expected = dict(zip(CLASSES, probabilities.tolist(), strict=True))
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_the_predictions_are_those_that_main_scores(student, run_predict, run_main, photos):
+    run = run_main("--eval", "true", "--resume", student)
+    assert run.code == 0, run.err
+    code, out, err = run_predict(student, photos / "val", "--format", "jsonl", "--top_k", 1)
+    assert code == 0, err
+    rows = as_json(out)
+    right = sum(Path(row["image"]).parent.name == row["classes"][0]["name"] for row in rows)
+    assert f"test_acc1 {100 * right / len(rows):.4f}" in run.out and 0 < right < len(rows)
+
+
+def test_broken_images_are_named_and_the_others_predicted(student, run_predict, photos):
+    folder = photos / "val" / "bee"
+    (folder / "torn.png").write_bytes((folder / "0.png").read_bytes()[:200])
+    (folder / "text.jpg").write_text("no image")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    (folder / "notes.txt").write_text("left out")
+    code, out, err = run_predict(student, folder, "--format", "csv", "--batch_size", 2)
+    assert code == 1
+    named = [Path(row[0]).name for row in csv.reader(io.StringIO(out))]
+    assert named == ["image", "0.png", "1.png", "2.png"]
+    assert "3 of 6 images could not be read" in err and "left out 1 files" in err
+    assert all(f"cannot read the image {folder / name}" in err for name in ("torn.png", "gone.png"))
+    code, out, err = run_predict(student, folder / "text.jpg")
+    assert code == 1 and not out and "1 of 1 images could not be read" in err
+
+
+def test_odd_class_names_survive_csv_and_json_lines(student, run_predict, photos):
+    images = photos / "val" / CLASSES[0] / "*.png"
+    code, out, err = run_predict(student, images, "--format", "csv", "--top_k", 9)
+    assert code == 0, err
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 3
+    found_csv = [[row[f"class_{k}"] for k in (1, 2, 3)] for row in rows]
+    assert all(sorted(names) == sorted(CLASSES) for names in found_csv)
+    code, out, err = run_predict(student, images, "--format", "jsonl")
+    found_json = [[guess["name"] for guess in row["classes"]] for row in as_json(out)]
+    assert found_json == found_csv
+    sums = [sum(float(row[f"probability_{k}"]) for k in (1, 2, 3)) for row in rows]
+    assert sums == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_files_folders_and_globs_name_each_image_once_in_order(student, run_predict, photos):
+    first, folder = photos / "val" / "bee" / "2.png", photos / "val" / "bee"
+    (folder / "deep" / "deeper").mkdir(parents=True)
+    (folder / "deep" / "deeper" / "x.png").write_bytes(first.read_bytes())
+    flags = ["--format", "csv", "--top_k", 1]
+    code, out, err = run_predict(student, first, folder, photos / "val" / "**" / "*.png", *flags)
+    assert code == 0, err
+    files = [row[0] for row in csv.reader(io.StringIO(out))][1:]
+    near = ["2.png", "0.png", "1.png", "deep/deeper/x.png"]
+    assert files[:4] == [str(folder / name) for name in near]
+    assert len(files) == len(set(files)) == 10
+    (folder / "deep" / "loop").symlink_to(folder)
+    code, out, err = run_predict(student, folder, *flags)
+    assert code == 0 and out.count(".png") == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing.png"], "missing.png: no such file or folder"),
+        (["nothing*.png"], "nothing*.png: no file matches"),
+        (["EMPTY"], "holds no image"),
+        (["PHOTO", "--top_k", "0"], "--top_k 0: must be at least 1"),
+        (["PHOTO", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
+    ],
+)
+def test_commands_that_cannot_work_are_one_line(
+    student, run_predict, photos, tmp_path, words, message
+):
+    (tmp_path / "empty").mkdir()
+    names = {"EMPTY": tmp_path / "empty", "PHOTO": photos / "val" / "bee" / "0.png"}
+    code, out, err = run_predict(student, *(names.get(word, word) for word in words))
+    assert code == 2 and not out and err.count("\n") == 1 and message in err
+
+
+def test_models_that_are_none_are_one_line(run_predict, photos, tmp_path):
+    photo = photos / "val" / "bee" / "0.png"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.pt2").write_bytes(b"nonsense")
+    torch.save({"fc.weight": torch.ones(3)}, tmp_path / "bare.pth")
+    torch.export.save(
+        torch.export.export(torch.nn.ReLU(), (torch.zeros(2),)), tmp_path / "foreign.pt2"
+    )
+    for name, message in [
+        ("folder", "holds no config.json"),
+        ("a.pt2", "torch.export cannot load this file"),
+        ("foreign.pt2", "does not say which classes"),
+        ("bare.pth", "does not say which classes"),
+        ("missing.pth", "no such file"),
+        ("missing.onnx", "no such file"),
+    ]:
+        code, out, err = run_predict(tmp_path / name, photo)
+        assert code == 2 and not out and message in err, (name, err)
+
+
+def test_onnx_files_without_onnxruntime_ask_for_it(run_predict, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (tmp_path / "a.onnx").write_bytes(b"")
+    code, _, err = run_predict(tmp_path / "a.onnx", photos / "val" / "bee" / "0.png")
+    assert code == 2 and "pip install onnxruntime" in err
+
+
+def test_logits_that_are_not_finite_are_no_prediction(tmp_path, run_predict, photos):
+    path = write_checkpoint(
+        tmp_path / "nan.pth", "cifar_resnet8", CLASSES, CONFIG, data_path=str(photos)
+    )
+    saved = torch.load(path, weights_only=True)
+    saved["model"]["fc.bias"][1] = torch.nan
+    torch.save(saved, path)
+    code, _, err = run_predict(path, photos / "val" / "bee" / "0.png")
+    assert code == 2 and "not finite" in err
+    assert export.main([str(path), "--format", "pt2", "--out", str(tmp_path / "a.pt2")]) == 2
+
+
+# ----------------------------------------------------------------------------- the whole way
+
+ALONE = """
+import importlib.util, sys
+for name in ("main", "exported", "transforms"):
+    assert importlib.util.find_spec(name) is None, name
+"""
+
+
+def run_alone(code: str, folder: Path) -> str:
+    """Run Python in a new process in a folder, without this repository on its path."""
+    (folder / "alone.py").write_text(ALONE + code)
+    kept = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    kept = [path for path in kept if ROOT not in (Path(path).resolve(), *Path(path).parents)]
+    run = subprocess.run(
+        [sys.executable, "alone.py"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(kept), "PYTHONUTF8": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_from_a_folder_of_images_to_predictions_without_this_repository(
+    run_main, run_predict, photos, tmp_path, monkeypatch
+):
+    """The programs that run alone are those of docs/export.md."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--data_path", photos, "--input_size", 64, "--epochs", 1, "--batch_size", 4]
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    run = run_main(*common, "--model", "test_resnet", output_dir=teacher)
+    assert run.code == 0, run.err
+    kd = ["--kd", "true", "--teacher_arch", "test_resnet"]
+    kd += ["--teacher_path", teacher / "checkpoint-best.pth"]
+    run = run_main(*common, *kd, "--model", "test_efficientnet", output_dir=student)
+    assert run.code == 0, run.err
+    best = student / "checkpoint-best.pth"
+    run = run_main("--eval", "true", "--resume", best, "--model", "test_efficientnet")
+    assert run.code == 0 and "test_acc1" in run.out
+
+    photo = tmp_path / "photo.png"
+    Image.open(photos / "val" / "bee" / "0.png").save(photo)  # 50 x 40 pixels
+    code, out, err = run_predict(best, photo, "--format", "jsonl", "--top_k", 1)
+    assert code == 0, err
+    wanted = as_json(out)[0]["classes"][0]
+    with_timm, with_onnx = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL
+    )
+    programs = [("timm", [], "student", with_timm)]
+    try:
+        import onnxruntime  # noqa: F401
+
+        flags = ["--with_preprocessing", "true"]
+        no_torch = with_onnx + "\nassert 'torch' not in sys.modules\n"
+        programs.append(("onnx", flags, "student.onnx", no_torch))
+    except ImportError:
+        pass  # requirements-dev.txt has it
+    for kind, flags, name, program in programs:
+        out = tmp_path / "exports" / name
+        assert export.main([str(best), "--format", kind, "--out", str(out), *flags]) == 0
+        name, _, probability = run_alone(program, tmp_path).strip().rpartition(" ")
+        assert name == wanted["name"]
+        assert float(probability) == pytest.approx(wanted["probability"], abs=1e-5)
