@@ -9,10 +9,13 @@ import pytest
 import timm
 import torch
 from helpers import CLASSES, CONFIG, images_of, is_same, network_of, tree, write_checkpoint
+from PIL import Image
+from timm.data import IterableImageDataset
 from torch import nn
 
 import export
 import models
+from datasets import StreamSource
 
 FAMILIES = ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "cifar_resnet8"]
 
@@ -262,6 +265,24 @@ def test_a_checkpoint_without_data_configuration_is_refused(tmp_path, run_export
     assert f"{path}: does not say which classes and which input its network has" in err
     code, _, err, _ = run_export(tmp_path / "missing.pth", "pt2")
     assert code == 2 and "missing.pth: no such file" in err
+
+
+def test_an_ema_that_is_not_there_is_refused(checkpoint, run_export):
+    code, _, err, _ = run_export(checkpoint("cifar_resnet8"), "pt2", "--use_ema", "true")
+    assert code == 2 and err.count("\n") == 1
+    assert "error: --use_ema true: " in err and "holds no EMA weights; pass auto or false" in err
+
+
+def test_the_first_images_of_a_stream_are_compared(photos):
+    files = sorted((photos / "val").rglob("*.png"))
+    pairs = [(Image.open(file), label % 3) for label, file in enumerate(files)]
+    stream = IterableImageDataset(None, reader=pairs)
+    card = export.Card("cifar_resnet8", CLASSES, **CONFIG)
+    pixels, targets = export.load_pixels(StreamSource(stream, CLASSES), 4, card)
+    assert targets.tolist() == [0, 1, 2, 0] and pixels.shape == (4, 32, 32, 3)
+    mean, std = (torch.tensor(CONFIG[name]) for name in ("mean", "std"))
+    wanted = images_of(photos)[:4].permute(0, 2, 3, 1) * std + mean
+    assert (pixels - 255 * wanted).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
