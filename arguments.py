@@ -61,7 +61,7 @@ SPLIT_NAMES = {
 NOT_RECIPE = frozenset(
     "given output_dir log_dir resume auto_resume start_epoch device teacher_device num_workers "
     "pin_mem compile dist_url local_rank eval use_ema dist_eval save_ckpt save_ckpt_freq "
-    "save_ckpt_num save_ckpt_steps fast_cuda".split()
+    "save_ckpt_num save_ckpt_steps fast_cuda print_seconds report calibrate".split()
 )
 # Flags that name the data. A checkpoint knows its data by its contents, which may have moved.
 DATA_FLAGS = (
@@ -460,7 +460,7 @@ RANGES = {
     Range("must be above 0 and finite", lambda value: 0 < value < math.inf): "kd_temperature "
     "clip_grad layer_decay",
     Range("must be 0 or more and finite", lambda value: 0 <= value < math.inf): "lr min_lr "
-    "weight_decay weight_decay_end opt_eps head_init_scale color_jitter mixup cutmix",
+    "weight_decay weight_decay_end opt_eps head_init_scale color_jitter mixup cutmix print_seconds",
     Range("must lie in 0…1", lambda value: 0 <= value <= 1): "kd_alpha drop_path momentum reprob "
     "hflip mixup_prob mixup_switch_prob cutmix_minmax",
     Range("must be 0 or more and below 1", lambda value: 0 <= value < 1): "smoothing opt_betas "
@@ -645,7 +645,7 @@ def dependences() -> list[Dependence]:
     of_start += ["head_init_scale", "drop_path"]
     of_backbone = ["drop_path", "layer_decay", "compile", "sync_bn"]
     of_saving = "save_ckpt_freq save_ckpt_num save_ckpt_steps".split()
-    output = [*of_saving, "save_ckpt", "auto_resume", "log_dir"]
+    output = [*of_saving, "save_ckpt", "auto_resume", "log_dir", "print_seconds"]
     of_training = [*optimizer, ema, *of_ema, *of_start, *output, "update_freq"]
     not_scored = [*of_training, *kd, *teacher, *cache, *augmentation, *mixing]
     not_scored += "epochs compile train_samples unlabeled disable_eval eval_freq".split()

@@ -28,14 +28,23 @@ from arguments import DATA_FLAGS, NOT_RECIPE, OF_TEACHER, as_typed
 NOT_COMPARED = NOT_RECIPE | {"seed", "data_seed", "teacher_cache", "teacher_cache_only"}
 NOT_COMPARED |= {"teacher_cache_range", "teacher_eval", "teacher_min_acc1", "check_data"}
 SCORE = "test_acc1"
-COLUMNS = {  # of the table: record in log.txt -> heading
+COLUMNS = {  # of the table: key in log.txt, or of summary.json -> heading
     "test_acc1": "accuracy %",
     "test_acc1_ema": "EMA %",
     "teacher_acc1": "teacher %",
     "test_agreement": "agreement %",
     "test_kl": "KL",
     "test_loss": "loss",
+    "test_ece": "calibration error %",
+    "images_per_second": "images/s",
 }
+COSTS = {  # with --cost: key in summary.json -> heading
+    "parameters": "parameters",
+    "multiply_adds": "multiply-adds",
+    "ms_single": "ms for 1 image",
+    "ms_large": "ms for 32 images",
+}
+WHOLE = {"images_per_second", "parameters", "multiply_adds"}  # shown without decimals
 CONFIDENCE = 0.95
 
 
@@ -50,6 +59,7 @@ class Run:
     folder: Path
     args: dict[str, Any]
     records: list[dict[str, float]]  # of log.txt, one per epoch
+    summary: dict[str, Any]  # of summary.json; empty for a run of an earlier version
 
     @property
     def seed(self) -> int:
@@ -58,6 +68,17 @@ class Run:
     @property
     def last(self) -> dict[str, float]:
         return self.records[-1]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the table may show: scores of the last epoch, speed, and costs of the student."""
+        speed = {k: v for k, v in self.summary.items() if k == "images_per_second"}
+        return self.last | speed | self.cost("student")
+
+    def cost(self, network: str) -> dict[str, float]:
+        """Parameters, multiply-adds and milliseconds of 'student' or 'teacher', where known."""
+        known = self.summary.get("costs", {}).get(network, {})
+        return {name: value for name, value in known.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
         """The flags that make a group: without seeds, and without those that have no effect."""
@@ -93,8 +114,8 @@ class Group:
         return same_file or run.settings_without_seed() == first.settings_without_seed()
 
     def values(self, column: str) -> list[float]:
-        """A score of the last epoch of each run that has it."""
-        return [run.last[column] for run in self.runs.values() if column in run.last]
+        """A figure of each run that has it."""
+        return [run.figures[column] for run in self.runs.values() if column in run.figures]
 
 
 def read_run(folder: Path) -> Run:
@@ -117,7 +138,11 @@ def read_run(folder: Path) -> Run:
         raise BadRun(f"{folder}: {done} of {args['epochs']} epochs are done; finish it first")
     if SCORE not in records[-1]:
         raise BadRun(f"{folder}: its last epoch was not evaluated; train without --disable_eval")
-    return Run(folder, args, records)
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        summary = {}  # of an earlier version
+    return Run(folder, args, records, summary)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -246,13 +271,15 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
 # ----------------------------------------------------------------------------- what is shown
 
 
-def table(groups: Sequence[Group], width: int | None = None) -> str:
+def table(groups: Sequence[Group], width: int | None = None, with_cost: bool = False) -> str:
     """One row per group: mean ± deviation over the seeds of each score of the last epoch.
 
     Args:
+        with_cost: show what the student costs to use, too.
         width: columns of the terminal; where the table is wider, each group becomes a paragraph.
     """
-    shown = {c: h for c, h in COLUMNS.items() if any(group.values(c) for group in groups)}
+    wanted = COLUMNS | (COSTS if with_cost else {})
+    shown = {c: h for c, h in wanted.items() if any(group.values(c) for group in groups)}
     heads = ["", "seeds", "epochs", *shown.values()]
     if SCORE in shown:
         heads.insert(4, "best %")
@@ -260,7 +287,7 @@ def table(groups: Sequence[Group], width: int | None = None) -> str:
     for group in groups:
         runs = list(group.runs.values())
         cells = [group.name, str(len(runs)), str(runs[0].args["epochs"])]
-        cells += [spread(group.values(column)) for column in shown]
+        cells += [spread(group.values(c), 0 if c in WHOLE else 2) for c in shown]
         best = [max(record.get(SCORE, 0.0) for record in run.records) for run in runs]
         cells.insert(4, spread(best))
         rows.append(cells)
@@ -277,12 +304,28 @@ def table(groups: Sequence[Group], width: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float]) -> str:
-    """'96.88 ± 0.76', without a deviation for a single value."""
+def spread(values: Sequence[float], decimals: int = 2) -> str:
+    """'96.88 ± 0.76', without a deviation for a single value, or for one that never varies."""
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):,.{decimals}f}"
+    if len(values) == 1 or (decimals == 0 and len(set(values)) == 1):
+        return mean
+    return f"{mean} ± {statistics.stdev(values):,.{decimals}f}"
+
+
+def teacher_costs(groups: Sequence[Group]) -> list[str]:
+    """What the teachers cost to use, one line per architecture and file."""
+    lines: dict[str, None] = {}
+    for run in (run for group in groups for run in group.runs.values()):
+        if known := run.cost("teacher"):
+            costs = [
+                f"{heading} {spread([known[name]], 0 if name in WHOLE else 2)}"
+                for name, heading in COSTS.items()
+                if name in known and not name.startswith("ms")
+            ]
+            lines[f"Teacher {run.args['teacher_arch']}: {', '.join(costs)}"] = None
+    return list(lines)
 
 
 def as_json(groups: Sequence[Group], found: Sequence[Verdict]) -> str:
@@ -291,7 +334,7 @@ def as_json(groups: Sequence[Group], found: Sequence[Verdict]) -> str:
         {
             "settings": group.name,
             "runs": {str(seed): str(run.folder) for seed, run in group.runs.items()},
-            "scores": {c: group.values(c) for c in COLUMNS if group.values(c)},
+            "scores": {c: group.values(c) for c in COLUMNS | COSTS if group.values(c)},
         }
         for group in groups
     ]
@@ -359,6 +402,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare the runs of a command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="also show parameters, multiply-adds and latency of student and teacher",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--plot", type=Path, help="draw the curves to this file, such as a .png")
     args = parser.parse_args(argv)
@@ -386,7 +434,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(as_json(groups, found))
         return 0
     columns = None if not sys.stdout.isatty() else shutil.get_terminal_size().columns
-    print(table(groups, columns))
+    print(table(groups, columns, args.cost))
+    for line in teacher_costs(groups) if args.cost else ():
+        print(line)
     if found:
         print("\nAccuracy of the last epoch, paired by seed, with its 95 % interval:")
     for one in found:

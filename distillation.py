@@ -210,6 +210,7 @@ class TeacherAdapter(nn.Module):
         super().__init__()
         config, index = network.data_config, network.class_index
         self.is_ema = getattr(network, "is_ema", False)
+        self.parameters_before_fusing = sum(p.numel() for p in network.parameters())
         network = fuse_layers(network, config["input_size"])
         network = network.to(dtype).to(memory_format=torch.channels_last)
         self.network = SelectClasses(network, index)
@@ -269,11 +270,17 @@ class StudentWithDistillation(nn.Module):
         student: the network to train, or its DistributedDataParallel.
         teacher: a network that takes the same images, a StoredTeacher, or None to train without a
             teacher (teacher_logits is then None).
+        around_teacher: makes a context in which the teacher is asked, such as one that takes time.
     """
 
-    def __init__(self, student: nn.Module, teacher: Any) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Any,
+        around_teacher: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.around_teacher = student, around_teacher
         if isinstance(teacher, nn.Module):
             teacher.requires_grad_(False).eval()
         self._outside_the_tree = (teacher,)  # a tuple is not registered as a child
@@ -302,7 +309,7 @@ class StudentWithDistillation(nn.Module):
         teacher_logits = None
         if self.teacher is not None:
             keyed = (key,) if getattr(self.teacher, "needs_key", False) else ()
-            with torch.no_grad():
+            with torch.no_grad(), self.around_teacher():
                 teacher_logits = self.teacher(images, *keyed)
         student_logits = self.student(images)
         # Only now, so that a teacher on another GPU computes beside the student.

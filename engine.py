@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import metrics
 import runtime
 import utils
 from loaders import Batch, Loader
-from logs import History, Progress
+from logs import History, Progress, Recorder
 from runtime import unwrap
 from utils import RandomUse, UserError
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class LoopSettings:
     update_freq: int  # batches accumulated into one optimizer step
     clip_grad: float | None  # maximum gradient norm
     seed: int
-    print_freq: int = 10  # optimizer steps between two printed lines; each costs one device sync
+    print_freq: int = 10  # most optimizer steps between two looks at the loss; each costs a sync
 
     def autocast(self) -> AbstractContextManager:
         """Autocast to `amp_dtype`, or nothing."""
@@ -112,7 +110,7 @@ def train_one_epoch(
     epoch: int,
     settings: LoopSettings,
     ema: ModelEmaV3 | None = None,
-    writer: "SummaryWriter | None" = None,
+    recorder: Recorder | None = None,
     progress: Progress | None = None,
     after_update: Callable[[History, int], None] | None = None,
 ) -> dict[str, float]:
@@ -123,7 +121,7 @@ def train_one_epoch(
         criterion: (student_logits, teacher_logits, targets) -> (loss, parts).
         loader: batches of one size, on the device.
         ema: a moving average of the student, or None.
-        writer: TensorBoard, or None.
+        recorder: is told what happens; None for lines in the terminal alone.
         progress: how far an interrupted run came in this epoch.
         after_update: called after each optimizer step with the history and the steps done.
     Returns: means over the epoch's images on all processes: loss, its parts, and the last lr.
@@ -145,7 +143,7 @@ def train_one_epoch(
         device=settings.device,
         print_freq=settings.print_freq,
         scaler=scaler,
-        writer=writer,
+        recorder=recorder or Recorder(),
         progress=progress,
     )
     optimizer.zero_grad(set_to_none=True)
@@ -169,7 +167,7 @@ def train_one_epoch(
             # Divided by the batches of this window, not by freq: so the gradient is the mean over
             # the images of the step also in the shorter window at the end of an epoch.
             scaler.scale(loss / window).backward()
-        history.add_batch(loss, parts, student_logits, teacher_logits, batch.targets)
+        history.add_batch(loss, parts, student_logits, teacher_logits, batch)
         if not is_last:
             continue
 
@@ -199,6 +197,7 @@ def evaluate(
     shared: bool = True,
     teacher_logits: LogitsByPlaces | None = None,
     collect: dict[range, torch.Tensor] | None = None,
+    answers: list[metrics.Answers] | None = None,
 ) -> dict[str, float]:
     """Score a classifier: sums over images divided by their number, for any world and batch size.
 
@@ -208,16 +207,17 @@ def evaluate(
         shared: False where every process holds all images.
         teacher_logits: a teacher's logits (B, C) by the places of each batch.
         collect: filled with the model's logits by the places of each batch, on the CPU.
-    Returns: loss (mean cross-entropy, no smoothing), acc1 and acc5 in percent; with teacher_logits
-        also agreement (percent of images that both give the same class) and kl (mean
-        KL(teacher || model) at temperature 1).
+        answers: filled with what the model answers, batch by batch, on the settings' device.
+    Returns: loss (mean cross-entropy, no smoothing), acc1, acc5 and ece (expected calibration
+        error) in percent; with teacher_logits also agreement (percent of images that both give the
+        same class) and kl (mean KL(teacher || model) at temperature 1).
     Raises: UserError where the loss is not finite.
     """
     model.eval()
     device = settings.device
     wide = torch.float32 if device.type == "mps" else torch.float64
     names = ["loss", "acc1", "acc5"] + (["agreement", "kl"] if teacher_logits is not None else [])
-    sums = torch.zeros(len(names), dtype=wide, device=device)
+    sums = torch.zeros(len(names) + metrics.BINS, dtype=wide, device=device)
     count = 0
     for batch in loader:
         with settings.autocast():
@@ -232,16 +232,22 @@ def evaluate(
             totals.append(F.kl_div(ours, theirs, reduction="sum", log_target=True))
         if collect is not None:
             collect[batch.places] = logits.cpu()
-        sums += torch.stack(totals).to(wide)
+        if answers is not None:
+            answers.append(metrics.answers_of(logits, batch.targets, batch.places))
+        confidences = logits.softmax(dim=1).amax(dim=1).to(wide)
+        gaps = metrics.calibration_gaps(confidences, top[:, 0])
+        sums += torch.cat([torch.stack(totals).to(wide), gaps])
         count += len(batch.targets)
     sums = torch.cat([sums, torch.tensor([count], dtype=wide, device=device)])
     if shared:
         runtime.all_reduce_(sums)
     *totals_of_all, images = sums.tolist()
+    totals_of_all, gaps_of_all = totals_of_all[: len(names)], totals_of_all[len(names) :]
     if not math.isfinite(totals_of_all[0]):
         raise UserError(
             "validation loss is not finite: the weights contain NaN or Inf; no checkpoint was "
             "written after this happened. Lower --lr, or pass --clip_grad 1.0"
         )
     means = {name: total / images for name, total in zip(names, totals_of_all, strict=True)}
-    return {k: v if k in ("loss", "kl") else 100 * v for k, v in means.items()}
+    scores = {k: v if k in ("loss", "kl") else 100 * v for k, v in means.items()}
+    return scores | {"ece": metrics.calibration_error(gaps_of_all, images)}

@@ -1,4 +1,4 @@
-"""Which images score a checkpoint, and how they are shown: as its training run says."""
+"""Which images score a checkpoint, how they are shown, and a temperature that calibrates it."""
 
 import argparse
 import contextlib
@@ -6,10 +6,16 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
 import arguments
 import datasets
+import metrics
 from checkpoints import saved_args
 from datasets import Source
+from engine import LoopSettings, evaluate
+from loaders import DeviceLoader
 from runtime import log
 from transforms import data_config
 from utils import UserError, name_flags
@@ -65,6 +71,9 @@ def open_scored(args: argparse.Namespace, checkpoint: Any) -> Scored:
             f"--eval true: {args.resume} does not say what it was trained on; pass --data_path"
         )
     config = data_config(args, saved)
+    if args.calibrate:
+        require_other_images(args)
+        args.holdout = None  # of the checkpoint: those images are for the temperature
     if arguments.must_hold_out(args):
         args.holdout = saved_args(checkpoint).get("holdout")
         if not args.holdout:
@@ -108,3 +117,61 @@ def check_held_out(args: argparse.Namespace, checkpoint: Mapping[str, Any], val:
             "--data_set image_folder --eval_data_path FOLDER"
         )
     log(f"Warning: {flag}: {what}; it may have been trained on them")
+
+
+# ------------------------------------------------------------------------------- calibration
+
+
+def require_other_images(args: argparse.Namespace) -> None:
+    """Raise UserError where --calibrate would fit its temperature on the images that it scores."""
+    is_same = arguments.must_hold_out(argparse.Namespace(**{**vars(args), "holdout": None}))
+    if "holdout" in args.given or is_same:
+        flag = f"--holdout {args.holdout}" if "holdout" in args.given else arguments.data_flag(args)
+        raise UserError(
+            f"--calibrate true: {flag} leaves only the held-out images to score, and the "
+            "temperature is fitted on those; pass data that also has validation images, such as "
+            "--eval_data_path FOLDER"
+        )
+
+
+def images_to_calibrate(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> Source:
+    """The training images that the training of a checkpoint held out; UserError without any."""
+    holdout = saved_args(checkpoint).get("holdout")
+    if not holdout:
+        raise UserError(
+            f"--calibrate true: the training of {args.resume} held out no images, on which a "
+            "temperature could be fitted; train with --holdout N"
+        )
+    args = argparse.Namespace(**{**vars(args), "holdout": holdout})
+    held_out = datasets.open_validation(args, checkpoint["data"]["classes"])
+    if checkpoint.get("images", {}).get("held_out") != datasets.held_out_identity(held_out):
+        raise UserError(
+            f"--calibrate true: {arguments.data_flag(args)} does not have the images that the "
+            f"training of {args.resume} held out; pass the data of the training"
+        )
+    return held_out
+
+
+def calibrate(loader: DeviceLoader, network: nn.Module, settings: LoopSettings) -> float:
+    """The temperature with which a network's answers for these images have the smallest loss.
+
+    Args:
+        loader: every image, on each process.
+    """
+    logits: dict[range, torch.Tensor] = {}
+    answers: list[metrics.Answers] = []
+    evaluate(loader, network, settings, shared=False, collect=logits, answers=answers)
+    targets = torch.cat([batch.targets for batch in answers]).cpu()
+    return metrics.fit_temperature(torch.cat(list(logits.values())), targets)
+
+
+class Tempered(nn.Module):
+    """A network whose logits are divided by a temperature."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C)"""
+        return self.network(images) / self.temperature

@@ -501,7 +501,17 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         default="",
         help="folder for checkpoints and log.txt; nothing is saved where this is empty",
     )
-    add("--log_dir", type=expanduser, help="folder for TensorBoard files (default: none)")
+    add(
+        "--log_dir",
+        type=expanduser,
+        help="folder for TensorBoard files, or 'none' (default: tb in --output_dir)",
+    )
+    add(
+        "--print_seconds",
+        type=float,
+        default=10,
+        help="least seconds between two lines within an epoch, where the output is no terminal",
+    )
     add(
         "--resume",
         type=expanduser,
@@ -534,6 +544,19 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="which weights of a checkpoint with an EMA to use as a teacher: the better ones by "
         "their recorded accuracy, else the EMA (auto), the EMA (true) or the raw weights (false); "
         "--eval true scores both with auto",
+    )
+    add(
+        "--report",
+        type=expanduser,
+        default="",
+        help="JSON file for accuracy per class, confusions and calibration of the last evaluation",
+    )
+    add(
+        "--calibrate",
+        type=str2bool,
+        default=False,
+        help="with --eval true: fit a temperature on the images that the training held out "
+        "(--holdout), and score with it too",
     )
     add(
         "--crop_pct",

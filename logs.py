@@ -1,4 +1,4 @@
-"""Everything that a run reports: lines in the terminal, `log.txt` and TensorBoard."""
+"""The records of a run: means of its steps, `log.txt`, what terminal and TensorBoard are told."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import platform
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,11 +23,21 @@ import torch.distributed as dist
 
 import runtime
 import utils
-from runtime import log
+from board import (
+    CHARTS,
+    PICTURES,
+    TRAINING_CHARTS,
+    Board,
+    answer_text,
+    board_folder,
+    label_text,
+    to_pictures,
+)
+from terminal import MANY_CLASSES, Terminal
 from utils import UserError
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from loaders import Batch, Loader
 
 SECONDS_BETWEEN_LOOKS = 5  # at the signals of other processes, where steps are slow
 WAITING_BYTES = 2**24  # logits and targets kept on the device until their scalars are computed
@@ -80,16 +90,17 @@ class StepScalars(NamedTuple):
 
 
 class History:
-    """Keeps the scalars of an epoch on the device and fetches them only when they are printed.
+    """Keeps the scalars of an epoch on the device and fetches them only every few steps.
 
-    Fetching a scalar waits for the device, so a step that is not printed never waits.
+    Fetching a scalar waits for the device, so most steps never wait.
 
     Args:
         epoch: number of the epoch, for the printed lines.
         updates: optimizer steps of the epoch.
         lr, weight_decay: (steps,) of every optimizer step of the run.
-        print_freq: most optimizer steps between two printed lines; fewer where steps are slow.
+        print_freq: most optimizer steps between two looks; fewer where steps are slow.
         scaler: where it is enabled, it leaves out steps that are not finite.
+        recorder: is told at every look.
         progress: how far an interrupted run came in this epoch.
     """
 
@@ -102,13 +113,13 @@ class History:
         device: torch.device,
         print_freq: int,
         scaler: torch.amp.GradScaler,
-        writer: SummaryWriter | None,
+        recorder: Recorder,
         progress: Progress,
     ) -> None:
         self.epoch, self.updates, self.lr, self.weight_decay = epoch, updates, lr, weight_decay
         self.device, self.print_freq, self.scaler = device, print_freq, scaler
-        self.every = 0  # optimizer steps between two printed lines; 0 until steps were timed
-        self.writer = writer
+        self.every = 0  # optimizer steps between two looks; 0 until steps were timed
+        self.recorder = recorder
         self.waiting: list[StepScalars] = []  # batches whose scalars are still to be computed
         self.waiting_bytes = 0
         self.tables: list[torch.Tensor] = []  # (batches, metrics + 1) each, since the last fetch
@@ -129,12 +140,14 @@ class History:
         parts: dict[str, torch.Tensor],
         student_logits: torch.Tensor,
         teacher_logits: torch.Tensor | None,
-        targets: torch.Tensor,
+        batch: Batch,
     ) -> None:
         """Note a batch. Scalars of its logits are computed for many batches at once, since these
         small kernels would cost the same for each batch."""
         student_logits = student_logits.detach()
-        scalars = StepScalars(loss.detach(), parts, student_logits, teacher_logits, targets)
+        scalars = StepScalars(loss.detach(), parts, student_logits, teacher_logits, batch.targets)
+        if self.epoch == 0 and not (self.count or self.waiting or self.tables):
+            self.recorder.show_batch(batch, teacher_logits)
         self.waiting.append(scalars)
         self.waiting_bytes += 3 * student_logits.nbytes
         if self.waiting_bytes >= WAITING_BYTES:
@@ -159,7 +172,7 @@ class History:
         self.waiting, self.waiting_bytes = [], 0
 
     def end_update(self, update: int, grad_norm: torch.Tensor) -> None:
-        """Note an optimizer step; print a line where one is due."""
+        """Note an optimizer step; look at the scalars where that is due."""
         self.norms.append(grad_norm.detach())
         self.batches_per_update.append(self.batches_since_update)
         self.batches_since_update = 0
@@ -179,14 +192,14 @@ class History:
             seconds: duration of an optimizer step.
         """
         most = max(1, SECONDS_BETWEEN_LOOKS / seconds)
-        # Divisors, so that lines come at the same steps whatever the earlier lines were.
+        # Divisors, so that looks come at the same steps whatever the earlier ones were.
         divisors = [n for n in range(1, self.print_freq + 1) if self.print_freq % n == 0]
         every = max(n for n in divisors if n <= most)
         self.stop, negative = runtime.largest([runtime.received_signal(), -every], self.device)
         self.every = -negative
 
     def flush(self, updates: int) -> Progress:
-        """Fetch and print what is waiting; returns what a checkpoint after `updates` must hold.
+        """Fetch what is waiting; returns what a checkpoint after `updates` must hold.
 
         Raises: UserError where a loss or gradient was not finite.
         """
@@ -222,36 +235,17 @@ class History:
         for values in rows[is_finite]:  # one by one, so that no sum depends on when it is fetched
             self.sums += values
         self.count += int(is_finite.sum())
-        if self.writer is not None:
-            with events_in(self.writer.log_dir):
-                self._write(self.writer, first, rows, step_of_row, step_norms)
         means = dict(zip(self.names, rows.mean(axis=0), strict=True))
-        if list(means) == ["loss", "ce"]:
-            del means["ce"]  # the same number: nothing is distilled
-        log(
-            f"Epoch {self.epoch} [{update + 1:>{len(str(self.updates))}}/{self.updates}]  "
-            + "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-            + f"  lr {self.lr[first + len(step_norms) - 1]:.2e}"
-            + f"  {self.stopwatch.rate(images):.0f} images/s"
+        last = first + len(step_norms) - 1
+        opt = {
+            "opt/lr": self.lr[last],
+            "opt/weight_decay": self.weight_decay[last],
+            "opt/grad_norm": step_norms.mean(),
+        }
+        self.recorder.look(
+            self.epoch, update + 1, self.updates, means, opt, images, self.stopwatch.rate(images)
         )
         self.tables, self.norms, self.batches_per_update, self.images = [], [], [], 0
-
-    def _write(
-        self,
-        writer: SummaryWriter,
-        first: int,
-        rows: np.ndarray,
-        step_of_row: np.ndarray,
-        norms: np.ndarray,
-    ) -> None:
-        for index, norm in enumerate(norms):
-            step = first + index
-            means = rows[step_of_row == index].mean(axis=0, dtype=np.float64)
-            for name, mean in zip(self.names, means, strict=True):
-                writer.add_scalar(f"train/{name}", mean, step)
-            writer.add_scalar("opt/lr", self.lr[step], step)
-            writer.add_scalar("opt/weight_decay", self.weight_decay[step], step)
-            writer.add_scalar("opt/grad_norm", norm, step)
 
     def _not_finite(self, step: int, loss: float, largest: float, norm: float) -> UserError:
         return UserError(
@@ -287,6 +281,87 @@ class Stopwatch:
         return rate
 
 
+class TimeSplit:
+    """Seconds of a run by what they were spent on; the rest is the student's.
+
+    On a GPU, the time of the teacher is that of the device, and all others are those of the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def spent_on(self, what: str) -> Iterator[None]:
+        """Add what happens inside to a part of the time."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add(what, time.perf_counter() - started)
+
+    @contextmanager
+    def on_device(self, what: str) -> Iterator[None]:
+        """The same for what the device computes, without waiting for it."""
+        if self.device.type != "cuda":
+            with self.spent_on(what):
+                yield
+            return
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        yield
+        end.record()
+        self.events.append((what, start, end))
+        self._collect()
+
+    def timed(self, loader: Loader) -> TimedLoader:
+        """A loader for whose batches the waiting is timed."""
+        return TimedLoader(loader, self)
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by name; they add up to the time since this was made."""
+        if self.events:
+            torch.cuda.synchronize(self.device)
+            self._collect()
+        rest = time.perf_counter() - self.started - sum(self.seconds.values())
+        return {"student": max(0.0, rest)} | self.seconds
+
+    def _add(self, what: str, seconds: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+    def _collect(self) -> None:
+        while self.events and self.events[0][2].query():
+            what, start, end = self.events.pop(0)
+            self._add(what, start.elapsed_time(end) / 1000)
+
+
+class TimedLoader:
+    """A loader whose callers' waiting is timed; otherwise the loader itself."""
+
+    def __init__(self, loader: Loader, times: TimeSplit) -> None:
+        self.loader, self.times = loader, times
+
+    @property
+    def batches_in_epoch(self) -> int:
+        """Batches of this process in a whole epoch."""
+        return self.loader.batches_in_epoch
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin with."""
+        self.loader.set_epoch(epoch, first_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while True:
+            with self.times.spent_on("waiting for data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
 # ------------------------------------------------------------------------- after each epoch
 
 
@@ -296,19 +371,39 @@ def scores_of(record: Mapping[str, float]) -> dict[str, float]:
 
 
 class Recorder:
-    """Reports every epoch: a printed line, `log.txt` and TensorBoard; does nothing above rank 0.
+    """Tells terminal, `log.txt` and TensorBoard what a run does; without files, only the terminal.
 
     Args:
+        terminal: shows lines; None for a terminal with defaults.
         path: log.txt, which holds one JSON object per epoch; None for no file.
-        writer: TensorBoard, or None.
+        board: TensorBoard, or None.
+        images_per_step: of an optimizer step, on all processes.
+        config: what the student is shown (see transforms.data_config), and the class names.
+        device: whose memory is told.
     """
 
-    def __init__(self, path: Path | None, writer: SummaryWriter | None) -> None:
-        self.path, self.writer = path, writer
+    def __init__(
+        self,
+        terminal: Terminal | None = None,
+        path: Path | None = None,
+        board: Board | None = None,
+        images_per_step: int = 1,
+        config: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.terminal = terminal or Terminal(epochs=1)
+        self.path, self.board = path, board
+        self.images_per_step, self.config = images_per_step, config or {}
+        self.device = device or torch.device("cpu")
 
     @classmethod
     def open(
-        cls, args: dict[str, Any], device: torch.device, start_epoch: int, first_step: int
+        cls,
+        args: dict[str, Any],
+        device: torch.device,
+        config: Mapping[str, Any],
+        start_epoch: int,
+        first_step: int,
     ) -> Recorder:
         """Open the files of a run that starts at this epoch and optimizer step.
 
@@ -317,65 +412,110 @@ class Recorder:
         What an interrupted run wrote of later epochs is dropped, since they will be run again; so
         log.txt is the same whether or not the run was interrupted.
         """
-        path = writer = None
-        output_dir, log_dir = args["output_dir"], args["log_dir"]
-        if output_dir and runtime.is_main_process():
-            path = Path(output_dir) / "log.txt"
-            drop_lines_from(path, start_epoch)
-            write_whole(path.with_name("args.json"), json.dumps(args, indent=1))
+        path = board = None
+        images_per_step = args["batch_size"] * args["update_freq"] * runtime.world_size()
+        if runtime.is_main_process():
             found = environment(device)
-            write_whole(path.with_name("environment.json"), json.dumps(found, indent=1))
-        if log_dir and runtime.is_main_process():
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+            if args["output_dir"]:
+                path = Path(args["output_dir"]) / "log.txt"
+                drop_lines_from(path, start_epoch)
+                write_whole(path.with_name("args.json"), json.dumps(args, indent=1))
+                write_whole(path.with_name("environment.json"), json.dumps(found, indent=1))
+            folder = board_folder(args["log_dir"], args["output_dir"], first_step > 0)
+            if folder is not None:
+                board = Board(folder, first_step * images_per_step)
+                board.text("command", found["command"])
+                board.text("settings", json.dumps(args, indent=1))
+                board.text("environment", json.dumps(found, indent=1))
+        terminal = Terminal(args["epochs"], args["print_seconds"], len(config["classes"]))
+        return cls(terminal, path, board, images_per_step, config, device)
 
-            utils.make_folder(log_dir)
-            _leave_errors_to_main_thread()
-            with events_in(log_dir):
-                writer = SummaryWriter(log_dir, purge_step=first_step)
-        return cls(path, writer)
+    def __enter__(self) -> Self:
+        return self
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Print the scores of an epoch and keep its record."""
-        scores = scores_of(record)
-        if any(name.startswith("test_") for name in scores):
-            log(f"Epoch {record['epoch']}  " + "  ".join(f"{n} {v:.4f}" for n, v in scores.items()))
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def show_batch(self, batch: Batch, teacher_logits: torch.Tensor | None) -> None:
+        """Show training images as the network sees them, with what the teacher says."""
+        if self.board is None or batch.images.ndim != 4:  # features, in a linear probe
+            return
+        classes = self.config["classes"]
+        images = batch.images[:PICTURES]
+        captions = [label_text(target, classes) for target in batch.targets[:PICTURES].cpu()]
+        if teacher_logits is not None:
+            answers = [answer_text(row, classes) for row in teacher_logits[:PICTURES].cpu()]
+            captions = [f"{c}\nteacher {a}" for c, a in zip(captions, answers, strict=True)]
+        pictures = to_pictures(images, self.config["mean"], self.config["std"])
+        self.board.pictures("training_images", pictures, captions)
+
+    def look(
+        self,
+        epoch: int,
+        done: int,
+        updates: int,
+        means: dict[str, float],
+        opt: dict[str, float],
+        images: int,
+        rate: float,
+    ) -> None:
+        """Tell about the optimizer steps since the last look.
+
+        Args:
+            done, updates: steps of the epoch that are done, and all of them.
+            means: loss and its parts, means over these steps.
+            opt: charts of the optimizer.
+            images: of these steps, on all processes.
+            rate: images per second.
+        """
+        shown = dict(means)
+        if set(means) == {"loss", "ce"}:
+            del shown["ce"]  # the same number: nothing is distilled
+        per_step = self.images_per_step
+        memory = runtime.peak_memory(self.device)
+        self.terminal.step(epoch, done, updates, shown, opt["opt/lr"], rate, per_step, memory)
+        if self.board is not None:
+            values = {TRAINING_CHARTS[name]: value for name, value in means.items()}
+            seen = (epoch * updates + done) * self.images_per_step
+            speed = {"speed/images_per_second": rate}
+            self.board.scalars("train", values | opt | speed, seen)
+
+    def write(self, record: dict[str, Any], seen: int, best: float | None, rate: float) -> None:
+        """Print the row of an epoch and keep its record.
+
+        Args:
+            record: what log.txt is to hold.
+            seen: optimizer steps of the run so far.
+            best: highest accuracy so far; None where nothing is evaluated.
+            rate: images trained per second.
+        """
+        self.terminal.epoch(record, best, rate)
         if self.path is not None:
             append_line(self.path, json.dumps(record))
-        if self.writer is not None:
-            with events_in(self.writer.log_dir):
-                for name, value in scores.items():
-                    self.writer.add_scalar(name.replace("_", "/", 1), value, record["epoch"])
-                self.writer.flush()
+        if self.board is None:
+            return
+        curves: dict[str, dict[str, float]] = {}
+        for name, value in scores_of(record).items():
+            curve, _, score = name.partition("_")
+            if score.endswith("_ema"):
+                curve, score = f"{curve}_ema", score.removesuffix("_ema")
+            if score != "acc5" or len(self.config["classes"]) > MANY_CLASSES:
+                curves.setdefault(curve, {})[CHARTS[score]] = value
+        self.board.seen = seen * self.images_per_step
+        for curve, values in curves.items():
+            self.board.scalars(curve, values, self.board.seen)
+        self.board.flush()
 
     def close(self) -> None:
-        """Close TensorBoard's file."""
-        if self.writer is not None:
-            with events_in(self.writer.log_dir):
-                self.writer.close()
-
-
-@contextmanager
-def events_in(folder: str) -> Iterator[None]:
-    """Raise UserError where the file system refuses TensorBoard's file in a folder."""
-    try:
-        yield
-    except OSError as error:
-        raise utils.could_not_write(Path(folder) / "events.out.tfevents", error, "log") from error
-
-
-def _leave_errors_to_main_thread() -> None:
-    """Keep TensorBoard's writing thread from printing a traceback where it fails.
-
-    The main thread raises the same error with its next call.
-    """
-    report = threading.excepthook
-
-    def hook(failed: threading.ExceptHookArgs) -> None:
-        is_writer = type(failed.thread).__name__ == "_AsyncWriterThread"  # internal to tensorboard
-        if not (is_writer and isinstance(failed.exc_value, OSError)):
-            report(failed)
-
-    threading.excepthook = hook
+        """Remove the live line and close the files."""
+        self.terminal.clear()
+        if self.board is not None:
+            self.board.close()
 
 
 def append_line(path: Path, line: str) -> None:

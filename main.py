@@ -28,7 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import losses
+import metrics
 import models
 import probe
 import runtime
+import summary
 import utils
 from arguments import (
     cores_per_process,
@@ -84,11 +86,12 @@ from engine import (
     evaluate,
     train_one_epoch,
 )
-from evaluation import open_scored
+from evaluation import Tempered, calibrate, images_to_calibrate, open_scored
 from loaders import Batch, Data, build_data, build_eval_loader
-from logs import History, Recorder
+from logs import History, Recorder, TimeSplit
 from runtime import log
 from teacher import RunTeacher, fill_store, prepare_teacher
+from terminal import MANY_CLASSES
 from utils import RandomUse, UserError, name_flags
 
 
@@ -254,16 +257,36 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
         check_images([val], args.num_workers)
     settings = loop_settings(args, device)
     loader = build_eval_loader(args, val, config, device)
+    held_out = None
+    if args.calibrate:
+        every = argparse.Namespace(**{**vars(args), "dist_eval": False})  # on each process
+        held_out = build_eval_loader(every, images_to_calibrate(args, checkpoint), config, device)
     student = make_student(args, device, classes)
     network = SelectClasses(student, positions)
+    reports = {}
     for suffix, keys in (("", RAW_KEYS), ("_ema", EMA_KEYS)):
         is_ema, is_there = bool(suffix), any(checkpoint.get(key) for key in keys)
         if args.use_ema == str(not is_ema).lower() or (is_ema and not is_there):
             continue
         with name_flags(checkpoint="--resume"):
             load_network(checkpoint, args.resume, student, keys)
-        for name, value in evaluate(loader, network, settings, args.dist_eval).items():
-            log(f"test_{name}{suffix} {value:.4f}")
+        answers: list[metrics.Answers] = []
+        scores = evaluate(loader, network, settings, args.dist_eval, answers=answers)
+        found = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
+        if held_out is not None:
+            temperature = calibrate(held_out, student, settings)
+            found["temperature"] = temperature
+            scaled = evaluate(loader, Tempered(network, temperature), settings, args.dist_eval)
+            scores |= {f"{name}_calibrated": scaled[name] for name in ("loss", "ece")}
+            found |= {"nll_calibrated": scaled["loss"], "ece_calibrated": scaled["ece"]}
+            log(f"temperature{suffix} {temperature:.4f}")
+        for name, value in scores.items():
+            if name != "acc5" or len(val.classes) > MANY_CLASSES:
+                log(f"test_{name}{suffix} {value:.4f}")
+        reports["ema" if is_ema else "student"] = found
+        log("\n".join(metrics.report_lines(found)))
+    with name_flags(output="--report"):
+        summary.write_report(args.report, reports)
 
 
 def train(
@@ -289,6 +312,7 @@ def train(
     if state.epoch < 0 and state.progress is None:  # not resumed
         read_validation(data)
 
+    times = TimeSplit(settings.device)
     model: TrainedModel
     features = None
     if args.linear_probe:
@@ -297,67 +321,93 @@ def train(
         model = probe.TrainedClassifier(student, takes_features=features is not None)
     else:
         ddp = exchange_gradients(student, settings.device) if runtime.world_size() > 1 else student
-        model = StudentWithDistillation(ddp, teacher.model)  # the teacher stays outside DDP
+        # The teacher stays outside DDP.
+        model = StudentWithDistillation(ddp, teacher.model, partial(times.on_device, "teacher"))
         if args.compile:
             student.compile()
-    train_loader = features.train if features else data.train_loader
+    train_loader = times.timed(features.train if features else data.train_loader)
     first_step = start * steps + (state.progress.updates if state.progress else 0)
-    with name_flags(folder="--log_dir"):
-        recorder = Recorder.open(vars(args), settings.device, start, first_step)
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    started = time.time()
 
     def after_update(history: History, updates: int) -> None:
         is_due = args.save_ckpt_steps and updates % args.save_ckpt_steps == 0
         if not (is_due or history.stop) or updates == history.updates:
             return  # the last step of an epoch is followed by the checkpoint of the epoch
         teacher.flush()
-        saved = state.save_inside_epoch(history.flush(updates))
+        with times.spent_on("saving"):
+            saved = state.save_inside_epoch(history.flush(updates))
         if history.stop:
             raise runtime.Interrupted(
                 history.stop, f"step {updates} of epoch {history.epoch}", saved
             )
 
-    for epoch in range(start, args.epochs):
-        stats = train_one_epoch(
-            model,
-            loss,
-            train_loader,
-            optimizer,
-            scaler,
-            schedule,
-            epoch,
-            settings,
-            ema=ema,
-            writer=recorder.writer,
-            progress=state.progress,
-            after_update=after_update,
-        )
-        teacher.flush()
-        record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
-        is_last = epoch + 1 == args.epochs
-        is_due = (epoch + 1) % args.eval_freq == 0 or is_last
-        if data.val_loader is not None and is_due and not args.disable_eval:
-            if features and features.val is not None:
-                record |= evaluate_all(
-                    args, features.val, student, ema, settings, part=probe.head_of
-                )
-            else:
-                record |= evaluate_all(args, data.val_loader, student, ema, settings, teacher)
-        record |= teacher.scores
-        recorder.write(record | {"n_parameters": n_parameters})
-        improved = state.finish_epoch(epoch, record)
-        if state.folder is not None:
-            is_kept = (epoch + 1) % args.save_ckpt_freq == 0 or is_last
-            signalled = runtime.stop_requested(settings.device)
-            state.save(improved, is_kept or bool(signalled), args.save_ckpt_num)
-            if signalled and not is_last:
-                raise runtime.Interrupted(signalled, f"epoch {epoch}", state.folder)
-    recorder.close()
-    teacher.warn_if_below(state.scores)
-    duration = timedelta(seconds=int(time.time() - started))
-    log(f"Trained {max(0, args.epochs - start)} epochs in {duration}")
-    log(state.summary())
+    with name_flags(folder="--log_dir"):
+        recorder = Recorder.open(vars(args), settings.device, data.config, start, first_step)
+    answers: dict[str, list[metrics.Answers]] = {}
+    with recorder:
+        for epoch in range(start, args.epochs):
+            began = time.perf_counter()
+            stats = train_one_epoch(
+                model,
+                loss,
+                train_loader,
+                optimizer,
+                scaler,
+                schedule,
+                epoch,
+                settings,
+                ema=ema,
+                recorder=recorder,
+                progress=state.progress,
+                after_update=after_update,
+            )
+            steps_now = (epoch + 1) * steps - first_step if epoch == start else steps
+            rate = steps_now * recorder.images_per_step / (time.perf_counter() - began)
+            teacher.flush()
+            record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
+            is_last = epoch + 1 == args.epochs
+            is_due = (epoch + 1) % args.eval_freq == 0 or is_last
+            if data.val_loader is not None and is_due and not args.disable_eval:
+                collected = answers if is_last else None
+                with times.spent_on("evaluation"):
+                    if features and features.val is not None:
+                        record |= evaluate_all(
+                            args,
+                            features.val,
+                            student,
+                            ema,
+                            settings,
+                            part=probe.head_of,
+                            answers=collected,
+                        )
+                    else:
+                        record |= evaluate_all(
+                            args,
+                            data.val_loader,
+                            student,
+                            ema,
+                            settings,
+                            teacher,
+                            answers=collected,
+                        )
+            record |= teacher.scores
+            improved = state.finish_epoch(epoch, record)
+            recorder.write(
+                record | {"n_parameters": n_parameters},
+                (epoch + 1) * steps,
+                state.best.get("best"),
+                rate,
+            )
+            if state.folder is not None:
+                is_kept = (epoch + 1) % args.save_ckpt_freq == 0 or is_last
+                signalled = runtime.stop_requested(settings.device)
+                with times.spent_on("saving"):
+                    state.save(improved, is_kept or bool(signalled), args.save_ckpt_num)
+                if signalled and not is_last:
+                    raise runtime.Interrupted(signalled, f"epoch {epoch}", state.folder)
+        teacher.warn_if_below(state.scores)
+        trained = (args.epochs * steps - first_step) * recorder.images_per_step
+        summary.conclude(args, data, state, teacher, times, recorder, answers, trained)
 
 
 def exchange_gradients(student: nn.Module, device: torch.device) -> DistributedDataParallel:
@@ -384,6 +434,7 @@ def evaluate_all(
     settings: LoopSettings,
     teacher: RunTeacher | None = None,
     part: Callable[[nn.Module], nn.Module] = lambda network: network,
+    answers: dict[str, list[metrics.Answers]] | None = None,
 ) -> dict[str, float]:
     """Score the student, and its EMA where asked: test_loss, test_acc1, test_acc5, …_ema.
 
@@ -391,20 +442,24 @@ def evaluate_all(
 
     Args:
         part: which part of a network takes what the loader yields, such as probe.head_of.
+        answers: filled with the answers of 'student' and 'ema'.
     """
     teacher_logits = teacher.logits if teacher else None
 
-    def score(model: nn.Module) -> dict[str, float]:
+    def score(model: nn.Module, name: str) -> dict[str, float]:
         if runtime.world_size() > 1:
             distribute_bn(model, runtime.world_size())  # every rank scores what rank 0 will save
-        return evaluate(loader, part(model), settings, args.dist_eval, teacher_logits)
+        collected = None if answers is None else answers.setdefault(name, [])
+        return evaluate(
+            loader, part(model), settings, args.dist_eval, teacher_logits, answers=collected
+        )
 
-    record = {f"test_{name}": value for name, value in score(student).items()}
+    record = {f"test_{name}": value for name, value in score(student, "student").items()}
     if ema is not None and args.model_ema_eval:
         averaged = ema.module
         if args.model_ema_force_cpu:
             averaged = copy.deepcopy(averaged).to(settings.device)
-        record |= {f"test_{name}_ema": value for name, value in score(averaged).items()}
+        record |= {f"test_{name}_ema": value for name, value in score(averaged, "ema").items()}
     return record
 
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from utils import UserError, changes, first_line
 
@@ -199,6 +200,29 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has computed what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that were in use at once: of the GPU, else of this process's host memory.
+
+    None on Windows, which does not tell the latter.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def world_size() -> int:
     """Number of processes in the group; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -220,12 +244,13 @@ def is_main_process() -> bool:
 
 
 def log(*words: object) -> None:
-    """Print, on rank 0 only."""
+    """Print, on rank 0 only; above a line that is kept up to date (see terminal.Terminal)."""
     if is_main_process():
         text = " ".join(map(str, words))
         # A file name need not be UTF-8; Python keeps its other bytes as code points of their own,
         # which a terminal refuses.
-        print(text.encode(errors="backslashreplace").decode(), flush=True)
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(text.encode(errors="backslashreplace").decode(), flush=True)
 
 
 def barrier() -> None:

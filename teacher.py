@@ -64,7 +64,7 @@ class RunTeacher:
     # What StudentWithDistillation asks: the network, the store in its place, or None.
     model: nn.Module | StoredTeacher | None = None
     store: LogitStore | None = None
-    scores: dict[str, float] = field(default_factory=dict)  # teacher_acc1, teacher_loss
+    scores: dict[str, float] = field(default_factory=dict)  # teacher_acc1, _loss and _ece
     # Logits on the validation images by the places of each batch.
     logits: LogitsByPlaces | None = None
 
@@ -220,7 +220,8 @@ def _score(
 
     Args:
         source: the network, or its cached logits.
-    Returns: teacher_acc1 and teacher_loss, and the network's logits by the places of each batch.
+    Returns: teacher_acc1, teacher_loss and teacher_ece, and the network's logits by the places of
+        each batch.
     Raises: UserError below --teacher_min_acc1.
     """
     logits: dict[range, torch.Tensor] = {}
@@ -231,19 +232,20 @@ def _score(
     else:
         found = evaluate(loader, source, settings, args.dist_eval, collect=logits)
     acc1, loss, causes = found["acc1"], found["loss"], _causes(source)
-    log(f"Teacher on the validation images: acc1 {acc1:.2f}, loss {loss:.4f}")
+    assert data.val is not None  # it was just scored
+    images = len(data.val)
+    log(f"Teacher on the {images:,} validation images: acc1 {acc1:.2f}, loss {loss:.4f}")
     if acc1 < args.teacher_min_acc1:
         raise UserError(
             f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher scores {acc1:.2f}; {causes}"
         )
-    assert data.val is not None  # it was just scored
-    images, chance = len(data.val), _chance(data.val)
+    chance = _chance(data.val)
     if is_near_chance(round(acc1 / 100 * images), images, chance):
         log(
             f"Warning: the teacher is near chance: to name one class every time would score "
             f"{100 * chance:.2f} % of the {images:,} images; {causes}"
         )
-    return {"teacher_acc1": acc1, "teacher_loss": loss}, logits
+    return {f"teacher_{name}": found[name] for name in ("acc1", "loss", "ece")}, logits
 
 
 def _tell_confidence(

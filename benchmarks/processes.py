@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = shlex.split(
     "--data_set DIGITS --model cifar_resnet8 --epochs 1 --train_samples 50 --batch_size 50 "
-    "--num_workers 0"
+    "--num_workers 0 --print_seconds 0"
 )
 STUDENT = shlex.split(
     "--device cpu --num_workers 0 --model resnet18 --input_size 128 --batch_size 16 "

@@ -34,8 +34,8 @@ from torch import nn
 import arguments
 import engine
 import loaders
-import logs
 import runtime
+import terminal
 from distillation import DistillationLoss, StudentWithDistillation, TeacherAdapter
 from examples import digits_demo
 from loaders import Batch
@@ -268,7 +268,7 @@ class RunnerElsewhere:
 
 def silence_the_loop() -> None:
     """Keep the loop from printing its lines, in this process."""
-    logs.log = lambda *words: None
+    terminal.log = lambda *words: None
 
 
 def measure(rounds: int, device: torch.device) -> list[dict[str, Any]]:

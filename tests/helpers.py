@@ -20,6 +20,8 @@ CPU = torch.device("cpu")
 QUICK = "--device cpu --num_workers 0 --batch_size 16 --model cifar_resnet8".split()
 SHORT = "--train_samples 64 --epochs 2".split()  # four steps per epoch
 
+# What a finished run leaves besides checkpoints.
+RECORDS = ["args.json", "environment.json", "log.txt", "summary.json", "tb"]
 CLASSES = ['ant, "red"', "bee", "Käfer 猫"]
 # Not what main.py would choose, so that a value that is not handed on shows.
 CONFIG = {

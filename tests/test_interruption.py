@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, ROOT, children_of, is_same, read_log, start, torchrun
+from helpers import CPU, RECORDS, ROOT, children_of, is_same, read_log, start, torchrun
 
 import runtime
 from checkpoints import INSIDE_EPOCH
 from utils import UserError
 
 LONG = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 640 --batch_size 8
---epochs 3"""
+--epochs 3 --print_seconds 0"""
 
 
 def train(folder: Path, processes: int = 1) -> subprocess.Popen:
@@ -128,7 +128,7 @@ def test_a_checkpoint_costs_no_leftovers(run_main, short, tmp_path):
     run_main(*short, "--save_ckpt_steps", 1, output_dir=tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     checkpoints = {f"checkpoint-{name}.pth" for name in (0, 1, "best")}
-    assert names == {".lock", "log.txt", "args.json", "environment.json"} | checkpoints
+    assert names == {".lock", *RECORDS} | checkpoints
 
 
 def test_a_run_waits_no_longer_than_its_step_for_a_signal():

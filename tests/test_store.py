@@ -481,7 +481,7 @@ def test_one_replaced_validation_image_is_asked_of_the_teacher_again(
     online = run_main(*plain, output_dir=tmp_path / "online")
     assert cached.log == online.log
     scores = [
-        [line for line in run.out.splitlines() if line.startswith("Teacher on the validation")]
+        [line for line in run.out.splitlines() if " validation images: acc1 " in line]
         for run in (cached, online)
     ]
     assert scores[0] == scores[1] and len(scores[0]) == 1

@@ -304,7 +304,7 @@ def test_a_teacher_that_has_seen_the_held_out_images_is_warned_of(run_main, shor
 
 def test_the_teachers_score_is_printed_logged_and_kept(run_main, short, kd, tmp_path):
     run = run_main(*short, *kd, output_dir=tmp_path)
-    printed = float(re.search(r"Teacher on the validation images: acc1 ([\d.]+)", run.out)[1])
+    printed = float(re.search(r"Teacher on the 360 validation images: acc1 ([\d.]+)", run.out)[1])
     assert run.log[0]["teacher_acc1"] == pytest.approx(printed, abs=0.01)
     assert run.checkpoint(1)["scores"]["teacher_acc1"] == run.log[1]["teacher_acc1"]
     assert "Warning: the teacher is near chance" in run.out  # its weights are random

@@ -1,0 +1,222 @@
+"""TensorBoard: curves over the images seen, pictures, and the settings beside the final scores.
+
+Training, validation and teacher write to folders of their own, with the same names for the same
+quantities. So TensorBoard draws their curves into one chart.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import utils
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+PICTURES = 16  # of training images, and of validation mistakes
+CELL = 200  # pixels of a picture's side
+LINE = 22  # pixels of a line of text
+OWNER = "run.txt"  # names the run that a folder belongs to
+
+# Names of the scores in log.txt -> family and name of the chart.
+CHARTS = {
+    "loss": "loss/ce",
+    "acc1": "acc/acc1",
+    "acc5": "acc/acc5",
+    "ece": "acc/calibration_error",
+    "agreement": "fidelity/agreement",
+    "kl": "fidelity/kl",
+}
+TRAINING_CHARTS = {
+    "loss": "loss/total",
+    "ce": "loss/ce",
+    "kd": "loss/kd",
+    "kd_labeled": "loss/kd_labeled",
+    "kd_unlabeled": "loss/kd_unlabeled",
+    "teacher_acc1": "acc/teacher_on_training_images",
+    "labeled": "opt/labeled_share",
+}
+
+
+class Board:
+    """The TensorBoard folder of a run.
+
+    Args:
+        folder: created where it is missing.
+        seen: images seen so far; what an interrupted run wrote of later images is hidden.
+    Raises: UserError where the file system refuses the folder.
+    """
+
+    def __init__(self, folder: Path, seen: int) -> None:
+        utils.make_folder(folder)
+        _leave_errors_to_main_thread()
+        self.folder, self.first, self.seen = folder, seen + 1, seen
+        self.writers: dict[str, SummaryWriter] = {}  # by curve; '' for pictures and settings
+
+    def writer(self, curve: str = "") -> SummaryWriter:
+        """The writer of one curve, such as 'train'."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if curve not in self.writers:
+            folder = self.folder / curve
+            self.writers[curve] = SummaryWriter(str(folder), purge_step=self.first)
+        return self.writers[curve]
+
+    def scalars(self, curve: str, values: Mapping[str, float], seen: int) -> None:
+        """Add a point to charts, at a number of images seen."""
+        with events_in(self.folder):
+            for chart, value in values.items():
+                self.writer(curve).add_scalar(chart, value, seen)
+
+    def text(self, name: str, text: str) -> None:
+        """Show a text in fixed width."""
+        with events_in(self.folder):
+            self.writer().add_text(name, "    " + text.replace("\n", "\n    "))
+
+    def pictures(self, name: str, pictures: Sequence[Image.Image], captions: Sequence[str]) -> None:
+        """Show a grid of pictures with captions of two lines."""
+        if pictures:
+            with events_in(self.folder):
+                self.writer().add_image(name, grid(pictures, captions), dataformats="HWC")
+
+    def settings(self, values: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+        """The settings and the final scores, for TensorBoard's page HPARAMS."""
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v for k, v in values.items() if isinstance(v, bool | int | float | str)}
+        named = {f"final/{name}": value for name, value in scores.items()}
+        with events_in(self.folder):
+            writer = self.writer()
+            for summary in hparams(plain, named):
+                writer._get_file_writer().add_summary(summary)
+            for name, value in named.items():
+                writer.add_scalar(name, value, self.seen)
+
+    def flush(self) -> None:
+        """Write what is waiting in memory."""
+        with events_in(self.folder):
+            for writer in self.writers.values():
+                writer.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        with events_in(self.folder):
+            for writer in self.writers.values():
+                writer.close()
+        self.writers = {}
+
+
+def board_folder(log_dir: str | None, output_dir: str, is_resumed: bool) -> Path | None:
+    """Where a run writes its TensorBoard files; None for nowhere.
+
+    By default in OUTPUT_DIR/tb. In a folder that several runs share, the first writes to the folder
+    itself, and later ones to run-2, run-3 and so on; a resumed run finds its own again.
+
+    Args:
+        log_dir: of the command line; 'none' for nowhere.
+        is_resumed: whether this run goes on with an earlier one.
+    """
+    if log_dir == "none" or not (log_dir or output_dir):
+        return None
+    if not log_dir:
+        return Path(output_dir) / "tb"
+    owner = str(Path(output_dir).resolve()) if output_dir else ""
+    number = 1
+    folder = Path(log_dir)
+    while any(folder.glob("*events.out*")) or (folder / OWNER).exists():
+        note = folder / OWNER
+        if is_resumed and owner and note.exists() and note.read_text("utf-8") == owner:
+            break
+        number += 1
+        folder = Path(log_dir) / f"run-{number}"
+    utils.make_folder(folder)
+    (folder / OWNER).write_text(owner, "utf-8")
+    return folder
+
+
+# ------------------------------------------------------------------------------- pictures
+
+
+def to_pictures(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> list:
+    """Normalised images (N, 3, H, W) as pictures that people can look at."""
+    shape = (1, 3, 1, 1)
+    pixels = images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    array = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def grid(pictures: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
+    """Pictures in rows of up to four, each above its caption: (H, W, 3) uint8."""
+    columns = min(4, len(pictures))
+    rows = -(-len(pictures) // columns)
+    height = CELL + LINE * (2 + max(caption.count("\n") for caption in captions))
+    sheet = Image.new("RGB", (columns * (CELL + 8), rows * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE - 4)
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = number % columns * (CELL + 8), number // columns * height
+        scale = CELL / max(picture.size)
+        size = [max(1, round(side * scale)) for side in picture.size]
+        how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+        sheet.paste(picture.resize(size, how), (left, top))
+        for line, text in enumerate(caption.splitlines()):
+            while draw.textlength(text, font) > CELL:
+                text = f"{text[:-2]}…"
+            draw.text((left, top + CELL + line * LINE), text, "black", font)
+    return np.asarray(sheet)
+
+
+def label_text(target: torch.Tensor, classes: Sequence[str]) -> str:
+    """The label of one image: a class (), or the shares (C,) of a mixed one."""
+    if target.ndim == 0:
+        index = int(target)
+        return classes[index] if index < len(classes) else "no label"
+    shares = target[: len(classes)]
+    top = shares.topk(min(2, len(shares)))
+    named = [
+        f"{classes[i]} {share:.2f}"
+        for share, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        if share > 0.05
+    ]
+    return " + ".join(named) or "no label"
+
+
+def answer_text(logits: torch.Tensor, classes: Sequence[str], most: int = 2) -> str:
+    """The most probable classes (C,) of one image with their probabilities."""
+    top = logits.float().softmax(dim=0).topk(min(most, len(logits)))
+    pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    return ", ".join(f"{classes[index]} {share:.2f}" for share, index in pairs)
+
+
+# --------------------------------------------------------------------------------- errors
+
+
+@contextmanager
+def events_in(folder: Path) -> Iterator[None]:
+    """Raise UserError where the file system refuses TensorBoard's file in a folder."""
+    try:
+        yield
+    except OSError as error:
+        raise utils.could_not_write(folder / "events.out.tfevents", error, "log") from error
+
+
+def _leave_errors_to_main_thread() -> None:
+    """Keep TensorBoard's writing thread from printing a traceback where it fails.
+
+    The main thread raises the same error with its next call.
+    """
+    report = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        is_writer = type(failed.thread).__name__ == "_AsyncWriterThread"  # internal to tensorboard
+        if not (is_writer and isinstance(failed.exc_value, OSError)):
+            report(failed)
+
+    threading.excepthook = hook

@@ -1,0 +1,175 @@
+"""What the answers of a classifier tell beyond its accuracy: calibration, classes, confusions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import runtime
+
+BINS = 15  # of the confidences; as in Guo et al., 'On calibration of modern neural networks', 2017
+MOST_CLASSES = 20  # that are all listed in the terminal; of more classes, the worst are
+WORST_CLASSES = 10
+MOST_CONFUSED = 5  # pairs of classes that are listed in the terminal
+HOTTEST = 100.0  # temperatures are searched between 1 / HOTTEST and HOTTEST
+
+
+class Answers(NamedTuple):
+    """What a classifier answered for each of N images, and what was right."""
+
+    places: torch.Tensor  # (N,) int64, positions of the images in the validation data
+    targets: torch.Tensor  # (N,) int64
+    predictions: torch.Tensor  # (N,) int64
+    confidences: torch.Tensor  # (N,) float32, probabilities of the predictions
+    losses: torch.Tensor  # (N,) float32, cross-entropies
+
+
+def answers_of(logits: torch.Tensor, targets: torch.Tensor, places: range) -> Answers:
+    """The answers for one batch.
+
+    Args:
+        logits: (B, C) float32.
+        targets: (B,) int64.
+    """
+    confidences, predictions = logits.softmax(dim=1).max(dim=1)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    positions = torch.tensor(places, device=logits.device)
+    return Answers(positions, targets, predictions, confidences, losses)
+
+
+def join(batches: Sequence[Answers], shared: bool) -> Answers:
+    """The answers for all images, in the order of the data, on the CPU. Collective.
+
+    Args:
+        shared: whether each process holds a part of the images; else each holds all of them.
+    """
+    columns = [torch.cat(column).cpu() for column in zip(*batches, strict=True)] if batches else []
+    if shared:
+        parts = [part for part in runtime.gather(columns) if part]
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    order = columns[0].argsort()
+    return Answers(*(column[order] for column in columns))
+
+
+# ------------------------------------------------------------------------------- calibration
+
+
+def bins_of(confidences: torch.Tensor) -> torch.Tensor:
+    """Which of the intervals (0, 1/BINS], …, (1 - 1/BINS, 1] each confidence lies in, int64."""
+    return ((confidences * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+
+
+def calibration_gaps(confidences: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
+    """Sum of (correct - confidence) over the images of each bin.
+
+    These sums may be added up over batches; `calibration_error` needs nothing else.
+
+    Args:
+        confidences: (B,) floating point, in 0…1.
+        correct: (B,) bool.
+    Returns: (BINS,), dtype of the confidences.
+    """
+    is_in = bins_of(confidences)[:, None] == torch.arange(BINS, device=confidences.device)
+    return ((correct.to(confidences.dtype) - confidences)[:, None] * is_in).sum(dim=0)
+
+
+def calibration_error(gaps: Sequence[float], images: float) -> float:
+    """The expected calibration error (ECE) in percent: Guo et al. 2017, eq. 3.
+
+    The mean over the images of |accuracy - mean confidence| of the bin that an image is in.
+    """
+    return 100 * sum(map(abs, gaps)) / images
+
+
+def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """The temperature T with which softmax(logits / T) has the smallest cross-entropy.
+
+    Guo et al. 2017, section 4.2. The cross-entropy is convex in b = 1/T, and its slope is the mean
+    of sum_c p_c(b) z_c - z_y; bisection finds the zero of that, in float64.
+
+    Args:
+        logits: (N, C).
+        targets: (N,) int64.
+    Returns: T, between 1/HOTTEST and HOTTEST; at either end nothing smaller was found.
+    """
+    logits = logits.double()
+    of_targets = logits.gather(1, targets[:, None])[:, 0]
+    low, high = 1 / HOTTEST, HOTTEST
+    for _ in range(60):
+        middle = (low * high) ** 0.5  # of b
+        expected = ((logits * middle).softmax(dim=1) * logits).sum(dim=1)
+        if (expected - of_targets).mean().item() < 0:
+            low = middle
+        else:
+            high = middle
+    return 1 / low
+
+
+# ------------------------------------------------------------------------------- the report
+
+
+def report(answers: Answers, classes: Sequence[str]) -> dict[str, Any]:
+    """What --report writes of one network, in plain values.
+
+    Returns: images, acc1 (%), nll (mean cross-entropy), ece (%), bins (of images with similar
+        confidence: their number, mean confidence and accuracy in %), per_class (images and accuracy
+        in %, in the order of the classes; None for a class without images) and confusions (how
+        often a class was taken for another, the most frequent first).
+    """
+    right = answers.predictions == answers.targets
+    number = torch.bincount(answers.targets, minlength=len(classes)).tolist()
+    correct = torch.bincount(answers.targets[right], minlength=len(classes)).tolist()
+    per_class = [
+        {"class": name, "images": n, "acc1": 100 * k / n if n else None}
+        for name, n, k in zip(classes, number, correct, strict=True)
+    ]
+    pairs = torch.stack([answers.targets, answers.predictions], dim=1)[~right].tolist()
+    confused = sorted(Counter(map(tuple, pairs)).items(), key=lambda item: (-item[1], item[0]))
+    confidences, images = answers.confidences.double(), len(right)
+    gaps = calibration_gaps(confidences, right)
+    bins = []
+    for index in range(BINS):
+        is_in = bins_of(confidences) == index
+        if n := int(is_in.sum()):
+            means = confidences[is_in].mean().item(), right[is_in].double().mean().item()
+            bins.append({"images": n, "confidence": 100 * means[0], "acc1": 100 * means[1]})
+    return {
+        "images": images,
+        "acc1": 100 * right.double().mean().item(),
+        "nll": answers.losses.double().mean().item(),
+        "ece": calibration_error(gaps.tolist(), images),
+        "bins": bins,
+        "per_class": per_class,
+        "confusions": [
+            {"class": classes[target], "predicted": classes[taken], "images": n}
+            for (target, taken), n in confused
+        ],
+    }
+
+
+def report_lines(found: dict[str, Any]) -> list[str]:
+    """What the terminal shows of a report: accuracy per class, and the most confused pairs."""
+    rows = [row for row in found["per_class"] if row["images"]]
+    title = "Accuracy per class"
+    if len(rows) > MOST_CLASSES:
+        title = f"The {WORST_CLASSES} of {len(rows)} classes with the lowest accuracy"
+        rows = sorted(rows, key=lambda row: row["acc1"])[:WORST_CLASSES]
+    width = max(len(row["class"]) for row in rows)
+    lines = [f"{title}:"]
+    lines += [
+        f"  {row['class']:{width}}  {row['acc1']:6.2f} % of {row['images']:,} images"
+        for row in rows
+    ]
+    confused = found["confusions"][:MOST_CONFUSED]
+    if confused:
+        total = {row["class"]: row["images"] for row in found["per_class"]}
+        pairs = [
+            f"{c['class']} taken for {c['predicted']} ({c['images']} of {total[c['class']]:,})"
+            for c in confused
+        ]
+        lines.append(f"Most confused: {', '.join(pairs)}")
+    return lines

@@ -1,0 +1,247 @@
+"""The end of a run: a table of its networks, summary.json, and what TensorBoard shows of it."""
+
+import argparse
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+import cost
+import metrics
+import runtime
+from arguments import DATA_FLAGS, NOT_RECIPE
+from board import PICTURES, Board
+from checkpoints import RunState
+from cost import Cost
+from datasets import ImageSource
+from distillation import TeacherAdapter
+from loaders import Data
+from logs import Recorder, TimeSplit, write_whole
+from runtime import log
+from teacher import RunTeacher
+from terminal import aligned, summary_table, time_line
+from transforms import eval_transform
+from utils import first_line, name_flags
+
+# Scores in log.txt -> row of the table, and its format.
+ROWS = {
+    "acc1": ("accuracy %, last epoch", ".2f"),
+    "loss": ("cross-entropy", ".4f"),
+    "ece": ("calibration error %", ".2f"),
+    "agreement": ("agreement with teacher %", ".2f"),
+}
+BEST = {"student": "best", "EMA": "best-ema"}  # columns of the table -> names of checkpoints
+
+
+def conclude(
+    args: argparse.Namespace,
+    data: Data,
+    state: RunState,
+    teacher: RunTeacher,
+    times: TimeSplit,
+    recorder: Recorder,
+    answers: dict[str, list[metrics.Answers]],
+    trained: int,
+) -> None:
+    """Tell how a run ended, in the terminal, in summary.json and in TensorBoard. Collective.
+
+    Args:
+        answers: of the last evaluation, by network; empty where there was none.
+        trained: images, since the start of this process.
+    """
+    if not trained:  # the run was finished already
+        log(state.summary())
+        return
+    seconds = times.parts()
+    joined = {name: metrics.join(batches, args.dist_eval) for name, batches in answers.items()}
+    if not runtime.is_main_process():
+        return
+    size, board = data.config["input_size"], recorder.board
+    costs = costs_of(state.student, teacher.model, size)
+    memory = runtime.peak_memory(times.device)
+    if recorder.path is not None:
+        rate = trained / sum(seconds.values())
+        folder = recorder.path.parent
+        write_summary(folder, state.scores, state.best, costs, seconds, rate, memory)
+    reports = {name: metrics.report(found, data.classes) for name, found in joined.items()}
+    tell_end(
+        columns_of(state.scores, state.best, costs),
+        metrics.report_lines(reports["student"]) if reports else [],
+        seconds,
+        memory,
+        state.folder,
+        board.folder if board else None,
+    )
+    if not joined:
+        return
+    with name_flags(output="--report"):
+        write_report(args.report, reports)
+    if board is not None:
+        board.settings(settings_of(args), finals_of(state.scores, state.best))
+        if isinstance(data.val, ImageSource):
+            show_mistakes(data, joined["student"], board)
+
+
+def show_mistakes(data: Data, answers: metrics.Answers, board: Board) -> None:
+    """Show the wrongly classified validation images with the largest losses in TensorBoard."""
+    assert isinstance(data.val, ImageSource)
+    wrong = (answers.predictions != answers.targets).nonzero()[:, 0]
+    worst = wrong[answers.losses[wrong].argsort(descending=True)][:PICTURES].tolist()
+    transform = eval_transform(data.config)
+    pictures, captions = [], []
+    for index in worst:
+        pixels, _ = transform(data.val.load(int(answers.places[index])))
+        pictures.append(Image.fromarray(pixels))
+        label, taken = (data.classes[a[index]] for a in (answers.targets, answers.predictions))
+        captions.append(f"{label}, taken for {taken} {answers.confidences[index]:.2f}")
+    board.pictures("validation_mistakes", pictures, captions)
+
+
+def columns_of(
+    scores: Mapping[str, float], best: Mapping[str, float], costs: Mapping[str, Cost | None]
+) -> dict[str, dict[str, str]]:
+    """The table at the end of a run: network -> row -> text.
+
+    Args:
+        scores: of the last epoch, as in log.txt.
+        best: accuracy that each of the best checkpoints was saved with.
+        costs: by network; EMA and student cost the same, which is shown once.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for network, start, end in (
+        ("student", "test_", ""),
+        ("EMA", "test_", "_ema"),
+        ("teacher", "teacher_", ""),
+    ):
+        column = {}
+        if BEST.get(network) in best:
+            column["accuracy %, best epoch"] = f"{best[BEST[network]]:.2f}"
+        for name, (row, form) in ROWS.items():
+            if f"{start}{name}{end}" in scores:
+                column[row] = f"{scores[f'{start}{name}{end}']:{form}}"
+        spent = costs.get(network)
+        if spent is not None:
+            column["parameters"] = f"{spent.parameters:,}"
+            column["multiply-adds per image"] = f"{spent.multiply_adds:,}"
+            column["ms for 1 image"] = f"{spent.ms_single:.2f}"
+            large = spent.ms_large
+            column[f"ms for {cost.LARGE_BATCH} images"] = "" if large is None else f"{large:.1f}"
+        if column:
+            columns[network] = column
+    return columns
+
+
+def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cost | None]:
+    """What student and teacher cost to use; None for a teacher that was not loaded.
+
+    Args:
+        teacher: RunTeacher.model.
+    """
+    loaded = getattr(teacher, "teacher", teacher)  # what a cache asks for missing logits
+    modules = list(loaded.modules()) if isinstance(loaded, nn.Module) else []
+    adapters = [module for module in modules if isinstance(module, TeacherAdapter)]
+    try:
+        of_teacher = [cost.cost_of(a, input_size, a.parameters_before_fusing) for a in adapters]
+        return {
+            "student": cost.cost_of(student, input_size),
+            "teacher": cost.total(of_teacher) if of_teacher else None,
+        }
+    except Exception as error:  # whatever a network of one's own raises: the run itself is saved
+        log(f"Warning: parameters and latency are not told: {first_line(error)}")
+        return {"student": None, "teacher": None}
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What tells runs apart on TensorBoard's page HPARAMS: the recipe, where it was typed."""
+    main = ["model", "kd", "lr", "epochs", "batch_size", "seed"]
+    main += ["teacher_arch", "kd_alpha", "kd_temperature"] if args.kd else []
+    typed = [name for name in args.given if name not in NOT_RECIPE and name not in DATA_FLAGS]
+    skipped = {"teacher_path", "teacher_cache"}
+    return {n: getattr(args, n) for n in dict.fromkeys([*main, *typed]) if n not in skipped}
+
+
+def finals_of(scores: Mapping[str, float], best: Mapping[str, float]) -> dict[str, float]:
+    """The scores of the last epoch and the best accuracy, for TensorBoard's page HPARAMS."""
+    shown = ("test_acc1", "test_acc1_ema", "test_loss", "test_agreement")
+    found = {name.removeprefix("test_"): scores[name] for name in shown if name in scores}
+    return found | ({"best_acc1": best["best"]} if "best" in best else {})
+
+
+def write_report(path: str, reports: Mapping[str, Any]) -> None:
+    """Write the file of --report, on rank 0; nothing for ''."""
+    if path and runtime.is_main_process():
+        write_whole(Path(path), json.dumps(reports, indent=1, ensure_ascii=False))
+        log(f"Report: {path}")
+
+
+def write_summary(
+    folder: Path,
+    scores: Mapping[str, float],
+    best: Mapping[str, float],
+    costs: Mapping[str, Cost | None],
+    seconds: Mapping[str, float],
+    rate: float,
+    memory: int | None,
+) -> None:
+    """Write summary.json beside log.txt, on rank 0.
+
+    Args:
+        seconds: of this process since its start, by what they were spent on.
+        rate: training images per second, evaluation and saving included.
+        memory: peak, in bytes; None where it is not known.
+    """
+    if runtime.is_main_process():
+        found = {
+            "scores": dict(scores),
+            "best": dict(best),
+            "costs": {name: asdict(spent) for name, spent in costs.items() if spent is not None},
+            "seconds": dict(seconds),
+            "images_per_second": rate,
+            "peak_memory": memory,
+        }
+        write_whole(folder / "summary.json", json.dumps(found, indent=1))
+
+
+def tell_end(
+    columns: Mapping[str, Mapping[str, str]],
+    classes: Sequence[str],
+    seconds: Mapping[str, float],
+    memory: int | None,
+    folder: Path | None,
+    board: Path | None,
+) -> None:
+    """Print the table at the end of a run, and what to do next.
+
+    Args:
+        classes: lines about the classes (see metrics.report_lines).
+    """
+    if columns:
+        log("\n" + "\n".join(summary_table(columns)))
+    if classes:
+        log("\n" + "\n".join(classes))
+    rows = [("Time", time_line(seconds))]
+    if memory is not None:
+        rows.append(("Peak memory", f"{memory / 2**30:.2f} GiB"))
+    if folder is not None:
+        best = next(
+            (p for n in ("best", "best-ema") if (p := folder / f"checkpoint-{n}.pth").exists()),
+            None,
+        )
+        path = best or max(
+            folder.glob("checkpoint-*.pth"), key=lambda p: p.stat().st_mtime, default=None
+        )
+        rows.append(
+            ("Files", f"{folder}/log.txt, summary.json" + (f", {path.name}" if path else ""))
+        )
+        if path is not None:
+            quoted = shlex.quote(str(path))
+            rows.append(("Evaluate", f"python main.py --eval true --resume {quoted}"))
+            rows.append(("Train longer", "the same command with a larger --epochs"))
+    if board is not None:
+        rows.append(("TensorBoard", f"tensorboard --logdir {shlex.quote(str(board))}"))
+    log("\n" + "\n".join(aligned(rows)))

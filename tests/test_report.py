@@ -1,0 +1,233 @@
+"""What a run tells at its end: calibration, classes and confusions, time, costs, TensorBoard."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import board
+import cost
+import metrics
+
+torch.manual_seed(0)
+LOGITS = torch.randn(400, 5, dtype=torch.float64) * 2
+TARGETS = torch.where(torch.rand(400) < 0.6, LOGITS.argmax(dim=1), torch.randint(0, 5, (400,)))
+
+
+def error_by_hand(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Guo et al. 2017, eq. 3, image by image, in percent."""
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponents / exponents.sum(axis=1, keepdims=True)
+    bins = [[] for _ in range(15)]
+    for row, target in zip(probabilities, targets, strict=True):
+        confidence = row.max()
+        number = next(m for m in range(1, 16) if (m - 1) / 15 < confidence <= m / 15)
+        bins[number - 1].append((row.argmax() == target, confidence))
+    gaps = [abs(sum(r for r, _ in b) - sum(c for _, c in b)) for b in bins]
+    return 100 * sum(gaps) / len(targets)
+
+
+def test_calibration_error_is_that_of_the_paper_over_any_batches():
+    total = torch.zeros(15, dtype=torch.float64)
+    for logits, targets in zip(LOGITS.split(33), TARGETS.split(33), strict=True):
+        confidences, predictions = logits.softmax(dim=1).max(dim=1)
+        total += metrics.calibration_gaps(confidences, predictions == targets)
+    found = metrics.calibration_error(total.tolist(), len(TARGETS))
+    assert found == pytest.approx(error_by_hand(LOGITS.numpy(), TARGETS.numpy()), abs=1e-9)
+    assert metrics.bins_of(torch.tensor([1e-9, 1 / 15, 0.5, 1.0])).tolist() == [0, 0, 7, 14]
+
+
+def test_fitted_temperature_has_the_smallest_loss_and_bounds():
+    best = metrics.fit_temperature(LOGITS.float(), TARGETS)
+
+    def loss(temperature):
+        return F.cross_entropy(LOGITS / temperature, TARGETS).item()
+
+    assert all(loss(best) < loss(best * factor) for factor in (0.5, 0.99, 1.01, 2))
+    certain = metrics.fit_temperature(
+        LOGITS, LOGITS.argmax(dim=1)
+    )  # no mistake: the colder, the better
+    assert certain == pytest.approx(1 / metrics.HOTTEST, rel=1e-6)
+
+
+def test_report_counts_classes_and_confusions():
+    answers = [
+        metrics.answers_of(LOGITS[i::2].float(), TARGETS[i::2], range(i, 400, 2)) for i in range(2)
+    ]
+    joined = metrics.join(answers, shared=True)
+    assert joined.targets.tolist() == TARGETS.tolist()  # in the order of the data
+    found = metrics.report(joined, [*"abcde", "never seen"])
+    predictions = LOGITS.argmax(dim=1)
+    for index, row in enumerate(found["per_class"][:5]):
+        of_class = TARGETS.eq(index)
+        assert row["images"] == of_class.sum()
+        assert row["acc1"] == pytest.approx(100 * (predictions[of_class] == index).double().mean())
+    assert found["per_class"][5] == {"class": "never seen", "images": 0, "acc1": None}
+    assert sum(c["images"] for c in found["confusions"]) == (predictions != TARGETS).sum()
+    first = found["confusions"][0]
+    pair = ["abcde".index(first[name]) for name in ("class", "predicted")]
+    is_pair = TARGETS.eq(pair[0]) & predictions.eq(pair[1])
+    assert first["images"] == is_pair.sum() == max(c["images"] for c in found["confusions"])
+    assert found["nll"] == pytest.approx(F.cross_entropy(LOGITS, TARGETS).item(), rel=1e-6)
+    assert found["ece"] == pytest.approx(error_by_hand(LOGITS.numpy(), TARGETS.numpy()), abs=1e-4)
+    lines = metrics.report_lines(found)
+    assert len(lines) == 7 and "never seen" not in "".join(lines)
+    assert f"{first['class']} taken for {first['predicted']} ({first['images']} of" in lines[-1]
+
+
+def test_evaluation_reports_and_calibrates_on_held_out_images(run_main, tmp_path):
+    train = ["--train_samples", 200, "--epochs", 3, "--lr", "3e-3"]
+    run = run_main(*train, "--holdout", 100, "--report", tmp_path / "r.json", output_dir=tmp_path)
+    assert run.code == 0 and "Most confused: " in run.out, run.err
+    report = json.loads((tmp_path / "r.json").read_text())["student"]
+    last = run.log[-1]
+    assert (report["acc1"], report["nll"]) == pytest.approx((last["test_acc1"], last["test_loss"]))
+    assert report["ece"] == pytest.approx(last["test_ece"], abs=1e-6) and report["images"] == 100
+
+    resume = ["--eval", "true", "--resume", tmp_path / "checkpoint-2.pth"]
+    scored = run_main(*resume, "--calibrate", "true", "--report", tmp_path / "r.json")
+    assert scored.code == 0 and "DIGITS: 360 images" in scored.out, scored.err
+    report = json.loads((tmp_path / "r.json").read_text())["student"]
+    plain = run_main(*resume, "--data_set", "DIGITS")
+    assert f"test_loss {report['nll']:.4f}" in plain.out and "calibrated" not in plain.out
+    assert report["nll_calibrated"] < report["nll"]  # after 3 epochs a network is far too unsure
+    assert report["ece_calibrated"] < report["ece"] and 0.01 < report["temperature"] < 1
+
+    same = run_main(*resume, "--calibrate", "true", "--holdout", 100)
+    assert same.code == 2 and "leaves only the held-out images" in same.err
+    none = run_main(*train, "--epochs", 1, output_dir=tmp_path / "all")
+    asked = ["--eval", "true", "--resume", none.folder / "checkpoint-0.pth", "--calibrate", "true"]
+    told = run_main(*asked).err
+    assert "held out no images" in told and "--holdout N" in told
+
+
+def test_end_of_a_run_tells_scores_costs_time_and_what_to_do(run_main, short, kd, tmp_path):
+    run = run_main(
+        *short, *kd, "--model_ema", "true", "--model_ema_eval", "true", output_dir=tmp_path
+    )
+    lines = run.out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split() == ["student", "EMA", "teacher"])
+    last = run.log[-1]
+    names = ["test_acc1", "test_acc1_ema", "teacher_acc1"]
+    rows = {line[:24].strip(): line[24:].split() for line in lines[head + 1 : head + 10]}
+    assert rows["accuracy %, last epoch"] == [f"{last[name]:.2f}" for name in names]
+    assert rows["parameters"] == ["78,042", "78,042"]
+    assert len(rows["multiply-adds per image"]) == 2 and "ms for 1 image" in rows
+    assert f"python main.py --eval true --resume {tmp_path}/checkpoint-best.pth" in run.out
+    assert f"tensorboard --logdir {tmp_path}/tb" in run.out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["seconds"]) == {
+        "student",
+        "teacher",
+        "waiting for data",
+        "evaluation",
+        "saving",
+    }
+    assert all(value > 0 for value in summary["seconds"].values())
+    assert summary["costs"]["student"]["parameters"] == 78042
+    assert summary["scores"]["test_acc1"] == last["test_acc1"]
+
+
+def test_rows_say_what_the_run_has_and_no_more(run_main, short, kd, imnet):
+    plain = run_main(*short, "--print_seconds", 0)
+    assert " kd " not in plain.out and "acc5" not in plain.out and "[4/4]" in plain.out
+    (row, second) = (x for x in plain.out.splitlines() if x.startswith("Epoch") and "best" in x)
+    assert row.index("acc1") == second.index("acc1")  # aligned
+    distilled = run_main(*short, *kd)
+    assert " kd " in distilled.out and distilled.out.count("Teacher on the 360") == 1
+    assert "[4/4]" not in distilled.out  # less than ten seconds
+
+
+def test_cost_counts_attention_and_what_timm_counts():
+    """A vision transformer of 12 layers, width 192 and 197 tokens, by hand."""
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    found = cost.cost_of(network, 224)
+    tokens, width = 197, 192
+    layer = 12 * tokens * width**2 + 2 * tokens**2 * width
+    by_hand = 196 * 3 * 16**2 * width + 12 * layer + width * 10
+    assert found.multiply_adds == by_hand
+    assert found.parameters == sum(p.numel() for p in network.parameters())
+    assert found.ms_single > 0
+
+
+# ------------------------------------------------------------------------------ TensorBoard
+
+
+def curve(folder, name):
+    events = EventAccumulator(str(folder / name))
+    events.Reload()
+    return events
+
+
+def points(folder, name, chart):
+    return [(event.step, event.value) for event in curve(folder, name).Scalars(chart)]
+
+
+def test_tensorboard_shares_charts_over_the_images_seen(run_main, short, kd, tmp_path):
+    run = run_main(*short, *kd, output_dir=tmp_path)
+    tb = tmp_path / "tb"
+    assert [step for step, _ in points(tb, "train", "loss/kd")] == [64, 128]
+    for chart in ("loss/total", "loss/ce", "opt/lr", "opt/grad_norm", "speed/images_per_second"):
+        assert len(points(tb, "train", chart)) == 2
+    for name, key in (("test", "test_acc1"), ("teacher", "teacher_acc1")):
+        wanted = [(64 * (r["epoch"] + 1), pytest.approx(r[key])) for r in run.log]
+        assert points(tb, name, "acc/acc1") == wanted
+    assert "acc/acc5" not in curve(tb, "test").Tags()["scalars"]  # ten classes
+    root = curve(tb, "").Tags()
+    assert set(root["images"]) == {"training_images", "validation_mistakes"}
+    assert {"command/text_summary", "settings/text_summary"} <= set(root["tensors"])
+    assert points(tb, "", "final/acc1") == [(128, pytest.approx(run.log[-1]["test_acc1"]))]
+
+
+def test_an_interrupted_run_continues_its_curves(run_main, short, tmp_path):
+    run_main(*short, "--epochs", 3, output_dir=tmp_path)
+    (tmp_path / "checkpoint-2.pth").unlink()
+    run_main(*short, "--epochs", 3, output_dir=tmp_path)
+    events = points(tmp_path / "tb", "test", "acc/acc1")
+    assert [step for step, _ in events] == [64, 128, 192]
+
+
+def test_runs_in_one_log_folder_do_not_hide_each_other(tmp_path):
+    def folder(output_dir, is_resumed=False):
+        found = board.board_folder(str(tmp_path / "tb"), output_dir, is_resumed)
+        return found.relative_to(tmp_path).as_posix()
+
+    assert folder("a") == "tb" and folder("b") == "tb/run-2" and folder("") == "tb/run-3"
+    assert folder("b", is_resumed=True) == "tb/run-2" and folder("a", is_resumed=True) == "tb"
+    assert folder("a") == "tb/run-4" and folder("", is_resumed=True) == "tb/run-5"
+    assert board.board_folder(None, "", False) is None
+    assert board.board_folder("none", "out", False) is None
+
+
+def test_pictures_are_shown_as_the_network_sees_them_with_their_captions():
+    pixels = torch.randint(0, 256, (3, 3, 6, 8), dtype=torch.uint8)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    columns = torch.tensor([mean, std]).view(2, 1, 3, 1, 1)
+    images = (pixels / 255 - columns[0]) / columns[1]
+    pictures = board.to_pictures(images, mean, std)
+    assert np.array_equal(np.stack(pictures), pixels.permute(0, 2, 3, 1).numpy())
+    sheet = board.grid([Image.new("RGB", (8, 8), "red")] * 5, ["a\nb"] * 5)
+    assert sheet.shape[2] == 3 and (sheet[10, 10] == (255, 0, 0)).all()
+
+    classes = ["ant", "bee", "cat"]
+    assert board.label_text(torch.tensor(1), classes) == "bee"
+    assert board.label_text(torch.tensor(3), classes) == "no label"
+    assert board.label_text(torch.tensor([0.3, 0.0, 0.7]), classes) == "cat 0.70 + ant 0.30"
+    assert board.label_text(torch.zeros(3), classes) == "no label"
+    logits = torch.tensor([0.0, 2.0, -1.0])
+    assert board.answer_text(logits, classes) == "bee 0.84, ant 0.11"
+
+
+def test_a_network_that_cannot_be_measured_does_not_fail_the_run(run_main, short, monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("only batches of 16")
+
+    monkeypatch.setattr(cost, "cost_of", refuse)
+    run = run_main(*short)
+    assert run.code == 0 and "latency are not told: only batches of 16" in run.out
+    assert "accuracy %, last epoch" in run.out and "parameters  " not in run.out
