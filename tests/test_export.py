@@ -111,7 +111,7 @@ def test_with_preprocessing_takes_pixels_and_returns_probabilities(
 
 
 def test_half_stores_half_the_bytes(checkpoint, run_export, photos):
-    path = checkpoint("resnet18")
+    path = checkpoint("test_resnet")
     sizes, outputs = [], []
     for half in ("false", "true"):
         code, _, err, exported = run_export(path, "timm", "--half", half, name=half)
@@ -135,7 +135,7 @@ def test_the_better_weights_are_exported_unless_a_flag_says_which(
     checkpoint, run_export, raw, ema, use_ema, key
 ):
     scores = {"test_acc1": raw, "test_acc1_ema": ema}
-    path = checkpoint("resnet18", scores=scores, with_ema=True)
+    path = checkpoint("test_resnet", scores=scores, with_ema=True)
     code, out, err, exported = run_export(path, "timm", "--use_ema", use_ema)
     assert code == 0, err
     assert ("EMA weights" if key == "model_ema" else "raw weights") in out
@@ -162,14 +162,14 @@ class TestInt8:
 
     def test_weights_take_a_quarter_and_classes_stay(self, checkpoint, run_export, photos):
         needs_onnx()
-        path = checkpoint("resnet18")
+        path = checkpoint("test_resnet")
         code, out, err, exported = run_export(path, "onnx", "--int8", "true")
         assert code == 0, err
         assert out.count("student.onnx ") >= 1 and "float32 .onnx" in out
-        assert exported.stat().st_size < 0.3 * path.stat().st_size
+        assert exported.stat().st_size < 0.35 * path.stat().st_size
         images = images_of(photos)
         with torch.inference_mode():
-            wanted = network_of(path, "resnet18")(images)
+            wanted = network_of(path, "test_resnet")(images)
         found = run_file(exported, images)
         assert 0 < (found - wanted).abs().max() < 0.2 * wanted.abs().max()
         assert json.loads(export.sidecar(exported).read_text())["dtype"] == "int8"
