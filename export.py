@@ -137,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"export.py: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of `export.py … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell says of SIGPIPE
     except KeyboardInterrupt:
         print("export.py: stopped; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -149,7 +152,7 @@ def export(args: argparse.Namespace) -> None:
     Raises: UserError for whatever the user can correct, and where the export differs.
     """
     check_flags(args)
-    with name_flags(checkpoint=""):
+    with name_flags(use_ema="--use_ema"):
         network, card, checkpoint = read_network(args.checkpoint, args.use_ema)
     check_architecture(args, network, card)
     images, data = open_images(args, checkpoint, card)

@@ -16,7 +16,14 @@ from torch.export.passes import move_to_device_pass
 
 import models
 import runtime
-from checkpoints import class_names, load_network, read_checkpoint, saved_args, weight_keys
+from checkpoints import (
+    EMA_KEYS,
+    class_names,
+    load_network,
+    read_checkpoint,
+    saved_args,
+    weight_keys,
+)
 from evaluation import evaluation_args
 from transforms import HostBatch, ToNetwork, data_config
 from utils import UserError, few, first_line
@@ -131,6 +138,7 @@ def read_network(path: str, use_ema: str) -> tuple[nn.Module, Card, Any]:
 
     Args:
         use_ema: 'true', 'false' or 'auto', see checkpoints.weight_keys.
+    Returns: for images (B, 3, H, W) of the card's input_size -> logits (B, C); the card; the file.
     Raises: UserError for a file that is not a checkpoint of main.py, or has no such weights.
     """
     checkpoint = read_checkpoint(path)
@@ -147,6 +155,9 @@ def read_network(path: str, use_ema: str) -> tuple[nn.Module, Card, Any]:
     config = data_config(args, checkpoint["data"])
     network = models.create_model(args.model, len(classes), config["input_size"])
     keys, _ = weight_keys(checkpoint, use_ema)
+    has_ema = any(isinstance(checkpoint.get(key), dict) for key in EMA_KEYS)
+    if use_ema == "true" and not has_ema:
+        raise UserError(f"true: {path} holds no EMA weights; pass auto or false", "use_ema")
     load_network(checkpoint, path, network, keys)
     is_ema = "ema" in next(key for key in keys if isinstance(checkpoint.get(key), dict))
     card = Card(args.model, classes, **config, weights="EMA" if is_ema else "raw")

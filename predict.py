@@ -104,7 +104,7 @@ def predict(args: argparse.Namespace) -> list[str]:
             raise UserError(f"--{flag} {value}: must be at least {least}")
     files = find_images(args.images)
     name = args.device or ("cpu" if args.model.endswith(".onnx") else runtime.default_device())
-    with name_flags(device="--device"):
+    with name_flags(device="--device", use_ema="--use_ema"):
         device = runtime.find_device(name)
         model = open_model(args.model, device, args.use_ema)
     if args.num_workers is None:
