@@ -87,12 +87,14 @@ from engine import (
     train_one_epoch,
 )
 from evaluation import Tempered, calibrate, images_to_calibrate, open_scored
-from loaders import Batch, Data, build_data, build_eval_loader
+from loaders import Batch, Data, Loader, build_data, build_eval_loader
 from logs import History, Recorder, TimeSplit
 from runtime import log
 from teacher import RunTeacher, fill_store, prepare_teacher
 from terminal import MANY_CLASSES
 from utils import RandomUse, UserError, name_flags
+
+Part = Callable[[nn.Module], nn.Module]  # which part of a network takes what a loader yields
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -325,7 +327,14 @@ def train(
         model = StudentWithDistillation(ddp, teacher.model, partial(times.on_device, "teacher"))
         if args.compile:
             student.compile()
-    train_loader = times.timed(features.train if features else data.train_loader)
+    train_loader: Loader = data.train_loader
+    val_loader: Iterable[Batch] | None = data.val_loader
+    part: Part = whole
+    if features is not None:
+        train_loader = features.train
+        if features.val is not None:
+            val_loader, part = features.val, probe.head_of
+    train_loader = times.timed(train_loader)
     first_step = start * steps + (state.progress.updates if state.progress else 0)
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
 
@@ -367,29 +376,12 @@ def train(
             record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
             is_last = epoch + 1 == args.epochs
             is_due = (epoch + 1) % args.eval_freq == 0 or is_last
-            if data.val_loader is not None and is_due and not args.disable_eval:
+            if val_loader is not None and is_due and not args.disable_eval:
                 collected = answers if is_last else None
                 with times.spent_on("evaluation"):
-                    if features and features.val is not None:
-                        record |= evaluate_all(
-                            args,
-                            features.val,
-                            student,
-                            ema,
-                            settings,
-                            part=probe.head_of,
-                            answers=collected,
-                        )
-                    else:
-                        record |= evaluate_all(
-                            args,
-                            data.val_loader,
-                            student,
-                            ema,
-                            settings,
-                            teacher,
-                            answers=collected,
-                        )
+                    record |= evaluate_all(
+                        args, val_loader, student, ema, settings, teacher, part, collected
+                    )
             record |= teacher.scores
             improved = state.finish_epoch(epoch, record)
             recorder.write(
@@ -426,6 +418,11 @@ def exchange_gradients(student: nn.Module, device: torch.device) -> DistributedD
     return DistributedDataParallel(student, **keywords)
 
 
+def whole(network: nn.Module) -> nn.Module:
+    """The part of a network that takes images."""
+    return network
+
+
 def evaluate_all(
     args: argparse.Namespace,
     loader: Iterable[Batch],
@@ -433,7 +430,7 @@ def evaluate_all(
     ema: ModelEmaV3 | None,
     settings: LoopSettings,
     teacher: RunTeacher | None = None,
-    part: Callable[[nn.Module], nn.Module] = lambda network: network,
+    part: Part = whole,
     answers: dict[str, list[metrics.Answers]] | None = None,
 ) -> dict[str, float]:
     """Score the student, and its EMA where asked: test_loss, test_acc1, test_acc5, …_ema.
