@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from timm.models import is_model, model_entrypoint
 from torch import nn
 
 import cost
 import metrics
 import runtime
-from arguments import DATA_FLAGS, NOT_RECIPE
+from arguments import DATA_FLAGS, NOT_RECIPE, is_own_module
 from board import PICTURES, Board
 from checkpoints import RunState
 from cost import Cost
@@ -76,6 +77,7 @@ def conclude(
         memory,
         state.folder,
         board.folder if board else None,
+        args.model,
     )
     if not joined:
         return
@@ -214,6 +216,7 @@ def tell_end(
     memory: int | None,
     folder: Path | None,
     board: Path | None,
+    model: str,
 ) -> None:
     """Print the table at the end of a run, and what to do next.
 
@@ -241,7 +244,22 @@ def tell_end(
         if path is not None:
             quoted = shlex.quote(str(path))
             rows.append(("Evaluate", f"python main.py --eval true --resume {quoted}"))
+            rows.append(("Export", export_command(model, folder, quoted)))
             rows.append(("Train longer", "the same command with a larger --epochs"))
     if board is not None:
         rows.append(("TensorBoard", f"tensorboard --logdir {shlex.quote(str(board))}"))
     log("\n" + "\n".join(aligned(rows)))
+
+
+def export_command(model: str, folder: Path, checkpoint: str) -> str:
+    """The command that exports a checkpoint, in a format that needs no further package.
+
+    Args:
+        checkpoint: its path, as typed.
+    """
+    is_timms = not is_own_module(model)
+    if is_timms and is_model(model):
+        is_timms = model_entrypoint(model).__module__.startswith("timm.")
+    name, out = ("timm", "student") if is_timms else ("pt2", "student.pt2")
+    out = shlex.quote(str(folder / out))
+    return f"python export.py {checkpoint} --format {name} --out {out}"

@@ -120,6 +120,7 @@ def test_end_of_a_run_tells_scores_costs_time_and_what_to_do(run_main, short, kd
     assert len(rows["multiply-adds per image"]) == 2 and "ms for 1 image" in rows
     assert f"python main.py --eval true --resume {tmp_path}/checkpoint-best.pth" in run.out
     assert f"tensorboard --logdir {tmp_path}/tb" in run.out
+    assert f"--format pt2 --out {tmp_path}/student.pt2" in run.out  # timm has no cifar_resnet8
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["seconds"]) == {
         "student",
