@@ -124,7 +124,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--compare_images",
         type=int,
         default=512,
-        help="most validation images to compare on, spread evenly over the classes",
+        help="most validation images to compare on, spread evenly over all of them",
     )
     return parser
 
