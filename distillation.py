@@ -210,6 +210,7 @@ class TeacherAdapter(nn.Module):
         super().__init__()
         config, index = network.data_config, network.class_index
         self.is_ema = getattr(network, "is_ema", False)
+        self.expected_acc1: float | None = None  # on the validation images, where its file says
         self.parameters_before_fusing = sum(p.numel() for p in network.parameters())
         network = fuse_layers(network, config["input_size"])
         network = network.to(dtype).to(memory_format=torch.channels_last)
@@ -352,12 +353,13 @@ def load_teacher(
         default_config: the same, where neither the file nor a network of the user's own says.
         use_ema: 'true' for the EMA weights in the file, 'false' for the raw weights, 'auto' for
             those with the better recorded accuracy, else the EMA.
-    Returns: the network in eval mode, its parameters without gradient, with six more attributes:
+    Returns: the network in eval mode, its parameters without gradient, with seven more attributes:
         `data_config` (mean, std and input_size that it was trained with), `class_index` (which of
         its outputs stand for the data's classes, None for all in order), `is_ema` (whether EMA
         weights were loaded), `training_args` (the arguments in the file, by name),
-        `training_images` (what a file of this project knows of its images, else empty) and `origin`
-        (a line that says what was loaded).
+        `training_images` (what a file of this project knows of its images, else empty),
+        `recorded_acc1` (the accuracy in % that the file records of these weights, or None) and
+        `origin` (a line that says what was loaded).
     Raises: UserError for an unknown architecture, for a file that does not fit it or the data, and
         for weights that are not finite.
     """
@@ -396,6 +398,9 @@ def load_teacher(
     teacher.training_args = _saved_args(checkpoint)
     images = checkpoint.get("images")
     teacher.training_images = images if isinstance(images, dict) else {}
+    scores = checkpoint.get("scores")
+    score = "test_acc1_ema" if is_ema else "test_acc1"
+    teacher.recorded_acc1 = scores.get(score) if isinstance(scores, dict) else None
     teacher.class_index, order = _match_classes(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))

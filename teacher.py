@@ -53,6 +53,8 @@ CAUSES = (
 )
 EMA_CAUSE = "an average (EMA) that had too few steps to follow the weights"
 CHANCE_LEVEL = 0.01  # how often a teacher that guesses may go without a warning
+SCORED_BY = ("data_set", "data_path", "eval_data_path", "eval_labels", "holdout")
+LOST = 2.0  # percentage points below the recorded accuracy that are told
 MOST_ASKED = 1000  # images without a label that the teacher is asked about before training
 FOREIGN = 0.2  # by how much less sure the teacher is of images that are not of its kind
 
@@ -174,7 +176,11 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
         log(network.origin)
         _warn_if_trained_on_holdout(args, network, data.images.get("held_out"), path)
         dtype = getattr(torch, args.teacher_dtype)
-        networks.append(TeacherAdapter(network, data.config, dtype))
+        adapter = TeacherAdapter(network, data.config, dtype)
+        trained = network.training_args
+        if all(trained.get(name) == getattr(args, name) for name in SCORED_BY):
+            adapter.expected_acc1 = network.recorded_acc1
+        networks.append(adapter)
         weights.append(weight)
     teacher = networks[0]
     if len(networks) > 1:
@@ -235,6 +241,14 @@ def _score(
     assert data.val is not None  # it was just scored
     images = len(data.val)
     log(f"Teacher on the {images:,} validation images: acc1 {acc1:.2f}, loss {loss:.4f}")
+    expected = getattr(source, "expected_acc1", None)
+    if expected is not None and acc1 < expected - LOST:
+        log(
+            f"Warning: the file of the teacher records {expected:.2f} % on these images, which it "
+            f"was shown differently: this run shows {data.config['input_size']} pixels with "
+            f"--crop_pct {data.config['crop_pct']:g}; train the teacher with the same --crop_pct, "
+            "or the student with a larger --input_size"
+        )
     if acc1 < args.teacher_min_acc1:
         raise UserError(
             f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher scores {acc1:.2f}; {causes}"

@@ -54,6 +54,21 @@ def test_runs_are_paired_by_seed_and_judged_by_student_t(runs, capsys):
     assert f"kd=false → kd=true: helps (+2.50 ± {half:.2f} points, 4 seeds)" in out
 
 
+def test_costs_of_student_and_teacher_are_shown_where_asked(runs, capsys):
+    cost = {"parameters": 78042, "multiply_adds": 781952, "ms_single": 0.5, "ms_large": None}
+    teacher = cost | {"parameters": 272474, "ms_large": 9.25}
+    for folder in runs.glob("kd_*"):
+        summary = {"costs": {"student": cost, "teacher": teacher}, "images_per_second": 1234.5}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    folders = sorted(runs.iterdir())
+    plain = printed(capsys, *folders)
+    assert "78,042" not in plain and "1,234" in plain
+    out = printed(capsys, *folders, "--cost")
+    row = next(line for line in out.splitlines() if line.startswith("kd=true"))
+    assert "78,042" in row and "781,952" in row and "0.50 ± 0.00" in row
+    assert "Teacher a: parameters 272,474, multiply-adds 781,952" in out
+
+
 @pytest.mark.parametrize(
     ("freedom", "quantile"), [(1, 12.7062047), (3, 3.1824463), (9, 2.2621572), (99, 1.9842169)]
 )

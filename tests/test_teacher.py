@@ -485,3 +485,15 @@ def test_a_caller_from_python_is_not_told_about_flags(tmp_path):
         with pytest.raises(UserError) as caught:
             load_teacher(arch, str(tmp_path / name), classes, "cpu")
         assert "--" not in str(caught.value) and str(caught.value).startswith((arch, str(tmp_path)))
+
+
+def test_a_teacher_that_was_shown_the_images_in_another_crop_is_told_of(run_main, tmp_path):
+    flags = ["--train_samples", 400, "--epochs", 8, "--lr", "3e-3", "--mixup", 0, "--cutmix", 0]
+    made = run_main(*flags, output_dir=tmp_path)
+    kd = teacher_flags(tmp_path / "checkpoint-7.pth")
+    told = f"records {made.log[-1]['test_acc1']:.2f} % on these images"
+    few = ["--train_samples", 16, "--epochs", 1]
+    student = run_main(*few, *kd, "--crop_pct", 0.6)
+    assert student.code == 0 and told in student.out and "--crop_pct 0.6" in student.out
+    assert "records" not in run_main(*few, *kd).out
+    assert "records" not in run_main(*few, *kd, "--crop_pct", 0.6, "--holdout", 50).out  # others
