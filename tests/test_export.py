@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -143,10 +144,13 @@ def test_the_better_weights_are_exported_unless_a_flag_says_which(
     assert is_same(dict(found), torch.load(path, weights_only=True)[key])
 
 
+@pytest.mark.parametrize("classes", [CLASSES, CLASSES[1:]], ids=["all", "some"])
 def test_the_accuracy_in_the_table_is_that_of_the_evaluation(
-    checkpoint, run_export, run_main, photos
+    checkpoint, run_export, run_main, photos, classes
 ):
     path = checkpoint("cifar_resnet8")
+    for name in {*CLASSES} - {*classes}:
+        shutil.rmtree(photos / "val" / name)
     code, out, err, exported = run_export(path, "pt2")
     assert code == 0, err
     run = run_main("--eval", "true", "--resume", path, "--model", "cifar_resnet8")
@@ -224,6 +228,16 @@ def test_without_images_the_comparison_is_on_noise(checkpoint, run_export, photo
     assert code == 0 and "all 9 validation images" in out, err
     code, out, err, _ = run_export(path, "pt2", "--data_path", photos, name="third.pt2")
     assert code == 2 and f"--data_path {photos}" in err  # a flag that cannot work is an error
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_file(checkpoint, run_export, monkeypatch):
+    def fill(*args: object, **keywords: object) -> None:
+        raise RuntimeError("I/O error: No space left on device\nand pages more")
+
+    monkeypatch.setattr(export, "save_for_hf", fill)
+    code, _, err, exported = run_export(checkpoint("test_resnet"), "timm")
+    assert code == 2 and err.count("\n") == 1 and "No space left" in err
+    assert tree(exported.parent) == []
 
 
 def test_an_export_that_exists_is_left_as_it_is(checkpoint, run_export):
