@@ -84,8 +84,9 @@ class Terminal:
         width = len(str(self.epochs - 1))
         cells = [f"Epoch {record['epoch']:>{width}}"]
         cells.append(f"train loss {record['train_loss']:.4f}" if "train_loss" in record else "")
-        if "train_kd" in record:
-            cells.append(f"ce {record['train_ce']:.4f}  kd {record['train_kd']:.4f}")
+        if "train_kd" in record:  # without labels there is no ce
+            parts = [name for name in ("ce", "kd") if f"train_{name}" in record]
+            cells += [f"{name} {record[f'train_{name}']:.4f}" for name in parts]
         if "test_acc1" in record:
             cells.append(f"test loss {record['test_loss']:.4f}")
             cells.append(f"acc1 {record['test_acc1']:6.2f} (best {best:6.2f})")
