@@ -80,7 +80,7 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
 def test_kills_leave_no_trace(tmp_path):
     """The short form of tools/kill_test.py."""
     done = subprocess.run(
-        [sys.executable, "tools/kill_test.py", "--kills", "2"],
+        [sys.executable, "tools/kill_test.py", "--kills", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
