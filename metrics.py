@@ -35,7 +35,8 @@ def answers_of(logits: torch.Tensor, targets: torch.Tensor, places: range) -> An
         logits: (B, C) float32.
         targets: (B,) int64.
     """
-    confidences, predictions = logits.softmax(dim=1).max(dim=1)
+    predictions = logits.argmax(dim=1)
+    confidences = logits.softmax(dim=1).amax(dim=1)
     losses = F.cross_entropy(logits, targets, reduction="none")
     positions = torch.tensor(places, device=logits.device)
     return Answers(positions, targets, predictions, confidences, losses)
