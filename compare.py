@@ -46,6 +46,7 @@ COSTS = {  # with --cost: key in summary.json -> heading
 }
 WHOLE = {"images_per_second", "parameters", "multiply_adds"}  # shown without decimals
 CONFIDENCE = 0.95
+MANY_PAIRS = 5  # verdicts in one table, of which some may be chance
 
 
 class BadRun(Exception):
@@ -441,6 +442,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nAccuracy of the last epoch, paired by seed, with its 95 % interval:")
     for one in found:
         print(one.line())
+    if len(found) >= MANY_PAIRS:
+        by_chance = (1 - CONFIDENCE) * len(found)
+        print(
+            f"Of {len(found)} pairs, about {by_chance:.1f} would look different by chance alone; "
+            "confirm what you choose with other seeds"
+        )
     return 0
 
 

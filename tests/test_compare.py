@@ -104,6 +104,16 @@ def test_runs_of_two_changes_and_of_other_data_are_not_judged(tmp_path, capsys):
     assert "→" not in out and out.count("90.50 ± 0.71") >= 3
 
 
+def test_many_pairs_are_told_to_differ_by_chance(tmp_path, capsys):
+    for lr in range(4):
+        for seed in range(2):
+            write_run(tmp_path / f"{lr}{seed}", [50, 90 + seed], seed=seed, lr=lr)
+    out = printed(capsys, *sorted(tmp_path.iterdir()))
+    assert out.count("→") == 6 and "Of 6 pairs, about 0.3 would look different" in out
+    few = printed(capsys, *sorted(tmp_path.glob("[01]?")))
+    assert few.count("→") == 1 and "by chance" not in few
+
+
 def test_a_narrow_terminal_gets_a_paragraph_per_group(runs):
     groups = compare.group_runs([compare.read_run(folder) for folder in sorted(runs.iterdir())])
     for width in (40, 120):
