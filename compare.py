@@ -358,14 +358,15 @@ def plot(groups: Sequence[Group], path: Path) -> None:
     grid = grid_of(groups)
     figure = Figure(figsize=(12 if grid else 7, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if grid else 1, squeeze=False)[0]
-    for group in groups:
+    for number, group in enumerate(groups):
         curves = [
             {r["epoch"] + 1: r[SCORE] for r in run.records if SCORE in r}
             for run in group.runs.values()
         ]
         epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
         means = [statistics.mean(curve[epoch] for curve in curves) for epoch in epochs]
-        axes[0].plot(epochs, means, label=group.name, linewidth=1.5)
+        style = "-" if number < 10 else "--"  # matplotlib has ten colours
+        axes[0].plot(epochs, means, style, label=group.name, linewidth=1.5)
     axes[0].set(xlabel="epoch", ylabel="test accuracy %, mean over seeds")
     axes[0].grid(color="#E5E5E5")
     axes[0].legend(fontsize=8, frameon=False)
@@ -378,7 +379,8 @@ def plot(groups: Sequence[Group], path: Path) -> None:
         for row, column in itertools.product(range(len(alphas)), range(len(temperatures))):
             value = accuracies[row][column]
             if value == value:
-                axes[1].text(column, row, f"{value:.2f}", ha="center", va="center", color="white")
+                colour = "black" if image.norm(value) > 0.6 else "white"  # legible on viridis
+                axes[1].text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
         figure.colorbar(image, ax=axes[1])
     figure.savefig(path)
 
