@@ -112,6 +112,9 @@ def command(flags: str, folder: Path, output: Path, processes: int = 1) -> list[
 
 def interrupt_and_resume(tree: Path, flags: str, folder: Path, output: Path) -> None:
     """Stop with SIGTERM inside the second epoch, then run the same command to its end."""
+    known = tree / "flags.py"
+    if known.exists() and "--print_seconds" in known.read_text():
+        flags = f"{flags} --print_seconds 0"  # earlier versions print every ten steps
     process = subprocess.Popen(
         command(flags, folder, output),
         cwd=tree,
