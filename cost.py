@@ -27,17 +27,15 @@ class Cost:
     ms_large: float | None  # for a batch of LARGE_BATCH images; None where that takes too long
 
 
-def cost_of(network: nn.Module, input_size: int, parameters: int | None = None) -> Cost:
+def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
     """Count and time a network on images of random numbers. The network is left in eval mode.
 
     Args:
         network: images (B, 3, H, W) -> logits.
         input_size: H and W.
-        parameters: of the network before its layers were fused; None to count them.
+        parameters: of the network before its layers were fused.
     """
     network.eval()
-    if parameters is None:
-        parameters = sum(p.numel() for p in network.parameters())
     device = next(network.parameters()).device
     single = torch.randn(1, 3, input_size, input_size, device=device)
     single = single.to(memory_format=torch.channels_last)

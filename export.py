@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.models import model_entrypoint, save_for_hf
+from timm.models import save_for_hf
 from torch import nn
 
 import arguments
 import datasets
+import models
 import pictures
 import utils
 from checkpoints import local_file, weight_keys
@@ -49,6 +50,7 @@ from exported import (
 from flags import ShowDefaults, str2bool
 from models.fusion import fuse_layers
 from runtime import log
+from terminal import table
 from transforms import eval_transform
 from utils import UserError, first_line, name_flags
 
@@ -154,7 +156,7 @@ def export(args: argparse.Namespace) -> None:
     check_flags(args)
     with name_flags(use_ema="--use_ema"):
         network, card, checkpoint = read_network(args.checkpoint, args.use_ema)
-    check_architecture(args, network, card)
+    check_architecture(args, card)
     images, data = open_images(args, checkpoint, card)
     _, reason = weight_keys(checkpoint, args.use_ema)
     log(
@@ -184,7 +186,7 @@ def export(args: argparse.Namespace) -> None:
         rows.insert(0, Row(f"checkpoint, {card.weights}", checked, size_of(file)))
         rows.append(Row(args.out.name, exported, size_of(path)))
         compare(rows, images)
-        log(table(rows))
+        log("\n".join(table([HEADS, *(row.cells for row in rows)])))
         log(f"Latency: median of {LATENCIES} runs on {torch.get_num_threads()} CPU thread(s)")
         for row in rows[1:-1]:
             check_difference(row, "float32", args.out, images)
@@ -234,16 +236,12 @@ def check_flags(args: argparse.Namespace) -> None:
             ) from error
 
 
-def check_architecture(args: argparse.Namespace, network: Any, card: Card) -> None:
+def check_architecture(args: argparse.Namespace, card: Card) -> None:
     """Raise UserError for --format timm with an architecture that timm itself does not have."""
-    if args.format != "timm":
+    if args.format != "timm" or models.is_in_timm(card.architecture):
         return
-    where = "a network of your own"
-    if not arguments.is_own_module(card.architecture):
-        name = network.pretrained_cfg["architecture"]
-        if model_entrypoint(name).__module__.startswith("timm."):
-            return
-        where = "an architecture of this repository"
+    is_own = arguments.is_own_module(card.architecture)
+    where = "a network of your own" if is_own else "an architecture of this repository"
     raise UserError(
         f"--format timm: {card.architecture} is {where}, which timm alone cannot build; pass "
         "--format onnx or pt2, whose files hold the network itself"
@@ -574,16 +572,6 @@ class Row:
 
 
 HEADS = ["", "accuracy %", "same class %", "difference", "ms, batch 1", "MB"]
-
-
-def table(rows: Sequence[Row]) -> str:
-    """One line per network."""
-    lines = [HEADS, *(row.cells for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADS))]
-    told = [[c.rjust(w) for c, w in zip(line, widths, strict=True)] for line in lines]
-    for line, cells in zip(lines, told, strict=True):
-        cells[0] = line[0].ljust(widths[0])
-    return "\n".join("  ".join(cells) for cells in told)
 
 
 def size_of(path: Path) -> float:

@@ -148,6 +148,9 @@ def run(argv: list[str] | None) -> None:
         args.amp_dtype = runtime.default_amp_dtype(device)
     if args.sync_bn and device.type != "cuda":
         raise UserError(f"--sync_bn true: works on CUDA only, and this run uses {device}")
+    if args.report:
+        with name_flags(folder="--report"):
+            summary.check_report(Path(args.report))
     if idle := arguments.effects_line(args):
         log(idle)
     if args.eval:

@@ -132,9 +132,9 @@ def report(answers: Answers, classes: Sequence[str]) -> dict[str, Any]:
     confused = sorted(Counter(map(tuple, pairs)).items(), key=lambda item: (-item[1], item[0]))
     confidences, images = answers.confidences.double(), len(right)
     gaps = calibration_gaps(confidences, right)
-    bins = []
+    bins, bin_of_image = [], bins_of(confidences)
     for index in range(BINS):
-        is_in = bins_of(confidences) == index
+        is_in = bin_of_image == index
         if n := int(is_in.sum()):
             means = confidences[is_in].mean().item(), right[is_in].double().mean().item()
             bins.append({"images": n, "confidence": 100 * means[0], "acc1": 100 * means[1]})

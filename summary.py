@@ -1,6 +1,7 @@
 """The end of a run: a table of its networks, summary.json, and what TensorBoard shows of it."""
 
 import argparse
+import copy
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.models import is_model, model_entrypoint
 from torch import nn
 
 import cost
 import metrics
+import models
 import runtime
-from arguments import DATA_FLAGS, NOT_RECIPE, is_own_module
+import utils
+from arguments import DATA_FLAGS, NOT_RECIPE
 from board import PICTURES, Board
 from checkpoints import RunState
 from cost import Cost
@@ -23,11 +25,12 @@ from datasets import ImageSource
 from distillation import TeacherAdapter
 from loaders import Data
 from logs import Recorder, TimeSplit, write_whole
+from models.fusion import fuse_layers
 from runtime import log
 from teacher import RunTeacher
 from terminal import aligned, summary_table, time_line
 from transforms import eval_transform
-from utils import first_line, name_flags
+from utils import UserError, first_line, name_flags
 
 # Scores in log.txt -> row of the table, and its format.
 ROWS = {
@@ -149,12 +152,15 @@ def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cos
     adapters = [module for module in modules if isinstance(module, TeacherAdapter)]
     try:
         of_teacher = [cost.cost_of(a, input_size, a.parameters_before_fusing) for a in adapters]
+        # Fused as the teacher is, and as export.py writes the student.
+        parameters = sum(p.numel() for p in student.parameters())
+        fused = fuse_layers(copy.deepcopy(student), input_size)
         return {
-            "student": cost.cost_of(student, input_size),
+            "student": cost.cost_of(fused, input_size, parameters),
             "teacher": cost.total(of_teacher) if of_teacher else None,
         }
     except Exception as error:  # whatever a network of one's own raises: the run itself is saved
-        log(f"Warning: parameters and latency are not told: {first_line(error)}")
+        log(f"Warning: parameters and latency could not be measured: {first_line(error)}")
         return {"student": None, "teacher": None}
 
 
@@ -174,6 +180,13 @@ def finals_of(scores: Mapping[str, float], best: Mapping[str, float]) -> dict[st
     return found | ({"best_acc1": best["best"]} if "best" in best else {})
 
 
+def check_report(path: Path) -> None:
+    """Raise UserError where the file of --report cannot be written, before anything is computed."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; pass the name of a file", "folder")
+    utils.make_folder(path.parent)
+
+
 def write_report(path: str, reports: Mapping[str, Any]) -> None:
     """Write the file of --report, on rank 0; nothing for ''."""
     if path and runtime.is_main_process():
@@ -190,23 +203,22 @@ def write_summary(
     rate: float,
     memory: int | None,
 ) -> None:
-    """Write summary.json beside log.txt, on rank 0.
+    """Write summary.json beside log.txt.
 
     Args:
         seconds: of this process since its start, by what they were spent on.
         rate: training images per second, evaluation and saving included.
         memory: peak, in bytes; None where it is not known.
     """
-    if runtime.is_main_process():
-        found = {
-            "scores": dict(scores),
-            "best": dict(best),
-            "costs": {name: asdict(spent) for name, spent in costs.items() if spent is not None},
-            "seconds": dict(seconds),
-            "images_per_second": rate,
-            "peak_memory": memory,
-        }
-        write_whole(folder / "summary.json", json.dumps(found, indent=1))
+    found = {
+        "scores": dict(scores),
+        "best": dict(best),
+        "costs": {name: asdict(spent) for name, spent in costs.items() if spent is not None},
+        "seconds": dict(seconds),
+        "images_per_second": rate,
+        "peak_memory": memory,
+    }
+    write_whole(folder / "summary.json", json.dumps(found, indent=1))
 
 
 def tell_end(
@@ -257,9 +269,6 @@ def export_command(model: str, folder: Path, checkpoint: str) -> str:
     Args:
         checkpoint: its path, as typed.
     """
-    is_timms = not is_own_module(model)
-    if is_timms and is_model(model):
-        is_timms = model_entrypoint(model).__module__.startswith("timm.")
-    name, out = ("timm", "student") if is_timms else ("pt2", "student.pt2")
+    name, out = ("timm", "student") if models.is_in_timm(model) else ("pt2", "student.pt2")
     out = shlex.quote(str(folder / out))
     return f"python export.py {checkpoint} --format {name} --out {out}"

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any
 
 from tqdm import tqdm
 
@@ -126,22 +125,24 @@ def clock(seconds: float) -> str:
 # ------------------------------------------------------------------------ the end of a run
 
 
-def summary_table(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def summary_table(columns: Mapping[str, Mapping[str, str]]) -> list[str]:
     """A table with one column per network and one row per name that any of them has.
 
     Args:
-        columns: heading -> name of a row -> value, already formatted.
+        columns: heading -> name of a row -> text.
     """
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    first = max(map(len, names))
-    widths = {
-        head: max(len(head), *(len(str(column.get(name, ""))) for name in names))
-        for head, column in columns.items()
-    }
-    lines = [" " * first + "".join(f"  {head:>{widths[head]}}" for head in columns)]
-    for name in names:
-        cells = (f"  {column.get(name, '')!s:>{widths[head]}}" for head, column in columns.items())
-        lines.append(f"{name:{first}}{''.join(cells)}".rstrip())
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(column.get(name, "") for column in columns.values())] for name in names]
+    return table([["", *columns], *rows])
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of aligned cells, the first of each row to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([f"{first:{widths[0]}}", *cells]).rstrip())
     return lines
 
 

@@ -45,6 +45,14 @@ def input_config(arch: str) -> dict[str, Any]:
     return {"mean": list(cfg.mean), "std": list(cfg.std), "input_size": cfg.input_size[-1]}
 
 
+def is_in_timm(arch: str) -> bool:
+    """Whether timm alone, without this repository, can build an architecture."""
+    if is_own_module(arch):
+        return False
+    name = pretrained_cfg(arch).architecture
+    return name is not None and timm.models.model_entrypoint(name).__module__.startswith("timm.")
+
+
 def pretrained_cfg(arch: str) -> PretrainedCfg:
     """What timm knows of an architecture's released weights: mean, std, input_size and more."""
     if ":" in arch:

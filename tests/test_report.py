@@ -100,6 +100,9 @@ def test_evaluation_reports_and_calibrates_on_held_out_images(run_main, tmp_path
 
     same = run_main(*resume, "--calibrate", "true", "--holdout", 100)
     assert same.code == 2 and "leaves only the held-out images" in same.err
+    for file in (tmp_path, tmp_path / "r.json" / "below_a_file.json"):
+        run = run_main(*resume, "--report", file)
+        assert run.code == 2 and "--report" in run.err and "Model" not in run.out, run.err
     none = run_main(*train, "--epochs", 1, output_dir=tmp_path / "all")
     asked = ["--eval", "true", "--resume", none.folder / "checkpoint-0.pth", "--calibrate", "true"]
     told = run_main(*asked).err
@@ -147,12 +150,12 @@ def test_rows_say_what_the_run_has_and_no_more(run_main, short, kd, imnet):
 def test_cost_counts_attention_and_what_timm_counts():
     """A vision transformer of 12 layers, width 192 and 197 tokens, by hand."""
     network = timm.create_model("vit_tiny_patch16_224", num_classes=10)
-    found = cost.cost_of(network, 224)
+    found = cost.cost_of(network, 224, 7)
     tokens, width = 197, 192
     layer = 12 * tokens * width**2 + 2 * tokens**2 * width
     by_hand = 196 * 3 * 16**2 * width + 12 * layer + width * 10
     assert found.multiply_adds == by_hand
-    assert found.parameters == sum(p.numel() for p in network.parameters())
+    assert found.parameters == 7  # as told: counted before layers are fused
     assert found.ms_single > 0
 
 
@@ -230,5 +233,5 @@ def test_a_network_that_cannot_be_measured_does_not_fail_the_run(run_main, short
 
     monkeypatch.setattr(cost, "cost_of", refuse)
     run = run_main(*short)
-    assert run.code == 0 and "latency are not told: only batches of 16" in run.out
+    assert run.code == 0 and "latency could not be measured: only batches of 16" in run.out
     assert "accuracy %, last epoch" in run.out and "parameters  " not in run.out
