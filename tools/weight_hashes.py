@@ -5,8 +5,9 @@
     diff before.txt after.txt
 
 The runs cover plain training, distillation, EMA with accumulation in every mixup mode, a teacher
-cache that is filled and read, two kinds of restart, JPEGs, other normalisation and two processes.
-They take about three minutes on two CPU cores. The hash covers the student, its EMA and the
+cache that is filled and read, images without labels, a linear probe, weights of classes, files of
+labels, two kinds of restart, JPEGs, other normalisation and two processes. They take about four
+minutes on two CPU cores. The hash covers the student, its EMA and the
 optimizer; the scores of the last epoch follow it. Kernels differ between machines, so compare only
 hashes from the same machine and the same versions.
 """
@@ -57,7 +58,15 @@ RUNS = {
     "--kd true --teacher_arch cifar_resnet8 --teacher_path {folder}/five.pth "
     "--teacher_classes {folder}/names.txt --teacher_norm arch --teacher_input_size 16",
     "finetuned": f"{SHORT} --finetune {{folder}}/five.pth --holdout 100 --smoothing 0",
+    "the rest unlabeled": f"{SHORT} {TEACHER} --unlabeled rest --epochs 1",
+    "linear probe": f"{SHORT} --finetune {{folder}}/teacher.pth --linear_probe true",
+    "balanced classes": f"{SHORT} --class_weights balanced --mixup 0 --cutmix 0",
+    "files of labels": f"{PHOTOS} --model cifar_resnet8 --input_size 32 "
+    "--labels {folder}/train.csv --eval_labels {folder}/val.csv",
 }
+# Fills a cache without training, and trains with what it holds.
+FILL = f"{SHORT} {TEACHER} --teacher_cache {{folder}}/filled --teacher_cache_only true"
+READ = f"{SHORT} {TEACHER} --teacher_cache {{folder}}/filled"
 
 
 def make_inputs(folder: Path, tree: Path) -> None:
@@ -82,6 +91,8 @@ def make_inputs(folder: Path, tree: Path) -> None:
                 noise = rng.integers(0, 100, (70, 90, 3)) + 50 * number
                 path = folder / "photos" / split / label / f"{index}.jpg"
                 Image.fromarray(noise.astype(np.uint8)).save(path)
+        lines = [f"{split}/{c}/{i}.jpg,{c}\n" for c in ("ant", "bee", "cat") for i in range(count)]
+        (folder / f"{split}.csv").write_text("".join(lines))
 
 
 def run(tree: Path, flags: str, folder: Path, output: Path, processes: int = 1) -> None:
@@ -112,8 +123,8 @@ def command(flags: str, folder: Path, output: Path, processes: int = 1) -> list[
 
 def interrupt_and_resume(tree: Path, flags: str, folder: Path, output: Path) -> None:
     """Stop with SIGTERM inside the second epoch, then run the same command to its end."""
-    known = tree / "flags.py"
-    if known.exists() and "--print_seconds" in known.read_text():
+    known = [tree / name for name in ("arguments/flags.py", "flags.py")]
+    if any(file.exists() and "--print_seconds" in file.read_text() for file in known):
         flags = f"{flags} --print_seconds 0"  # earlier versions print every ten steps
     process = subprocess.Popen(
         command(flags, folder, output),
@@ -172,6 +183,9 @@ def main() -> None:
         print(f"{'resumed after an epoch':32} {digest(again)}", flush=True)
         interrupt_and_resume(tree, f"{SHORT} {TEACHER}", folder, folder / "step")
         print(f"{'resumed inside an epoch':32} {digest(folder / 'step')}", flush=True)
+        run(tree, FILL, folder, folder / "nothing")
+        run(tree, READ, folder, folder / "read")
+        print(f"{'cache, filled without training':32} {digest(folder / 'read')}", flush=True)
         run(tree, f"{SHORT} {TEACHER} {HARD}", folder, folder / "two", processes=2)
         print(f"{'two processes':32} {digest(folder / 'two')}", flush=True)
 
