@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from arguments import DATA_FLAGS, NOT_RECIPE, OF_TEACHER, as_typed
+from arguments.flags import DATA_FLAGS, NOT_RECIPE, OF_TEACHER, as_typed
 
 # Flags that do not change what a run computes, or only how it is repeated.
 NOT_COMPARED = NOT_RECIPE | {"seed", "data_seed", "teacher_cache", "teacher_cache_only"}
@@ -365,7 +365,7 @@ def plot(groups: Sequence[Group], path: Path) -> None:
         ]
         epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
         means = [statistics.mean(curve[epoch] for curve in curves) for epoch in epochs]
-        style = "-" if number < 10 else "--"  # matplotlib has ten colours
+        style = "-" if number < 10 else "--"  # matplotlib has ten colors
         axes[0].plot(epochs, means, style, label=group.name, linewidth=1.5)
     axes[0].set(xlabel="epoch", ylabel="test accuracy %, mean over seeds")
     axes[0].grid(color="#E5E5E5")
@@ -379,8 +379,8 @@ def plot(groups: Sequence[Group], path: Path) -> None:
         for row, column in itertools.product(range(len(alphas)), range(len(temperatures))):
             value = accuracies[row][column]
             if value == value:
-                colour = "black" if image.norm(value) > 0.6 else "white"  # legible on viridis
-                axes[1].text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+                color = "black" if image.norm(value) > 0.6 else "white"  # legible on viridis
+                axes[1].text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
         figure.colorbar(image, ax=axes[1])
     figure.savefig(path)
 

@@ -4,14 +4,12 @@ Hinton, Vinyals and Dean, 'Distilling the Knowledge in a Neural Network', 2015.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -22,11 +20,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from arguments import PRETRAINED, is_own_module
-from checkpoints import class_names, find_weights, load_weights, read_checkpoint, weight_keys
+from arguments.derived import PRETRAINED, is_own_module
 from losses import kl_divergence, kl_per_image
+from models.classes import match_outputs, pretrained_classes
 from models.fusion import fuse_layers
-from runtime import send, unwrap
+from models.weights import class_names, find_weights, load_weights, read_checkpoint, weight_keys
+from runtime.device import send
+from runtime.distributed import unwrap
 from utils import UserError, few
 
 
@@ -84,21 +84,21 @@ class DistillationLoss(nn.Module):
         return loss, {"ce": ce.detach(), "kd": kd.detach()}
 
 
-class PartlyLabelledLoss(DistillationLoss):
+class PartlyLabeledLoss(DistillationLoss):
     """The same loss where some images have no label, which only the distillation part sees.
 
     (1-alpha) * w * ce + alpha * T^2 * KL
 
-    ce is the sum over a batch of CE(student, label), divided by the labelled images that a batch
-    holds on average. So it is a mean over the labelled images of an epoch, each of which counts the
+    ce is the sum over a batch of CE(student, label), divided by the labeled images that a batch
+    holds on average. So it is a mean over the labeled images of an epoch, each of which counts the
     same, however many share its batch and however a global batch is divided among processes. The
-    weight w is the mean number of labelled images of an optimizer step, at most 1: without it, the
+    weight w is the mean number of labeled images of an optimizer step, at most 1: without it, the
     few steps that see a label would be ruled by it (docs/unlabeled.md has a measurement).
 
     Args:
         criterion: cross-entropy with probabilities, mean over the batch.
         alpha: above 0; 1 where no image has a label.
-        labelled_share: the labelled part of the training images, in 0…1.
+        labeled_share: the labeled part of the training images, in 0…1.
         images_per_step: images of an optimizer step, over all processes.
     """
 
@@ -107,14 +107,14 @@ class PartlyLabelledLoss(DistillationLoss):
         criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         alpha: float,
         temperature: float,
-        labelled_share: float,
+        labeled_share: float,
         images_per_step: int,
     ) -> None:
         super().__init__(criterion, alpha, temperature)
-        if alpha == 0 or (alpha < 1 and not labelled_share):
-            raise ValueError(f"alpha is {alpha}, but {1 - labelled_share:.0%} have no label")
-        self.labelled_share = labelled_share
-        self.label_weight = min(1.0, labelled_share * images_per_step)
+        if alpha == 0 or (alpha < 1 and not labeled_share):
+            raise ValueError(f"alpha is {alpha}, but {1 - labeled_share:.0%} have no label")
+        self.labeled_share = labeled_share
+        self.label_weight = min(1.0, labeled_share * images_per_step)
 
     def forward(
         self,
@@ -124,29 +124,29 @@ class PartlyLabelledLoss(DistillationLoss):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Args:
-            targets: (B, C); a row sums to the labelled part of its image, see PartialLabels.
+            targets: (B, C); a row sums to the labeled part of its image, see PartialLabels.
         Returns: the loss, and without a graph 'ce', 'kd', its means 'kd_labeled' and 'kd_unlabeled'
-            over the labelled and the other images, and 'labeled', the labelled part of the batch.
+            over the labeled and the other images, and 'labeled', the labeled part of the batch.
         """
         if teacher_logits is None:
             raise ValueError(f"alpha is {self.alpha}, so the loss needs teacher_logits")
-        student_logits, share = student_logits.float(), self.labelled_share
+        student_logits, share = student_logits.float(), self.labeled_share
         of_image = kl_per_image(student_logits, teacher_logits, self.temperature)  # (B,)
         loss = kd = of_image.mean()
-        labelled, parts = targets.sum(dim=1), {}  # (B,)
+        labeled, parts = targets.sum(dim=1), {}  # (B,)
         if share:
             with torch.set_grad_enabled(self.alpha < 1 and torch.is_grad_enabled()):
                 ce = self.criterion(student_logits, targets) / share
             loss = kd if self.alpha == 1 else torch.lerp(self.label_weight * ce, kd, self.alpha)
             parts["ce"] = ce.detach()
-            parts["kd_labeled"] = (labelled * of_image.detach()).mean() / share
+            parts["kd_labeled"] = (labeled * of_image.detach()).mean() / share
         parts["kd"] = kd.detach()
-        parts["kd_unlabeled"] = ((1 - labelled) * of_image.detach()).mean() / (1 - share)
-        return loss, parts | {"labeled": labelled.mean()}
+        parts["kd_unlabeled"] = ((1 - labeled) * of_image.detach()).mean() / (1 - share)
+        return loss, parts | {"labeled": labeled.mean()}
 
 
 class InputConversion(nn.Module):
-    """Converts images that are normalised and sized for the student to what the teacher expects.
+    """Converts images that are normalized and sized for the student to what the teacher expects.
 
     Args:
         source, target: data configurations: mean and std (of RGB in 0…1), input_size (pixels).
@@ -160,13 +160,13 @@ class InputConversion(nn.Module):
         self.size = target["input_size"] if target["input_size"] != source["input_size"] else None
         mean, std = torch.tensor(source["mean"]), torch.tensor(source["std"])
         target_mean, target_std = torch.tensor(target["mean"]), torch.tensor(target["std"])
-        self.renormalise = not (torch.equal(mean, target_mean) and torch.equal(std, target_std))
+        self.renormalize = not (torch.equal(mean, target_mean) and torch.equal(std, target_std))
         self.register_buffer("scale", (std / target_std).view(1, 3, 1, 1))
         self.register_buffer("shift", ((mean - target_mean) / target_std).view(1, 3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, 3, size, size)"""
-        if self.renormalise:
+        if self.renormalize:
             images = images * self.scale + self.shift
         if self.size:
             images = F.interpolate(images, (self.size,) * 2, mode="bicubic", antialias=True)
@@ -369,7 +369,7 @@ def load_teacher(
     names: Sequence[str] | None
     if path == PRETRAINED:
         description, is_ema = "timm's pre-trained weights", False
-        names = list(teacher_classes or _pretrained_classes(arch, classes or []))
+        names = list(teacher_classes or pretrained_classes(arch, classes or []))
         outputs = len(names)
     else:
         keys, reason = weight_keys(checkpoint, use_ema)
@@ -401,7 +401,7 @@ def load_teacher(
     scores = checkpoint.get("scores")
     score = "test_acc1_ema" if is_ema else "test_acc1"
     teacher.recorded_acc1 = scores.get(score) if isinstance(scores, dict) else None
-    teacher.class_index, order = _match_classes(names, classes, path)
+    teacher.class_index, order = match_outputs(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))
     teacher.origin = (
@@ -410,59 +410,6 @@ def load_teacher(
         f"(input from {config_from})"
     )
     return teacher
-
-
-def names_of_weights(arch: str, classes: Sequence[str]) -> list[str] | None:
-    """The names of the outputs of timm's weights, in the spelling of the data where they are meant.
-
-    Those in the configuration of the weights, else ImageNet's: WordNet ids, or the names of a
-    class, the first or all of them.
-    Returns: None where the weights do not know all classes of the data.
-    """
-    wanted = {_plain(name): name for name in classes}
-    for names in _namings(arch):
-        if wanted.keys() <= set(map(_plain, names)):
-            return [wanted.get(_plain(name), name) for name in names]
-    return None
-
-
-def _namings(arch: str) -> list[list[str]]:
-    """The ways in which the outputs of timm's weights are named."""
-    cfg = models.pretrained_cfg(arch)
-    found = [list(cfg.label_names or [])]
-    if subset := infer_imagenet_subset({"num_classes": cfg.num_classes}):
-        info = ImageNetInfo(subset)
-        descriptions = info.label_descriptions()
-        found += [info.label_names(), [text.split(",")[0] for text in descriptions]]
-        found += [list(descriptions)]
-    return [names for names in found if names]
-
-
-def _pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
-    """`names_of_weights`, for a teacher.
-
-    Raises: UserError where the data has other classes, or where there is no classifier.
-    """
-    outputs = models.pretrained_cfg(arch).num_classes
-    if not outputs:
-        raise UserError(
-            f"{arch}: these weights have no classifier; fine-tune or probe them on this data first",
-            "architecture",
-        )
-    if names := names_of_weights(arch, classes):
-        return names
-    known = next(iter(reversed(_namings(arch))), [f"{outputs} classes without names"])
-    unknown = [name for name in classes if _plain(name) not in set(map(_plain, known))]
-    raise UserError(
-        f"{arch}: timm's weights know {few(known)}, and not all classes of the data ({few(unknown)}"
-        "); fine-tune or probe this network on the data first (docs/teachers.md), then pass its "
-        "checkpoint",
-        "architecture",
-    )
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ").strip().lower()
 
 
 def _data_config(
@@ -507,30 +454,3 @@ def _check_finite(teacher: nn.Module, path: str) -> None:
             "training failed; use an earlier checkpoint or another teacher",
             "checkpoint",
         )
-
-
-def _match_classes(
-    names: Sequence[str] | None, classes: Sequence[str] | None, path: str
-) -> tuple[list[int] | None, str]:
-    """Which of the teacher's outputs stand for the data's classes, and a note on their order."""
-    if not names or not classes:
-        return None, "assumed to be in the data's order"
-    if missing := [name for name in classes if name not in names]:
-        raise UserError(
-            f"{path}: this teacher does not know {len(missing)} of the data's classes "
-            f"({few(missing)}); it knows {few(names)}. Use a teacher that does, or name its "
-            "classes in the data's spelling with teacher_classes",
-            "checkpoint",
-        )
-    count = Counter(names)
-    if repeated := [name for name in classes if count[name] > 1]:
-        raise UserError(
-            f"{few(repeated)}: several outputs of the teacher have the same class name, so it is "
-            "unclear which of them is meant; give every output a name of its own",
-            "names",
-        )
-    position = {name: index for index, name in enumerate(names)}
-    index = [position[name] for name in classes]
-    if index == list(range(len(names))):
-        return None, "in the data's order"
-    return index, f"{len(index)} matched by name"

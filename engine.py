@@ -3,69 +3,24 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import metrics
-import runtime
-import utils
-from loaders import Batch, Loader
-from logs import History, Progress, Recorder
-from runtime import unwrap
-from utils import RandomUse, UserError
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """What stays the same over the epochs of a run."""
-
-    device: torch.device
-    amp_dtype: torch.dtype | None  # None: no autocast
-    update_freq: int  # batches accumulated into one optimizer step
-    clip_grad: float | None  # maximum gradient norm
-    seed: int
-    print_freq: int = 10  # most optimizer steps between two looks at the loss; each costs a sync
-
-    def autocast(self) -> AbstractContextManager:
-        """Autocast to `amp_dtype`, or nothing."""
-        if self.amp_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.amp_dtype)
-
-
-def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0) -> np.ndarray:
-    """Linear warm-up to `base`, then half a cosine from `base` towards `final`.
-
-    The warm-up begins one of its steps above 0, since a step at 0 would train nothing, and ends at
-    `base`, as in the ConvNeXt script. Loshchilov and Hutter, SGDR, 2017, eq. 5, without restarts.
-    Returns: (steps,) float64, one value per optimizer step.
-    """
-    warmup = np.linspace(0.0, base, warmup_steps + 1)[1:]
-    phase = np.arange(steps - warmup_steps) / max(1, steps - warmup_steps)
-    return np.concatenate([warmup, final + 0.5 * (base - final) * (1 + np.cos(math.pi * phase))])
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Learning rate and weight decay of every optimizer step of the run, (steps,) each."""
-
-    lr: np.ndarray
-    weight_decay: np.ndarray
-
-    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Set the values of one optimizer step."""
-        for group in optimizer.param_groups:
-            # Python floats: weights_only would refuse a NumPy float in the optimizer's state.
-            # timm sets lr_scale where --layer_decay asks for it.
-            group["lr"] = float(self.lr[step]) * group.get("lr_scale", 1.0)
-            if group["weight_decay"] > 0:
-                group["weight_decay"] = float(self.weight_decay[step])
+from data.loaders import Batch, Loader
+from reporting import metrics
+from reporting.recorder import Recorder
+from runtime import distributed
+from runtime.device import send
+from runtime.distributed import unwrap
+from runtime.randomness import RandomUse, seed_rng
+from training.history import History, Progress
+from training.optimizer import Schedule
+from training.settings import LoopSettings
+from utils import UserError
 
 
 class LogitsByPlaces(Protocol):
@@ -155,8 +110,8 @@ def train_one_epoch(
             schedule.apply(optimizer, step)
         # Seeded per batch, so that dropout and drop path do not depend on what ran before: a run
         # that resumes here continues with the same numbers.
-        key = settings.seed, epoch, number, runtime.rank()
-        utils.seed_rng(settings.device, RandomUse.STEP, *key)
+        key = settings.seed, epoch, number, distributed.rank()
+        seed_rng(settings.device, RandomUse.STEP, *key)
         is_last = part == window - 1
         # Processes exchange gradients only once per optimizer step; before the last batch of a
         # window DDP just accumulates, which saves freq - 1 of freq exchanges.
@@ -221,12 +176,12 @@ def evaluate(
     count = 0
     for batch in loader:
         with settings.autocast():
-            logits = runtime.send(model(batch.images), device).float()  # (B, C)
+            logits = send(model(batch.images), device).float()  # (B, C)
         top = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, batch.targets, reduction="sum")
         totals = [loss, top[:, 0].sum(), top.sum()]
         if teacher_logits is not None:
-            expected = runtime.send(teacher_logits[batch.places], device)
+            expected = send(teacher_logits[batch.places], device)
             totals.append((logits.argmax(dim=1) == expected.argmax(dim=1)).sum())
             ours, theirs = F.log_softmax(logits, dim=-1), F.log_softmax(expected, dim=-1)
             totals.append(F.kl_div(ours, theirs, reduction="sum", log_target=True))
@@ -240,7 +195,7 @@ def evaluate(
         count += len(batch.targets)
     sums = torch.cat([sums, torch.tensor([count], dtype=wide, device=device)])
     if shared:
-        runtime.all_reduce_(sums)
+        distributed.all_reduce_(sums)
     *totals_of_all, images = sums.tolist()
     totals_of_all, gaps_of_all = totals_of_all[: len(names)], totals_of_all[len(names) :]
     if not math.isfinite(totals_of_all[0]):

@@ -7,18 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
 from torch import nn
 
-import arguments
 import datasets
-import metrics
-from checkpoints import saved_args
-from datasets import Source
-from engine import LoopSettings, evaluate
-from loaders import DeviceLoader
-from runtime import log
-from transforms import data_config
-from utils import UserError, name_flags
+import utils
+from arguments.derived import data_flag, must_hold_out
+from arguments.parsing import follow_checkpoint, given_flags, parse_args
+from data.checks import check_images
+from data.loaders import DeviceLoader
+from data.sources import Source, held_out_identity
+from datasets import build_eval_loader, data_config
+from distillation import SelectClasses
+from engine import evaluate
+from models.classes import match_classes
+from models.weights import EMA_KEYS, RAW_KEYS, load_network, saved_args
+from reporting import metrics, summary
+from reporting.terminal import MANY_CLASSES
+from runtime.distributed import log
+from training.settings import LoopSettings, loop_settings
+from training.student import make_student
+from utils import UserError, flags_for
 
 
 class Scored(NamedTuple):
@@ -48,9 +57,9 @@ def evaluation_args(checkpoint: Any, path: str, flags: Sequence[str] = ()) -> ar
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            given = arguments.given_flags(argv)
-            saved = arguments.follow_checkpoint(saved_args(checkpoint), given, is_eval=True)
-            return arguments.parse_args(argv, saved)
+            given = given_flags(argv)
+            saved = follow_checkpoint(saved_args(checkpoint), given, is_eval=True)
+            return parse_args(argv, saved)
     except SystemExit as stop:
         raise UserError(told.getvalue().partition("error: ")[2].strip()) from stop
 
@@ -74,19 +83,19 @@ def open_scored(args: argparse.Namespace, checkpoint: Any) -> Scored:
     if args.calibrate:
         require_other_images(args)
         args.holdout = None  # of the checkpoint: those images are for the temperature
-    if arguments.must_hold_out(args):
+    if must_hold_out(args):
         args.holdout = saved_args(checkpoint).get("holdout")
         if not args.holdout:
             raise UserError(
-                f"{arguments.data_flag(args)}: holds no folder val; pass the folder that holds it, "
+                f"{data_flag(args)}: holds no folder val; pass the folder that holds it, "
                 "or --data_set image_folder --eval_data_path FOLDER to score all images of class "
                 f"folders ({args.resume} held out none of its training images)"
             )
     val = datasets.open_validation(args, saved.get("classes"))
     check_held_out(args, checkpoint, val)
     classes = saved.get("classes") or val.classes
-    with name_flags(classes=f"{arguments.data_flag(args)}:"):
-        positions = datasets.match_classes(val.classes, classes)
+    with flags_for(classes=f"{data_flag(args)}:"):
+        positions = match_classes(val.classes, classes)
     return Scored(config, val, classes, positions, saved)
 
 
@@ -106,10 +115,10 @@ def check_held_out(args: argparse.Namespace, checkpoint: Mapping[str, Any], val:
         is_other = {"data_set", "data_path"} & set(args.given)
         is_believed = was.get("holdout") == args.holdout if is_by_flag else not is_other
     else:
-        is_believed = held_out == datasets.held_out_identity(val)
+        is_believed = held_out == held_out_identity(val)
     if is_believed:
         return
-    flag = f"{arguments.data_flag(args)} --holdout {args.holdout}"
+    flag = f"{data_flag(args)} --holdout {args.holdout}"
     what = f"these are not the images that the training of {args.resume} held out"
     if not is_by_flag:
         raise UserError(
@@ -124,9 +133,9 @@ def check_held_out(args: argparse.Namespace, checkpoint: Mapping[str, Any], val:
 
 def require_other_images(args: argparse.Namespace) -> None:
     """Raise UserError where --calibrate would fit its temperature on the images that it scores."""
-    is_same = arguments.must_hold_out(argparse.Namespace(**{**vars(args), "holdout": None}))
+    is_same = must_hold_out(argparse.Namespace(**{**vars(args), "holdout": None}))
     if "holdout" in args.given or is_same:
-        flag = f"--holdout {args.holdout}" if "holdout" in args.given else arguments.data_flag(args)
+        flag = f"--holdout {args.holdout}" if "holdout" in args.given else data_flag(args)
         raise UserError(
             f"--calibrate true: {flag} leaves only the held-out images to score, and the "
             "temperature is fitted on those; pass data that also has validation images, such as "
@@ -144,9 +153,9 @@ def images_to_calibrate(args: argparse.Namespace, checkpoint: Mapping[str, Any])
         )
     args = argparse.Namespace(**{**vars(args), "holdout": holdout})
     held_out = datasets.open_validation(args, checkpoint["data"]["classes"])
-    if checkpoint.get("images", {}).get("held_out") != datasets.held_out_identity(held_out):
+    if checkpoint.get("images", {}).get("held_out") != held_out_identity(held_out):
         raise UserError(
-            f"--calibrate true: {arguments.data_flag(args)} does not have the images that the "
+            f"--calibrate true: {data_flag(args)} does not have the images that the "
             f"training of {args.resume} held out; pass the data of the training"
         )
     return held_out
@@ -175,3 +184,56 @@ class Tempered(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, C)"""
         return self.network(images) / self.temperature
+
+
+def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.device) -> None:
+    """`--eval true`: score the weights of a checkpoint as the checkpoint says.
+
+    Model, data, normalization and crop are those of the training run where no flag says otherwise.
+    Classes are matched by name; data that has only some of the classes is scored on those.
+    """
+    config, val, classes, positions, saved = open_scored(args, checkpoint)
+    log(
+        f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}: {len(val)} "
+        f"{'held-out ' if args.holdout else ''}images, {len(val.classes)} classes; "
+        f"{config['input_size']} pixels, on {device}"
+    )
+    for name, (old, new) in utils.changes(saved, config).items():
+        log(f"Warning: scored with {name} {new}, but the checkpoint was trained with {old}")
+    if len(val.classes) < len(classes):
+        log(f"Scored on {len(val.classes)} of the {len(classes)} classes of the checkpoint")
+
+    if args.check_data:
+        check_images([val], args.num_workers)
+    settings = loop_settings(args, device)
+    loader = build_eval_loader(args, val, config, device)
+    held_out = None
+    if args.calibrate:
+        every = argparse.Namespace(**{**vars(args), "dist_eval": False})  # on each process
+        held_out = build_eval_loader(every, images_to_calibrate(args, checkpoint), config, device)
+    student = make_student(args, device, classes)
+    network = SelectClasses(student, positions)
+    reports = {}
+    for suffix, keys in (("", RAW_KEYS), ("_ema", EMA_KEYS)):
+        is_ema, is_there = bool(suffix), any(checkpoint.get(key) for key in keys)
+        if args.use_ema == str(not is_ema).lower() or (is_ema and not is_there):
+            continue
+        with flags_for(checkpoint="--resume"):
+            load_network(checkpoint, args.resume, student, keys)
+        answers: list[metrics.Answers] = []
+        scores = evaluate(loader, network, settings, args.dist_eval, answers=answers)
+        found = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
+        if held_out is not None:
+            temperature = calibrate(held_out, student, settings)
+            found["temperature"] = temperature
+            scaled = evaluate(loader, Tempered(network, temperature), settings, args.dist_eval)
+            scores |= {f"{name}_calibrated": scaled[name] for name in ("loss", "ece")}
+            found |= {"nll_calibrated": scaled["loss"], "ece_calibrated": scaled["ece"]}
+            log(f"temperature{suffix} {temperature:.4f}")
+        for name, value in scores.items():
+            if name != "acc5" or len(val.classes) > MANY_CLASSES:
+                log(f"test_{name}{suffix} {value:.4f}")
+        reports["ema" if is_ema else "student"] = found
+        log("\n".join(metrics.report_lines(found)))
+    with flags_for(output="--report"):
+        summary.write_report(args.report, reports)

@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from tqdm import tqdm
 
-import pictures
-import runtime
-from arguments import cores_per_process
-from exported import Model, open_model
-from flags import ShowDefaults
-from transforms import eval_transform
-from utils import UserError, few, name_flags
+from arguments.defaults import cores_per_process
+from arguments.flags import ShowDefaults
+from data import pictures
+from data.transforms import eval_transform
+from deploy.model import Model, open_model
+from runtime import signals
+from runtime.device import default_device, find_device
+from utils import UserError, few, flags_for
 
 LONG = 256  # images for which starting loader workers pays
 PATIENCE = 5  # seconds before progress is shown
@@ -103,9 +104,9 @@ def predict(args: argparse.Namespace) -> list[str]:
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
     files = find_images(args.images)
-    name = args.device or ("cpu" if args.model.endswith(".onnx") else runtime.default_device())
-    with name_flags(device="--device", use_ema="--use_ema"):
-        device = runtime.find_device(name)
+    name = args.device or ("cpu" if args.model.endswith(".onnx") else default_device())
+    with flags_for(device="--device", use_ema="--use_ema"):
+        device = find_device(name)
         model = open_model(args.model, device, args.use_ema)
     if args.num_workers is None:
         args.num_workers = max(1, int(cores_per_process())) if len(files) > LONG else 0
@@ -202,7 +203,7 @@ def predictions(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=runtime.leave_signals_to_the_trainer,
+        worker_init_fn=signals.leave_signals_to_the_trainer,
     )
     start = 0
     for items in loader:

@@ -18,15 +18,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from arguments import OF_TEACHER, unknown_flags
-from flags import (
+from arguments.flags import (
     AUGMENTATION,
     MIXING,
+    OF_TEACHER,
     TEACHER,
     flags_of_group,
     get_args_parser,
     str2bool,
 )
+from arguments.parsing import unknown_flags
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RECORD = "sweep.json"  # in --out: the commands of the runs that are finished, by folder

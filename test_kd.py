@@ -21,10 +21,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoints
+from data.loaders import Batch
 from distillation import DistillationLoss, StudentWithDistillation, load_teacher
-from engine import LoopSettings, Schedule, train_one_epoch
-from loaders import Batch
+from engine import train_one_epoch
+from models.weights import read_checkpoint
+from training import checkpoints
+from training.optimizer import Schedule
+from training.settings import LoopSettings
 
 CLASSES, SIZE, BATCH = 10, 16, 8
 CPU = torch.device("cpu")
@@ -159,7 +162,7 @@ def test_checkpoint_holds_no_teacher() -> None:
         state = checkpoints.RunState(student, None, optimizer, scaler, {"output_dir": folder}, {})
         state.finish_epoch(0, {})
         state.save(improved=[], is_due=True, keep=1)
-        saved = checkpoints.read_checkpoint(f"{folder}/checkpoint-0.pth")
+        saved = read_checkpoint(f"{folder}/checkpoint-0.pth")
     assert saved["model"].keys() == student.state_dict().keys()
     stored = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
     assert stored == len(list(student.parameters())), "the optimizer holds more than the student"

@@ -1,18 +1,12 @@
-"""What every other file may use: errors, randomness and small files."""
+"""What every other file may use: errors and small files. Imports neither torch nor timm."""
 
-import math
 import os
-import random
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from enum import IntEnum
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import IO, Any
 
 # ------------------------------------------------------------------------------------- errors
 
@@ -31,7 +25,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def name_flags(**flags: str) -> Iterator[None]:
+def flags_for(**flags: str) -> Iterator[None]:
     """Put a flag in front of a UserError that is raised inside and has that flag's subject.
 
     Most functions may be called from Python, where nobody typed a flag; so flags are named only by
@@ -62,81 +56,6 @@ def few(names: Iterable[object], most: int = 3) -> str:
     """The first few names, for an error message."""
     names = list(names)
     return ", ".join(map(str, names[:most])) + (" …" if len(names) > most else "")
-
-
-# --------------------------------------------------------------------------------- randomness
-
-
-class RandomUse(IntEnum):
-    """What random numbers are drawn for, and the key that follows it."""
-
-    WEIGHTS = 1  # seed
-    AUGMENTATION = 2  # seed, view, image
-    STEP = 3  # seed, epoch, batch, rank; dropout and drop path
-    BLOCK_MIXUP = 4  # seed, view, block
-    PAIR_MIXUP = 5  # seed, view, block of pairs
-    ORDER = 6  # seed, view
-
-
-def seed_sequence(use: RandomUse, *key: int) -> np.random.SeedSequence:
-    """A seed that is a function of the use and its key alone.
-
-    SeedSequence hashes both, so neighbouring keys give unrelated streams, and no two uses share a
-    stream. (The key by itself would be padded with zeros: 3 and 3, 0 are one seed.)
-    """
-    return np.random.SeedSequence(key, spawn_key=(use,))
-
-
-def seed_rng(device: torch.device, use: RandomUse, *key: int) -> None:
-    """Seed Python, NumPy and torch (CPU and `device`); see `seed_sequence`."""
-    seed = int(seed_sequence(use, *key).generate_state(1, np.uint64)[0])
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    # torch.manual_seed would also queue a seed for every GPU, which costs a stack trace per call
-    # where CUDA is not initialised, as in every loader worker.
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
-ROUNDS = 10  # of `permute`: with 6, pairs of places among 12 are measurably uneven
-LEAST_SIDE = 4  # of `permute`: with 3, many permutations of 4 to 7 numbers would never occur
-
-
-def permute(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
-    """What a pseudo-random permutation of 0…count-1 puts at some positions; nothing is stored.
-
-    A Feistel network on the numbers below side * side >= count. A number that it sends beyond the
-    count goes through the network again until it is below ('cycle-walking'). Both are of Black and
-    Rogaway, 'Ciphers with arbitrary finite domains', 2002. The function of a round is SplitMix64
-    (Steele, Lea and Flood, 'Fast splittable pseudorandom number generators', 2014): its output
-    number `right`, from the state `key`.
-
-    Args:
-        positions: (P,) integers below `count`.
-        keys: (ROUNDS,) random uint64; each gives another permutation.
-    Returns: (P,) int64, all different where the positions are.
-    """
-    side = np.uint64(max(LEAST_SIDE, math.isqrt(count) + 1))
-    found = np.array(positions, np.uint64)
-    outside: slice | np.ndarray = slice(None)
-    while len(found[outside]):
-        left, right = np.divmod(found[outside], side)
-        for key in keys:
-            left, right = right, (left + _split_mix(key, right)) % side
-        found[outside] = left * side + right
-        outside = np.flatnonzero(found >= count)
-    return found.astype(np.int64)
-
-
-def _split_mix(state: np.uint64, steps: np.ndarray) -> np.ndarray:
-    """Outputs of SplitMix64 so many steps after a state, uint64 modulo 2**64."""
-    z = state + steps * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 # -------------------------------------------------------------------------------- small files
@@ -190,3 +109,73 @@ def could_not_write(path: Path, error: Exception, subject: str = "output") -> Us
         "or choose another folder, then run the same command: older checkpoints are complete",
         subject,
     )
+
+
+# ---------------------------------------------------------------------- the files of a run
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path for the new content of a file; `path` is always the old or the new file.
+
+    Raises: UserError where the file system refuses; every older file is left as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        # A kill may have left one, and it may be a second name of another checkpoint.
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
+        temporary.unlink(missing_ok=True)
+        raise could_not_write(path, error) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line and flush it to the disk. Raises: UserError where the file system refuses."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise could_not_write(path, error) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is always the old or the new one.
+
+    Raises: UserError where the file system refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise could_not_write(path, error) from error
+
+
+def lock(file: IO[bytes]) -> None:
+    """Wait until no other process holds the lock of this file; hold it until the file is closed.
+
+    A process that is killed holds it no longer. Where there are no locks, on Windows and on some
+    network file systems, this does nothing.
+    """
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def is_url(path: str) -> bool:
+    """Whether a checkpoint is named by its http address."""
+    return path.startswith(("http://", "https://"))
+
+
+def missing_file(path: str) -> str:
+    """What is wrong with the path of a checkpoint file; '' where the file exists."""
+    if os.path.isfile(path):
+        return ""
+    found = "is a folder" if os.path.isdir(path) else "no such file"
+    return f"{path}: {found}; pass the path of a checkpoint file"

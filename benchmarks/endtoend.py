@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import arguments
 import datasets
+from arguments.parsing import parse_args
+from data.sources import ImageSource
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 64  # of the JPEGs, in pixels
@@ -94,9 +95,9 @@ class Whole:
 def write_digits(folder: Path) -> None:
     """Write digits as JPEGs, enlarged and with some noise, as train/CLASS/ and val/CLASS/."""
     rng = np.random.default_rng(0)
-    splits = datasets.open_splits(arguments.parse_args(["--data_set", "DIGITS"]))
+    splits = datasets.open_splits(parse_args(["--data_set", "DIGITS"]))
     for (split, count), source in zip(JPEGS.items(), splits, strict=True):
-        assert isinstance(source, datasets.ImageSource)
+        assert isinstance(source, ImageSource)
         for index in range(count):
             image, target = source[index]
             large = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)

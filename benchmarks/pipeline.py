@@ -1,6 +1,6 @@
 """CPU time of the input pipeline on one core, stage by stage, next to that of the ConvNeXt script.
 
-Both read the same JPEG files with the full default augmentation: ours up to normalised images on
+Both read the same JPEG files with the full default augmentation: ours up to normalized images on
 the device, theirs as ImageFolder, timm's create_transform and the default collate make them.
 """
 
@@ -18,10 +18,10 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import default_collate
 
-import arguments
 import datasets
-import loaders
-import transforms
+from arguments.parsing import parse_args
+from data import loaders, transforms
+from data.readers import image_folder
 
 SIZES = {(500, 375): 64, (4000, 3000): 6}  # of JPEGs, and how many of them
 BATCH = 32
@@ -50,8 +50,8 @@ def write_photographs(folder: Path, size: tuple[int, int], count: int) -> None:
 
 def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
     """What to time: each function works through all images once, given the number of the round."""
-    args = arguments.parse_args(["--data_path", str(folder), "--num_workers", "0"])
-    config = transforms.data_config(args)
+    args = parse_args(["--data_path", str(folder), "--num_workers", "0"])
+    config = datasets.data_config(args)
     theirs = create_transform(
         args.input_size,
         is_training=True,
@@ -65,10 +65,10 @@ def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
         std=config["std"],
     )
     their_images = torchvision.datasets.ImageFolder(str(folder), theirs)
-    source = datasets.image_folder(str(folder))
+    source = image_folder(str(folder))
     our_images = loaders.TransformedImages(source, transforms.train_transform(args, config), seed=0)
     to_network = transforms.ToNetwork(config, CPU)
-    crop, *colour_steps = our_images.transform.steps.transforms
+    crop, *color_steps = our_images.transform.steps.transforms
     pillow_crop, *_ = theirs.transforms
 
     decoded = [source[index][0] for index in range(count)]
@@ -86,8 +86,8 @@ def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
     def in_batches(values: Sequence) -> list[Sequence]:
         return [values[start : start + BATCH] for start in range(0, count, BATCH)]
 
-    def change_colours(image: Image.Image) -> Image.Image:
-        for step in colour_steps:
+    def change_colors(image: Image.Image) -> Image.Image:
+        for step in color_steps:
             image = step(image)
         return image
 
@@ -100,8 +100,8 @@ def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
         "crop and resize (torch)": each(crop, decoded),
         "crop and resize (Pillow, as in timm)": each(pillow_crop, pictures),
         "decode, crop and resize": each(lambda index: crop(source.load(index)), range(count)),
-        "flip and RandAugment": each(change_colours, cropped),
-        "pixels, collate, normalise, erase": each(
+        "flip and RandAugment": each(change_colors, cropped),
+        "pixels, collate, normalize, erase": each(
             lambda batch: to_network(transforms.collate(batch)), in_batches(items)
         ),
         THEIRS: each(

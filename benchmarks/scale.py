@@ -22,14 +22,14 @@ import numpy as np
 import torch
 import torch.distributed
 
-import runtime
+import datasets
+from arguments.parsing import parse_args
+from data.sources import ImageSource
+from runtime import distributed, signals
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import datasets  # noqa: E402
-import loaders  # noqa: E402
-from arguments import parse_args  # noqa: E402
 
 CLASSES = 1000
 FLAGS = (
@@ -40,26 +40,27 @@ GIB = 2**30
 
 
 def image_of(index: int) -> np.ndarray:
-    """An image (8, 8, 3) uint8 whose grey depends on the index."""
+    """An image (8, 8, 3) uint8 whose gray depends on the index."""
     return np.full((8, 8, 3), index % 251, np.uint8)
 
 
-def source_of_numbers(images: int) -> datasets.ImageSource:
+def source_of_numbers(images: int) -> ImageSource:
     """A source whose images and labels follow from the index alone."""
-    (targets,) = runtime.once_per_machine(lambda: [np.arange(images) % CLASSES])
-    return datasets.ImageSource(image_of, targets, [str(label) for label in range(CLASSES)])
+    (targets,) = distributed.once_per_machine(lambda: [np.arange(images) % CLASSES])
+    return ImageSource(image_of, targets, [str(label) for label in range(CLASSES)])
 
 
 def run_rank(images: int, holdout: int) -> None:
     """One rank; rank 0 prints the seconds of the slowest rank as JSON."""
     started = time.perf_counter()
-    device = runtime.init_process("cpu", "env://")
+    device = torch.device("cpu")
+    distributed.init_process(device, "env://")
     datasets.open_split = lambda args, is_train, classes=None: source_of_numbers(images)
-    data = loaders.build_data(
+    data = datasets.build_data(
         parse_args(FLAGS + (["--holdout", str(holdout)] if holdout else [])), device
     )
-    assert isinstance(data.train, datasets.ImageSource)
-    runtime.from_main(data.train.identity)
+    assert isinstance(data.train, ImageSource)
+    distributed.from_main(data.train.identity)
     loader = data.train_loader
     loader.set_epoch(0)
     next(iter(loader))
@@ -68,16 +69,16 @@ def run_rank(images: int, holdout: int) -> None:
     loader.set_epoch(0, loader.batches_in_epoch - 2)
     for _ in loader:
         pass
-    runtime.barrier()
+    distributed.barrier()
     started = time.perf_counter()
     loader.set_epoch(1)
     next(iter(loader))
     seconds.append(time.perf_counter() - started)
     slowest = torch.tensor(seconds)
-    runtime.all_reduce_(slowest, torch.distributed.ReduceOp.MAX)
-    runtime.log(json.dumps(slowest.tolist()))
+    distributed.all_reduce_(slowest, torch.distributed.ReduceOp.MAX)
+    distributed.log(json.dumps(slowest.tolist()))
     time.sleep(1)  # for a last reading of the memory
-    runtime.end_workers()
+    signals.end_workers()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import terminal
 import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
@@ -31,15 +32,17 @@ from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
 from torch import nn
 
-import arguments
+import datasets
 import engine
-import loaders
-import runtime
-import terminal
+from arguments.parsing import parse_args
+from data import loaders
+from data.loaders import Batch
 from distillation import DistillationLoss, StudentWithDistillation, TeacherAdapter
 from examples import digits_demo
-from loaders import Batch
-from logit_store import LogitStore, RowFormat, StoredTeacher
+from runtime.device import keep_freed_memory
+from teacher.logit_store import LogitStore, RowFormat, StoredTeacher
+from training.optimizer import Schedule
+from training.settings import LoopSettings
 
 
 class Pair(NamedTuple):
@@ -110,7 +113,7 @@ def digits_loader(batch_size: int, device: torch.device) -> loaders.DeviceLoader
     """All training digits as the demo shows them, by the project's own loader."""
     flags = [*shlex.split(digits_demo.COMMON), "--batch_size", str(batch_size)]
     flags += ["--output_dir", "unused"]  # what COMMON says of checkpoints needs a folder
-    return loaders.build_data(arguments.parse_args(flags), device).train_loader
+    return datasets.build_data(parse_args(flags), device).train_loader
 
 
 class TimmTask(nn.Module):
@@ -222,9 +225,9 @@ class Runner:
             loader=self.loader,
             optimizer=self.optimizer,
             scaler=torch.amp.GradScaler(self.device.type, enabled=False),
-            schedule=engine.Schedule(constant, constant),
+            schedule=Schedule(constant, constant),
             epoch=0,
-            settings=engine.LoopSettings(
+            settings=LoopSettings(
                 device=self.device,
                 amp_dtype=None,
                 update_freq=1,
@@ -287,7 +290,7 @@ def _times(pair: Pair, rounds: int, device: torch.device) -> dict[str, list[floa
     """Seconds per step of each variant in each round."""
     silence_the_loop()
     if device.type == "cpu":
-        runtime.keep_freed_memory()  # as main.run does
+        keep_freed_memory()  # as main.run does
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runners: list[Runner | RunnerElsewhere] = [

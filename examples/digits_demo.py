@@ -21,13 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from arguments import usable_cores  # noqa: E402
+from arguments.defaults import usable_cores  # noqa: E402
 
 SEEDS = range(4)
 
 TEACHER = "--model cifar_resnet20 --epochs 60 --batch_size 64 --cutmix 0"
 STUDENT = "--model cifar_resnet8 --epochs 300"
-# Digits have no colours to jitter and 8 pixels leave little to erase: crops, mixup and cutmix only.
+# Digits have no colors to jitter and 8 pixels leave little to erase: crops, mixup and cutmix only.
 COMMON = (
     "--data_set DIGITS --lr 3e-3 --smoothing 0 --aa '' --color_jitter 0 --reprob 0 "
     "--num_workers 0 --save_ckpt_freq 1000 --auto_resume false"
@@ -40,7 +40,7 @@ def teacher_command(seed: int) -> str:
 
 
 def student_flags(labels: int) -> str:
-    """The flags of every student that sees this many labelled digits."""
+    """The flags of every student that sees this many labeled digits."""
     return f"{STUDENT} --train_samples {labels} --batch_size {min(50, labels)}"
 
 
@@ -50,7 +50,7 @@ def alone_command(seed: int, labels: int = 50, folder: str = "demo_out") -> str:
 
 
 def kd_flags(seed: int, alpha: float) -> str:
-    """The flags that distil from the teacher of a seed."""
+    """The flags that distill from the teacher of a seed."""
     return (
         f"--kd true --kd_alpha {alpha} --kd_temperature 4 --teacher_arch cifar_resnet20 "
         f"--teacher_path demo_out/teacher_{seed}/checkpoint-59.pth"

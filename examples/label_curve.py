@@ -22,9 +22,9 @@ except ImportError as error:  # found now, not after twenty minutes of training
 
 LABELS = (10, 20, 50, 100, 200, 400, 1437)
 PICTURE = ROOT / "docs" / "label_curve.png"
-# Told apart by the colour-blind, and in grey by their markers.
+# Told apart by the color-blind, and in gray by their markers.
 STYLES = {
-    "distilled, with the other digits unlabelled": {"color": "#009E73", "marker": "^"},
+    "distilled, with the other digits unlabeled": {"color": "#009E73", "marker": "^"},
     "distilled": {"color": "#0072B2", "marker": "o"},
     "alone": {"color": "#D55E00", "marker": "s"},
 }
@@ -41,7 +41,7 @@ def spread(records: list[dict]) -> Spread:
 COMMANDS = {
     "alone": digits_demo.alone_command,
     "distilled": digits_demo.distilled_command,
-    "distilled, with the other digits unlabelled": digits_demo.unlabeled_command,
+    "distilled, with the other digits unlabeled": digits_demo.unlabeled_command,
 }
 
 
@@ -73,7 +73,7 @@ def draw(curves: dict[str, list[Spread]], teacher: float) -> None:
     axes.set_xscale("log")
     axes.set_xticks(LABELS, [f"{labels:,}" for labels in LABELS])
     axes.minorticks_off()
-    axes.set_xlabel("labelled training digits")
+    axes.set_xlabel("labeled training digits")
     axes.set_ylabel(f"accuracy %, mean ± deviation of {len(SEEDS)} seeds")
     axes.set_title("Accuracy on 360 test digits, 78k-parameter student", fontsize=11)
     axes.grid(color="#E5E5E5", linewidth=0.8)

@@ -1,6 +1,7 @@
 """Small architectures that timm lacks, registered with timm on import, and how a model is built."""
 
 import dataclasses
+import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
-from arguments import is_own_module, unknown_architecture
+from arguments.derived import is_own_module
 from utils import UserError, few, first_line
 
 from . import cifar_resnet  # noqa: F401
@@ -24,7 +25,7 @@ def check_architecture(arch: str) -> None:
     if ":" in arch:
         return  # found out when it is fetched or imported
     if not timm.is_model(arch):
-        raise UserError(unknown_architecture(arch, timm.list_models()), "architecture")
+        raise UserError(_unknown_architecture(arch, timm.list_models()), "architecture")
     tags = timm.models.get_arch_pretrained_cfgs(arch)
     if "." in arch and arch not in tags:
         name = arch.partition(".")[0]
@@ -32,6 +33,15 @@ def check_architecture(arch: str) -> None:
             f"{arch}: timm has no such weights of {name}; it has {few(tags, most=5) or 'none'}",
             "architecture",
         )
+
+
+def _unknown_architecture(arch: str, known: list[str]) -> str:
+    """The error for an architecture that timm does not know, with similar names."""
+    name = arch.split(".")[0]
+    similar = [other for other in known if other.endswith(f"_{name}")][:2]
+    similar += difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    remedy = f"did you mean {', '.join(similar)}?" if similar else "see timm.list_models()"
+    return f"{arch}: timm knows no such architecture; {remedy}"
 
 
 def input_config(arch: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def teacher_file(tmp_path) -> Path:
 
 @pytest.fixture
 def kd(teacher_file) -> list[str]:
-    """The flags that distil from `teacher_file`."""
+    """The flags that distill from `teacher_file`."""
     return teacher_flags(teacher_file)
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import models
-import transforms
+from data import transforms
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def teacher_flags(path: object, arch: str = "cifar_resnet8") -> list[str]:
-    """The flags that distil from a file."""
+    """The flags that distill from a file."""
     return ["--kd", "true", "--teacher_arch", arch, "--teacher_path", str(path)]
 
 

@@ -11,8 +11,8 @@ import timm
 import torch
 from helpers import ROOT, teacher_flags, write_images
 
-import arguments
-import flags as all_flags
+from arguments.flags import get_args_parser
+from arguments.parsing import parse_args
 from tools import write_flags
 
 
@@ -21,7 +21,7 @@ def flags_of(parser) -> dict:
 
 
 def test_the_five_flags_have_the_guides_defaults():
-    args = arguments.parse_args([])
+    args = parse_args([])
     assert (args.kd, args.kd_alpha, args.kd_temperature) == (False, 0.7, 4.0)
     assert args.teacher_path is None and args.teacher_arch is None
 
@@ -38,18 +38,18 @@ def test_every_flag_of_the_family_is_accepted():
     save_ckpt save_ckpt_freq save_ckpt_num start_epoch eval dist_eval disable_eval num_workers
     pin_mem use_amp dist_url
     """
-    assert {f"--{name}" for name in family.split()} <= flags_of(all_flags.get_args_parser()).keys()
+    assert {f"--{name}" for name in family.split()} <= flags_of(get_args_parser()).keys()
 
 
 def test_every_flag_states_its_default_or_that_it_has_none():
-    for flag, action in flags_of(all_flags.get_args_parser()).items():
+    for flag, action in flags_of(get_args_parser()).items():
         states = action.default not in (None, "") or "(default: " in action.help
         without = "required|folder|file|timm architecture|prefix|ignored|expected|resume from|ratio"
         assert states or re.search(without, action.help), flag
 
 
 def test_every_help_line_stands_alone():
-    for flag, action in flags_of(all_flags.get_args_parser()).items():
+    for flag, action in flags_of(get_args_parser()).items():
         assert len(action.help.split()) >= 2, flag
         first = action.help.split()[0].lower()
         assert first not in ("it", "its", "of", "them", "one", "where", "so"), flag
@@ -124,12 +124,6 @@ def test_a_mistyped_file_or_architecture_is_reported_before_torch_is_imported(
     assert done.returncode == 2, done.stderr
     assert f"{flag} resnet19: {MISTYPED[flag]}" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_the_architectures_found_without_importing_timm_are_timms():
-    found = arguments.architectures()
-    assert set(timm.list_models()) <= found
-    assert all(timm.is_model(name) for name in found)
 
 
 BAD_VALUES = {

@@ -24,21 +24,25 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
-import arguments
-import check_data
 import datasets
-import loaders
-import pictures
-import transforms
-from utils import RandomUse, UserError, seed_rng, seed_sequence
+from arguments.parsing import parse_args
+from data import loaders, pictures, sources, transforms
+from data.checks import check_images
+from data.mixup import PAIRS_AT_ONCE, PairMixup, make_mixup
+from data.order import EpochBatches, EvalBatches, view_order
+from data.readers import digits, image_folder
+from data.sources import StreamSource, _image_of_file, stratified, subset
+from runtime import distributed
+from runtime.randomness import RandomUse, seed_rng, seed_sequence
+from utils import UserError
 
 
 def parsed(*flags: object) -> argparse.Namespace:
-    return arguments.parse_args(["--num_workers", "0", "--batch_size", "16", *map(str, flags)])
+    return parse_args(["--num_workers", "0", "--batch_size", "16", *map(str, flags)])
 
 
 def test_the_digits_are_1437_and_360_in_the_proportions_of_their_classes():
-    train, test = datasets.digits(True), datasets.digits(False)
+    train, test = digits(True), digits(False)
     assert (len(train), len(test)) == (1437, 360)
     share = np.bincount(train.targets) / len(train) - np.bincount(test.targets) / len(test)
     assert np.abs(share).max() < 0.005
@@ -47,10 +51,10 @@ def test_the_digits_are_1437_and_360_in_the_proportions_of_their_classes():
 
 
 def test_a_subset_of_a_subset_keeps_every_image_with_its_label():
-    source = datasets.digits(True)
-    first = datasets.stratified(source.targets, 100, seed=1)
-    second = datasets.stratified(source.targets[first], 30, seed=2)
-    nested = datasets.subset(datasets.subset(source, first), second)
+    source = digits(True)
+    first = stratified(source.targets, 100, seed=1)
+    second = stratified(source.targets[first], 30, seed=2)
+    nested = subset(subset(source, first), second)
     for index, position in enumerate(first[second]):
         image, target = nested[index]
         expected, label = source[position]
@@ -59,33 +63,33 @@ def test_a_subset_of_a_subset_keeps_every_image_with_its_label():
 
 @pytest.mark.parametrize("count", [10, 37, 200, 1437])
 def test_stratified_samples_are_distinct_and_proportional(count):
-    targets = datasets.digits(True).targets
-    chosen = datasets.stratified(targets, count, seed=5)
+    targets = digits(True).targets
+    chosen = stratified(targets, count, seed=5)
     assert len(set(chosen.tolist())) == count
     wanted = np.bincount(targets) * count / len(targets)
     assert np.abs(np.bincount(targets[chosen], minlength=10) - wanted).max() <= 1
 
 
 def test_stratified_samples_follow_the_seed_alone():
-    targets = datasets.digits(True).targets
-    same = [datasets.stratified(targets, 50, seed=3) for _ in range(2)]
+    targets = digits(True).targets
+    same = [stratified(targets, 50, seed=3) for _ in range(2)]
     assert np.array_equal(*same)
-    assert not np.array_equal(same[0], datasets.stratified(targets, 50, seed=4))
+    assert not np.array_equal(same[0], stratified(targets, 50, seed=4))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypatch):
-    monkeypatch.setattr(loaders, "PLACES_AT_ONCE", 50)  # so that batches are computed in parts
+    monkeypatch.setattr("data.order.PLACES_AT_ONCE", 50)  # so that batches are computed in parts
     steps = {}
     for rank in range(world):
-        monkeypatch.setattr(loaders.runtime, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(loaders.runtime, "world_size", lambda: world)
-        batches = loaders.EpochBatches(100, 24 // world, seed=7)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        batches = EpochBatches(100, 24 // world, seed=7)
         batches.set_epoch(3)
         for step, keys in enumerate(batches):
             assert all(view == 3 for view, _ in keys)
             steps.setdefault(step, []).extend(index for _, index in keys)
-    order = loaders.view_order(7, 3, 100)
+    order = view_order(7, 3, 100)
     assert len(steps) == 4
     for step, indices in steps.items():
         assert sorted(indices) == sorted(order[24 * step : 24 * (step + 1)].tolist())
@@ -94,8 +98,8 @@ def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypat
 @pytest.mark.parametrize(("count", "batch_size"), [(90, 50), (99, 50), (7, 4), (64, 16), (65, 33)])
 @pytest.mark.parametrize("views", [2, 3, 4, None])
 def test_a_few_views_show_every_image(count, batch_size, views):
-    """What does not fill a batch is left out of a view, but never of two neighbours."""
-    batches = loaders.EpochBatches(count, batch_size, seed=3, views=views)
+    """What does not fill a batch is left out of a view, but never of two neighbors."""
+    batches = EpochBatches(count, batch_size, seed=3, views=views)
     shown = []
     for epoch in range(4):
         batches.set_epoch(epoch)
@@ -109,7 +113,7 @@ def test_a_few_views_show_every_image(count, batch_size, views):
 def test_every_view_is_a_permutation_in_which_each_image_may_be_anywhere():
     places = np.zeros((10, 10), int)  # by image and place
     for seed in range(2000):
-        order = loaders.view_order(seed, 1, 10)
+        order = view_order(seed, 1, 10)
         assert sorted(order) == list(range(10))
         places[order, np.arange(10)] += 1
     assert np.abs(places - 200).max() < 4.5 * (200 * 0.9) ** 0.5
@@ -118,16 +122,16 @@ def test_every_view_is_a_permutation_in_which_each_image_may_be_anywhere():
 @pytest.mark.parametrize("view", [0, 1])
 def test_the_order_of_a_view_is_a_permutation_at_every_size(view):
     for count in [*range(1, 130), 1023, 1024, 1025, 65_536, 100_003]:
-        order = loaders.view_order(5, view, count)
+        order = view_order(5, view, count)
         assert np.array_equal(np.sort(order), np.arange(count)), count
     some = np.array([99_999, 0, 50_001, 50_000, 50_002])
-    assert np.array_equal(loaders.view_order(5, view, 100_003, some), order[some])
+    assert np.array_equal(view_order(5, view, 100_003, some), order[some])
 
 
 def test_orders_of_many_seeds_are_as_even_as_shuffles():
-    """Chi-squared over whole orders and over neighbours, within 4.5 standard deviations."""
+    """Chi-squared over whole orders and over neighbors, within 4.5 standard deviations."""
     for count, seeds, places in ((4, 2400, 4), (7, 2100, 2)):
-        found = Counter(tuple(loaders.view_order(seed, 0, count)[:places]) for seed in range(seeds))
+        found = Counter(tuple(view_order(seed, 0, count)[:places]) for seed in range(seeds))
         cells = math.perm(count, places)
         mean = seeds / cells
         squares = sum((number - mean) ** 2 for number in found.values())
@@ -136,9 +140,9 @@ def test_orders_of_many_seeds_are_as_even_as_shuffles():
         assert abs(squares / mean - freedom) < 4.5 * (2 * freedom) ** 0.5, (count, found)
 
 
-def test_neighbouring_views_and_seeds_have_unrelated_orders():
+def test_neighboring_views_and_seeds_have_unrelated_orders():
     """By chance one of 10,000 images is at its place in both, and one has its follower in both."""
-    orders = [loaders.view_order(seed, view, 10_000) for seed in (0, 1) for view in (0, 1, 2, 3)]
+    orders = [view_order(seed, view, 10_000) for seed in (0, 1) for view in (0, 1, 2, 3)]
     for a, b in itertools.combinations(orders, 2):
         assert (a == b).sum() < 8
         followers = [dict(zip(order[:-1], order[1:], strict=True)) for order in (a, b)]
@@ -148,7 +152,7 @@ def test_neighbouring_views_and_seeds_have_unrelated_orders():
 def test_an_epoch_of_a_billion_images_begins_without_their_list():
     mixup = pair_mixup()
     tracemalloc.start()
-    batches = loaders.EpochBatches(10**9, 256, seed=0)
+    batches = EpochBatches(10**9, 256, seed=0)
     batches.set_epoch(1, first_batch=batches.batches_in_epoch // 2)
     indices = [index for _, index in next(iter(batches))]
     numbers = mixup.draw(1, range(5 * 10**8 - 128, 5 * 10**8))
@@ -162,9 +166,9 @@ def test_an_epoch_of_a_billion_images_begins_without_their_list():
 def test_evaluation_batches_hold_every_image_once(world, monkeypatch):
     seen = []
     for rank in range(world):
-        monkeypatch.setattr(loaders.runtime, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(loaders.runtime, "world_size", lambda: world)
-        for batch in loaders.EvalBatches(101, 16, shared=True):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        for batch in EvalBatches(101, 16, shared=True):
             seen += [index for _, index in batch]
     assert sorted(seen) == list(range(101))
 
@@ -173,7 +177,7 @@ def test_augmented_images_do_not_depend_on_the_number_of_workers():
     epochs = []
     for workers in (0, 1, 3):
         args = parsed("--train_samples", 64, "--num_workers", workers)
-        loader = loaders.build_data(args, CPU).train_loader
+        loader = datasets.build_data(args, CPU).train_loader
         loader.set_epoch(2)
         epochs.append([batch.images for batch in loader])
     for other in epochs[1:]:
@@ -185,7 +189,7 @@ def test_augmented_images_do_not_depend_on_the_number_of_workers():
 def test_full_strength_posterize_does_not_end_an_epoch():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
     args = parsed()
-    transforms.train_transform(args, transforms.data_config(args))
+    transforms.train_transform(args, datasets.data_config(args))
     augment = rand_augment_transform("rand-m10-n2-inc1", {"translate_const": 3})
     posterize = [op for op in augment.ops if op.name.startswith("Posterize")]
     assert posterize
@@ -197,7 +201,7 @@ def test_full_strength_posterize_does_not_end_an_epoch():
 @pytest.mark.parametrize("size", [8, 28, 32, 48, 64, 96])
 def test_both_transforms_give_the_size_asked_for(size):
     args = parsed("--input_size", size, "--model", "cifar_resnet8")
-    config = transforms.data_config(args)
+    config = datasets.data_config(args)
     for shape in ((8, 8), (70, 50)):
         image = Image.new("RGB", shape, (120, 30, 200))
         for transform in (
@@ -209,10 +213,10 @@ def test_both_transforms_give_the_size_asked_for(size):
                 assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
 
 
-def test_small_images_are_evaluated_whole_and_normalised():
-    data = loaders.build_data(parsed(), CPU)
+def test_small_images_are_evaluated_whole_and_normalized():
+    data = datasets.build_data(parsed(), CPU)
     shown, targets, *_ = next(iter(data.val_loader))
-    source = datasets.digits(False)
+    source = digits(False)
     mean, std = (torch.tensor(data.config[key]).view(3, 1, 1) for key in ("mean", "std"))
     for row in (0, 7, 31):
         image, target = source[row]
@@ -227,7 +231,7 @@ def test_digits_are_not_mirrored_by_default_and_photographs_are():
 
 
 def test_an_image_folder_gives_each_image_its_folders_class(imnet):
-    source = datasets.image_folder(str(imnet / "train"))
+    source = image_folder(str(imnet / "train"))
     assert source.classes == ["ant", "bee", "cat"] and len(source) == 24
     for index in (0, 9, 23):
         image, target = source[index]
@@ -250,10 +254,10 @@ def test_a_folder_lists_what_torchvisions_image_folder_lists(tmp_path):
         path.write_bytes(b"")
     expected = ImageFolder(tmp_path)
     names = np.array([os.fsencode(os.path.relpath(p, tmp_path)) for p, _ in expected.samples])
-    source = datasets.image_folder(str(tmp_path))
+    source = image_folder(str(tmp_path))
     assert source.classes == expected.classes and source.targets.tolist() == expected.targets
     chosen = np.array([1, 4, 6])
-    for found, wanted in ((source, names), (datasets.subset(source, chosen), names[chosen])):
+    for found, wanted in ((source, names), (subset(source, chosen), names[chosen])):
         assert np.array_equal(found.names(np.arange(len(found))), wanted)
         assert found.identity()["image_names"] == hashlib.sha256(wanted).hexdigest()[:16]
     with pytest.raises(UserError, match=f"cannot read the image {tmp_path}/b/2.jpg "):
@@ -275,7 +279,7 @@ def test_a_corrupt_image_is_named_even_from_a_worker(imnet):
     broken = imnet / "train" / "bee" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
     args = parsed("--data_path", imnet, "--input_size", 32, "--num_workers", 1, "--batch_size", 8)
-    loader = loaders.build_data(args, CPU).train_loader
+    loader = datasets.build_data(args, CPU).train_loader
     loader.set_epoch(0)
     with pytest.raises(UserError) as caught:
         list(loader)
@@ -284,22 +288,22 @@ def test_a_corrupt_image_is_named_even_from_a_worker(imnet):
 
 
 def test_holdout_images_are_not_trained_on():
-    data = loaders.build_data(parsed("--holdout", 100), CPU)
+    data = datasets.build_data(parsed("--holdout", 100), CPU)
     assert len(data.train) == 1337 and len(data.val) == 100
     train, val = data.train, data.val
-    source = datasets.digits(True)
-    held_out = datasets.stratified(source.targets, 100, seed=0)
+    source = digits(True)
+    held_out = stratified(source.targets, 100, seed=0)
     assert np.array_equal(val.targets, source.targets[held_out])
     assert len(train) == 1337 and np.array_equal(val[0][0], source[held_out[0]][0])
 
 
 def test_classes_that_a_subset_leaves_without_an_image_are_named(capsys):
-    train = loaders.build_data(parsed("--train_samples", 5), CPU).train
+    train = datasets.build_data(parsed("--train_samples", 5), CPU).train
     missing = sorted(set(range(10)) - set(train.targets.tolist()))
     names = ", ".join(map(str, missing))
     told = f"classes without a training image: {len(missing)} of 10 ({names})"
     assert len(missing) >= 5 and told in capsys.readouterr().out
-    loaders.build_data(parsed("--train_samples", 100), CPU)
+    datasets.build_data(parsed("--train_samples", 100), CPU)
     assert "no training image" not in capsys.readouterr().out
 
 
@@ -307,21 +311,21 @@ def test_classes_that_differ_between_train_and_val_are_told(tmp_path):
     write_images(tmp_path / "train", ["ant", "bee"])
     write_images(tmp_path / "val", ["ant", "wasp"])
     with pytest.raises(UserError, match="only in training: bee; only in validation: wasp"):
-        loaders.build_data(parsed("--data_path", tmp_path), CPU)
+        datasets.build_data(parsed("--data_path", tmp_path), CPU)
 
 
 def test_every_kind_of_picture_becomes_rgb_and_right(tmp_path):
-    grey = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
-    color = np.stack([grey, grey[::-1], 255 - grey], axis=2)
+    gray = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    color = np.stack([gray, gray[::-1], 255 - gray], axis=2)
     cases = {
-        "grey.png": (Image.fromarray(grey), grey),
-        "16-bit.png": (Image.fromarray(grey.astype(np.uint16) * 257), grey),
+        "gray.png": (Image.fromarray(gray), gray),
+        "16-bit.png": (Image.fromarray(gray.astype(np.uint16) * 257), gray),
         "rgb.png": (Image.fromarray(color), color),
-        "alpha.png": (Image.fromarray(np.dstack([color, grey])), on_white(color, grey)),
-        "opaque.png": (Image.fromarray(np.dstack([color, grey | 255])), color),
+        "alpha.png": (Image.fromarray(np.dstack([color, gray])), on_white(color, gray)),
+        "opaque.png": (Image.fromarray(np.dstack([color, gray | 255])), color),
         "palette.png": (Image.fromarray(color).quantize(256), color),
         "cmyk.tif": (Image.fromarray(color).convert("CMYK"), color),
-        "one-bit.png": (Image.fromarray(grey > 100), np.uint8(255) * (grey > 100)),
+        "one-bit.png": (Image.fromarray(gray > 100), np.uint8(255) * (gray > 100)),
     }
     for name, (picture, expected) in cases.items():
         picture.save(tmp_path / name)
@@ -340,7 +344,7 @@ def on_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def transparent_logo(folder: Path) -> tuple[list[Path], np.ndarray]:
-    """One picture of two colours in every format with transparency, and how a browser shows it."""
+    """One picture of two colors in every format with transparency, and how a browser shows it."""
     color = np.zeros((16, 24, 3), np.uint8)  # black below what is transparent
     color[4:12, 4:20] = 200, 30, 60
     alpha = (color[:, :, 0] > 0) * np.uint8(255)
@@ -417,7 +421,7 @@ def test_odd_images_look_alike_in_training_and_in_evaluation(tmp_path):
     shown = []
     for name in ("odd", "plain"):
         flags = ["--data_path", tmp_path / name, "--model", "cifar_resnet8", "--input_size", 64]
-        data = loaders.build_data(parsed(*flags, "--batch_size", 2), CPU)
+        data = datasets.build_data(parsed(*flags, "--batch_size", 2), CPU)
         assert len(data.train) == len(data.val) == 37
         shown.append(
             [batch.images for one in (data.train_loader, data.val_loader) for batch in one]
@@ -445,19 +449,19 @@ def test_a_streams_photographs_are_upright(tmp_path):
     path, upright = next((path, upright) for path, upright in phone if path.name == "6.jpg")
     stream = IterableImageDataset(None, reader=PhoneReader(path))
     args = parsed("--input_size", 24, "--model", "cifar_resnet8")
-    config = transforms.data_config(args)
-    source = datasets.StreamSource(stream, ["a"])
-    loader = loaders.build_eval_loader(args, source, config, CPU)
+    config = datasets.data_config(args)
+    source = StreamSource(stream, ["a"])
+    loader = datasets.build_eval_loader(args, source, config, CPU)
     shown = next(iter(loader)).images
     assert torch.equal(shown, evaluation_images([np.asarray(upright)], config))
     with pytest.raises(UserError, match="--check_data true: a stream"):
-        check_data.check_images([source, source], num_workers=0)
+        check_images([source, source], num_workers=0)
 
 
 @pytest.mark.parametrize("ending", ["gif", "png", "webp"])
 def test_of_an_animated_image_the_first_frame_is_shown(ending, tmp_path):
-    grey = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
-    color = np.stack([grey, grey[::-1], 255 - grey], axis=2)
+    gray = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    color = np.stack([gray, gray[::-1], 255 - gray], axis=2)
     frames = [Image.fromarray(color), Image.fromarray(255 - color)]
     path = tmp_path / f"moving.{ending}"
     options = {"lossless": True} if ending == "webp" else {}
@@ -527,7 +531,7 @@ def test_a_picture_that_can_not_be_read_is_named(kind, ending, tmp_path, monkeyp
 
 
 def large_photograph(path: Path, size=(1701, 1203), mode: str = "RGB", **options) -> Image.Image:
-    """Write colours that change every two pixels of a crop; returns the upright picture."""
+    """Write colors that change every two pixels of a crop; returns the upright picture."""
     coarse = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode)
     picture.save(path, quality=95, **options)
@@ -574,8 +578,8 @@ def test_pixels_are_exact_of_smaller_photographs_small_crops_and_evaluations(siz
     path.parent.mkdir()
     picture = np.asarray(large_photograph(path, shape or (2000, 1200)))
     args = parsed("--input_size", size, "--model", "cifar_resnet8")
-    config = transforms.data_config(args)
-    source = datasets.image_folder(str(tmp_path))
+    config = datasets.data_config(args)
+    source = image_folder(str(tmp_path))
     assert np.array_equal(source[0][0], picture)
     train, val = transforms.train_transform(args, config), transforms.eval_transform(config)
     images = loaders.TransformedImages(source, train, seed=0)
@@ -593,9 +597,9 @@ def test_a_large_photograph_that_is_cut_off_is_refused_in_one_way(orientation, m
     path.parent.mkdir()
     large_photograph(path, **turned(orientation))
     path.write_bytes(path.read_bytes()[:-missing])
-    source = datasets.image_folder(str(tmp_path))
+    source = image_folder(str(tmp_path))
     args = parsed("--input_size", 64, "--model", "cifar_resnet8")
-    config = transforms.data_config(args)
+    config = datasets.data_config(args)
     shown = loaders.TransformedImages(source, transforms.train_transform(args, config), seed=0)
     messages = []
     for read in (lambda: source[0], lambda: shown[0, 0], lambda: shown[loaders.READ_ONLY, 0]):
@@ -606,7 +610,7 @@ def test_a_large_photograph_that_is_cut_off_is_refused_in_one_way(orientation, m
 
 
 def photograph(seed: int, size: tuple[int, int] = (300, 220)) -> Image.Image:
-    """Smooth colours with edges and some noise, as resizing meets them."""
+    """Smooth colors with edges and some noise, as resizing meets them."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(int)
@@ -618,7 +622,7 @@ def photograph(seed: int, size: tuple[int, int] = (300, 220)) -> Image.Image:
 
 def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor, torch.Tensor]:
     """The same images with the same draws: ours and, as the ConvNeXt script has it, timm's."""
-    config = transforms.data_config(args) | {"classes": ["0"]}
+    config = datasets.data_config(args) | {"classes": ["0"]}
     theirs = transforms.create_transform(
         args.input_size,
         is_training=True,
@@ -637,9 +641,9 @@ def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor
     ours, expected = [], []
     for seed in seeds:
         image = photograph(seed)
-        loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
+        seed_rng(CPU, RandomUse.AUGMENTATION, seed)
         ours.append((transform(np.array(image)), 0))
-        loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
+        seed_rng(CPU, RandomUse.AUGMENTATION, seed)
         expected.append(theirs(image))
     return to_network(transforms.collate(ours)), torch.stack(expected)
 
@@ -647,7 +651,7 @@ def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random"])
 @pytest.mark.parametrize("remode", ["pixel", "rand", "const"])
 def test_training_images_are_timms_to_rounding(interpolation, remode):
-    """Without colour operations, whose thresholds turn one grey level into many."""
+    """Without color operations, whose thresholds turn one gray level into many."""
     flags = ["--aa=", "--color_jitter", 0, "--reprob", 0.5, "--remode", remode, "--recount", 2]
     args = parsed("--input_size", 96, *flags, "--train_interpolation", interpolation)
     args.hflip = 0.5
@@ -662,7 +666,7 @@ def test_training_images_are_timms_to_rounding(interpolation, remode):
 def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
     args = parsed("--input_size", 16, "--aa=", "--color_jitter", 0, "--reprob", 0)
     args.hflip = hflip
-    config = transforms.data_config(args)
+    config = datasets.data_config(args)
     train = (
         transforms.train_transform(args, config),
         Compose([Resize(16, 3), RandomCrop(16, padding=2), RandomHorizontalFlip(hflip)]),
@@ -677,11 +681,11 @@ def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
         array = np.array(photograph(seed).resize(shape[::-1]))
         picture = Image.fromarray(array)
         for ours, theirs in (train, val):
-            loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
+            seed_rng(CPU, RandomUse.AUGMENTATION, seed)
             expected = np.asarray(theirs(picture))
             expected = expected if expected.shape[-1] == 3 else expected.transpose(1, 2, 0)
             for image in (array, picture):
-                loaders.utils.seed_rng(CPU, RandomUse.AUGMENTATION, seed)
+                seed_rng(CPU, RandomUse.AUGMENTATION, seed)
                 np.testing.assert_array_equal(ours(image)[0], expected)
 
 
@@ -710,11 +714,10 @@ def test_no_two_uses_of_random_numbers_share_a_stream():
 
 def test_each_use_of_random_numbers_draws_from_its_own_stream(run_main, monkeypatch):
     uses = []
-    real = loaders.utils.seed_sequence
-    for module in (loaders, transforms, loaders.utils):
+    real = seed_sequence
+    for module in ("data.order", "data.mixup", "runtime.randomness"):
         monkeypatch.setattr(
-            module,
-            "seed_sequence",
+            f"{module}.seed_sequence",
             lambda use, *key: uses.append((use, len(key))) or real(use, *key),
         )
     for mode in ("batch", "pair"):
@@ -798,13 +801,13 @@ def test_validation_images_are_not_read_twice_before_training(
 ):
     """Nor by a run that resumes; with --check_data true, only by the check."""
     read = []
-    load = datasets._image_of_file
+    load = _image_of_file
 
     def counted(path_of: Callable[[int], str], index: int) -> np.ndarray:
         read.append(path_of(index))
         return load(path_of, index)
 
-    monkeypatch.setattr(datasets, "_image_of_file", counted)
+    monkeypatch.setattr(sources, "_image_of_file", counted)
 
     def passes(*flags: object, output_dir: Path | None = None) -> float:
         read.clear()
@@ -863,8 +866,8 @@ def test_a_cache_from_before_photographs_were_upright_is_refused(run_main, kd, s
 # -------------------------------------------------------------------------- mixup in pairs
 
 
-def pair_mixup(*flags: object) -> transforms.PairMixup:
-    return transforms.make_mixup(parsed("--mixup_mode", "pair", *flags), 10)
+def pair_mixup(*flags: object) -> PairMixup:
+    return make_mixup(parsed("--mixup_mode", "pair", *flags), 10)
 
 
 IMAGES = torch.randn(64, 3, 12, 10, generator=torch.Generator().manual_seed(0))
@@ -904,7 +907,7 @@ def test_partners_are_mixed_by_their_lambda_or_box(flags):
 
 
 def test_a_pairs_mix_does_not_depend_on_its_batch_and_a_views_does_on_the_view():
-    first = 2 * transforms.PAIRS_AT_ONCE - 20  # so that the 64 images are of two blocks
+    first = 2 * PAIRS_AT_ONCE - 20  # so that the 64 images are of two blocks
     whole, labels = pair_mixup()(IMAGES.clone(), LABELS, 3, first)
     for size in (2, 6, 32):
         mixup = pair_mixup()
@@ -925,9 +928,9 @@ def test_pairs_are_mixed_as_timm_does_on_average(flags):
     """Share of an image's own label: quantiles over 4,000 pairs within 0.03 of timm's pair mode."""
     args = parsed("--mixup_mode", "pair", "--smoothing", 0, *flags)
     images, labels = torch.zeros(8000, 1, 32, 32), torch.arange(8000) % 2
-    _, ours = transforms.make_mixup(args, 2)(images, labels, 0, 0)
+    _, ours = make_mixup(args, 2)(images, labels, 0, 0)
     args.batch_size, args.mixup_mode = 8000, "elem"
-    whole = transforms.make_mixup(args, 2).mixup
+    whole = make_mixup(args, 2).mixup
     whole.mode = "pair"
     np.random.seed(0)
     _, theirs = whole(images, labels)
@@ -974,10 +977,10 @@ def test_the_boxes_of_pairs_have_the_areas_and_positions_of_timms(side, minmax):
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_a_blocks_mix_is_timms_and_does_not_depend_on_what_came_before(mode):
     args = parsed("--mixup_mode", mode, "--batch_size", 16)
-    mixup = transforms.make_mixup(args, 10)
+    mixup = make_mixup(args, 10)
     whole, labels = mixup(IMAGES.clone(), LABELS, 3, 0)
     third, soft = mixup(IMAGES[32:48].clone(), LABELS[32:48], 3, 32)
     assert torch.equal(whole[32:48], third) and torch.equal(labels[32:48], soft)
-    loaders.utils.seed_rng(CPU, RandomUse.BLOCK_MIXUP, 0, 3, 2)
+    seed_rng(CPU, RandomUse.BLOCK_MIXUP, 0, 3, 2)
     expected, wanted = mixup.mixup(IMAGES[32:48].clone(), LABELS[32:48])
     assert torch.equal(expected, third) and torch.equal(wanted, soft)

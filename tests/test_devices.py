@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import runtime
-from checkpoints import local_file, read_checkpoint
+from models.weights import local_file, read_checkpoint
+from runtime.device import default_amp_dtype, send
 
 
 class Copied:
@@ -20,7 +20,7 @@ class Copied:
 
 @pytest.mark.parametrize(("device", "is_beside"), [("cuda", True), ("mps", False), ("cpu", False)])
 def test_copies_run_beside_the_cpu_on_cuda_alone(device, is_beside):
-    assert runtime.send(Copied(), torch.device(device)) == (device, is_beside)
+    assert send(Copied(), torch.device(device)) == (device, is_beside)
 
 
 @pytest.mark.parametrize("is_supported", [True, False])
@@ -33,9 +33,9 @@ def test_mixed_precision_is_bfloat16_where_the_gpu_has_it(monkeypatch, is_suppor
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", support)
     wanted = "bfloat16" if is_supported else "float16"
-    assert runtime.default_amp_dtype(torch.device("cuda")) == wanted
+    assert default_amp_dtype(torch.device("cuda")) == wanted
     assert asked == {"emulation": False}  # which would be slower than float32
-    assert runtime.default_amp_dtype(torch.device("cpu")) == "bfloat16"
+    assert default_amp_dtype(torch.device("cpu")) == "bfloat16"
 
 
 def test_an_address_is_downloaded_once_per_machine(tmp_path, monkeypatch):

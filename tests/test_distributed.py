@@ -15,7 +15,7 @@ import torch
 from helpers import ROOT, children_of, read_log, start, teacher_flags, torchrun
 
 import models  # noqa: F401
-import runtime
+from runtime import distributed
 from utils import UserError
 
 # LayerNorm, since BatchNorm's statistics are those of a process's own images.
@@ -113,19 +113,22 @@ def test_two_processes_compute_and_learn_the_features_that_one_does(runs_folder)
 ONCE_PER_MACHINE = """
 import os, sys
 import numpy as np
-import datasets, runtime, utils
-runtime.init_process("cpu", "env://")
+import torch
+from data import readers
+from runtime import distributed
+from utils import UserError
+distributed.init_process(torch.device("cpu"), "env://")
 made = []
 def make():
     made.append(1)
-    return [np.full(3, runtime.rank()), np.array([0.5])]
+    return [np.full(3, distributed.rank()), np.array([0.5])]
 for _ in range(2):
-    numbers, half = runtime.once_per_machine(make)
-source = datasets.image_folder(sys.argv[1])
+    numbers, half = distributed.once_per_machine(make)
+source = readers.image_folder(sys.argv[1])
 print(len(made), numbers.tolist(), half[0], numbers.flags.writeable, len(source), source[23][1])
 try:
-    datasets.image_folder(sys.argv[2])
-except utils.UserError as error:
+    readers.image_folder(sys.argv[2])
+except UserError as error:
     print("refused", error)
 except SystemExit as stop:
     print("exit", stop.code)
@@ -137,7 +140,7 @@ def test_one_process_per_machine_lists_a_folder_and_makes_what_all_share(imnet, 
     temporary, empty = tmp_path / "tmp", tmp_path / "empty"
     temporary.mkdir()
     (empty / "ant").mkdir(parents=True)
-    killed, new = (temporary / f"{runtime.SHARED}{name}.npy" for name in ("killed", "new"))
+    killed, new = (temporary / f"{distributed.SHARED}{name}.npy" for name in ("killed", "new"))
     for path in (killed, new):
         path.write_bytes(b"left by another run")
     os.utime(killed, (0, 0))
@@ -207,10 +210,13 @@ def test_two_processes_and_two_runs_at_once_fill_one_store(runs_folder):
 
 SOLO = """
 import sys
-import checkpoints, datasets, main, runtime, utils
+import datasets, main, utils
+from data.sources import ImageSource
+from runtime import signals
+from training import checkpoints
 
 {patch}
-runtime.stop_on_signals()
+signals.stop_on_signals()
 sys.exit(main.main())
 """
 ENDLESS = "--device cpu --num_workers 0 --model cifar_resnet8 --batch_size 8 --epochs 1000".split()
@@ -225,7 +231,7 @@ digits = datasets.digits
 def fewer(is_train):
     found = digits(is_train)
     count = 40 + int(os.environ["RANK"])
-    return datasets.ImageSource(found.load, found.targets[:count], found.classes)
+    return ImageSource(found.load, found.targets[:count], found.classes)
 datasets.digits = fewer
 """
 
@@ -266,11 +272,12 @@ def test_a_killed_process_ends_the_other_within_seconds(tmp_path):
 
 
 LEAVES = """
-import atexit, threading, runtime
+import atexit, threading
 import torch.distributed as dist
+from runtime import distributed
 atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))  # the last one
-runtime._stores.append(dist.HashStore())
-runtime._start_following()
+distributed._stores.append(dist.HashStore())
+distributed._start_following()
 """
 
 
@@ -289,4 +296,4 @@ def test_restarts_on_several_machines_are_refused_where_processes_would_look_for
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(UserError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"):
-        runtime.init_process("cpu", "env://")
+        distributed.init_process(torch.device("cpu"), "env://")

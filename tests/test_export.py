@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ from torch import nn
 
 import export
 import models
-from datasets import StreamSource
+from data.sources import StreamSource
+from deploy import comparison
+from deploy.comparison import sidecar
+from deploy.model import ModelCard
+from deploy.writers import Preprocessed
 
 FAMILIES = ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "cifar_resnet8"]
 
@@ -80,7 +85,7 @@ def test_every_family_computes_the_same_in_every_format(checkpoint, run_export, 
     assert wanted.std(dim=0).min() > 1e-3  # else the images would not matter
     for part in (slice(0, 1), slice(0, 7)):  # any batch size
         assert_close(run_file(exported, images[part]), wanted[part], 1e-4)
-    card = exported / "config.json" if kind == "timm" else export.sidecar(exported)
+    card = exported / "config.json" if kind == "timm" else sidecar(exported)
     told = json.loads(card.read_text(encoding="utf-8"))
     if kind == "timm":
         assert told["label_names"] == CLASSES and told["num_classes"] == len(CLASSES)
@@ -176,11 +181,11 @@ class TestInt8:
             wanted = network_of(path, "test_resnet")(images)
         found = run_file(exported, images)
         assert 0 < (found - wanted).abs().max() < 0.2 * wanted.abs().max()
-        assert json.loads(export.sidecar(exported).read_text())["dtype"] == "int8"
+        assert json.loads(sidecar(exported).read_text())["dtype"] == "int8"
 
     def test_too_many_changed_classes_leave_no_file(self, checkpoint, run_export, monkeypatch):
         needs_onnx()
-        monkeypatch.setattr(export, "LEAST_AGREEMENT", 100.5)
+        monkeypatch.setattr(comparison, "LEAST_AGREEMENT", 100.5)
         code, _, err, exported = run_export(checkpoint("cifar_resnet8"), "onnx", "--int8")
         assert code == 2 and "nothing was written" in err
         assert tree(exported.parent) == []
@@ -193,13 +198,13 @@ def wrong_weights(network: nn.Module, size: int) -> nn.Module:
     return network
 
 
-def wrong_order(network: nn.Module, card: export.Card) -> nn.Module:
+def wrong_order(network: nn.Module, card: ModelCard) -> nn.Module:
     """A network that takes BGR for RGB."""
     order = {"mean": card.mean[::-1], "std": card.std[::-1]}
-    return WELL_PREPROCESSED(network, export.replace(card, **order))
+    return WELL_PREPROCESSED(network, replace(card, **order))
 
 
-WELL_PREPROCESSED = export.Preprocessed
+WELL_PREPROCESSED = Preprocessed
 
 
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
@@ -291,7 +296,7 @@ def test_the_first_images_of_a_stream_are_compared(photos):
     files = sorted((photos / "val").rglob("*.png"))
     pairs = [(Image.open(file), label % 3) for label, file in enumerate(files)]
     stream = IterableImageDataset(None, reader=pairs)
-    card = export.Card("cifar_resnet8", CLASSES, **CONFIG)
+    card = ModelCard("cifar_resnet8", CLASSES, **CONFIG)
     pixels, targets = export.load_pixels(StreamSource(stream, CLASSES), 4, card)
     assert targets.tolist() == [0, 1, 2, 0] and pixels.shape == (4, 32, 32, 3)
     mean, std = (torch.tensor(CONFIG[name]) for name in ("mean", "std"))

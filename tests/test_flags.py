@@ -13,12 +13,14 @@ import pytest
 import timm.data
 from helpers import ROOT, teacher_flags
 
-import arguments
-import flags as all_flags
+from arguments.checks import REMEDIES, dependences, effects_line
+from arguments.derived import teachers_of
+from arguments.flags import KD, TEACHER, TEACHER_CACHE, flags_of_group, get_args_parser, str2bool
+from arguments.parsing import OTHER_FLAGS, parse_args
 from examples import digits_demo
 from tools import kill_test, weight_hashes
 
-ACTIONS = {a.dest: a for a in all_flags.get_args_parser()._actions if a.dest != "help"}
+ACTIONS = {a.dest: a for a in get_args_parser()._actions if a.dest != "help"}
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def parse(capsys):
 
     def run(*words: object, saved: dict | None = None):
         try:
-            return arguments.parse_args([*map(str, words)], saved)
+            return parse_args([*map(str, words)], saved)
         except SystemExit as stop:
             error = capsys.readouterr().err
             assert stop.code == 2 and len(error.splitlines()) == 2 and "Traceback" not in error
@@ -137,8 +139,8 @@ def test_a_flag_without_effect_is_refused_with_its_remedy(parse, flags):
     assert "no effect" in error and WITHOUT_EFFECT[flags] in error and "; " in error
 
 
-KD_GROUPS = (all_flags.KD, all_flags.TEACHER, all_flags.TEACHER_CACHE)
-OF_KD = [flag for group in KD_GROUPS for flag in all_flags.flags_of_group(group)]
+KD_GROUPS = (KD, TEACHER, TEACHER_CACHE)
+OF_KD = [flag for group in KD_GROUPS for flag in flags_of_group(group)]
 
 
 @pytest.mark.parametrize("flag", [f for f in OF_KD if f not in ("kd", "teacher_views")])
@@ -175,7 +177,7 @@ def test_a_flag_without_effect_is_reported_where_its_switch_is_given(parse, teac
     kd, scored = teacher_flags(teacher_file), ["--eval", "true", "--resume", teacher_file]
     words = [w for word in flags.split() for w in {"KD": kd, "EVAL": scored}.get(word, [word])]
     args = parse(*words, saved={})
-    line = arguments.effects_line(args)
+    line = effects_line(args)
     assert line.startswith("Without effect in this run: ") and REPORTED[flags] in line
     assert len(line.splitlines()) == 1
 
@@ -203,9 +205,9 @@ def test_a_resumed_run_judges_flags_with_those_of_its_checkpoint(parse, teacher_
 
 
 def test_the_table_of_dependences_names_flags_and_remedies():
-    for row in arguments.dependences():
+    for row in dependences():
         assert row.flags and {*row.flags, *row.switches} <= ACTIONS.keys(), row.otherwise
-        assert row.otherwise.split()[0] in arguments.REMEDIES
+        assert row.otherwise.split()[0] in REMEDIES
         assert len(set(row.flags)) == len(row.flags), row.otherwise
 
 
@@ -228,7 +230,7 @@ def test_the_commands_of_the_pages_and_tools_parse_without_a_word(parse, tmp_pat
         if "--output_dir" not in command:
             command += " --output_dir x"
         args = parse(*shlex.split(command.replace("\\\n", " ").format(folder=tmp_path)))
-        assert not isinstance(args, str) and not arguments.effects_line(args), (command, args)
+        assert not isinstance(args, str) and not effects_line(args), (command, args)
 
 
 # ---------------------------------------------------------------------- names and spellings
@@ -251,8 +253,8 @@ def test_a_mistyped_flag_gets_near_names(parse, words):
 
 
 def test_every_other_name_of_a_flag_leads_to_a_flag():
-    assert set(arguments.OTHER_FLAGS.values()) <= ACTIONS.keys()
-    assert not arguments.OTHER_FLAGS.keys() & ACTIONS.keys()
+    assert set(OTHER_FLAGS.values()) <= ACTIONS.keys()
+    assert not OTHER_FLAGS.keys() & ACTIONS.keys()
 
 
 def test_dashes_are_taken_for_underscores(parse):
@@ -262,7 +264,7 @@ def test_dashes_are_taken_for_underscores(parse):
 
 
 def test_a_switch_alone_means_true(parse, teacher_file):
-    switches = [flag for flag, a in ACTIONS.items() if a.type is all_flags.str2bool]
+    switches = [flag for flag, a in ACTIONS.items() if a.type is str2bool]
     assert {"kd", "model_ema", "use_amp", "eval", "compile"} <= set(switches)
     for switch in switches:
         alone = parse("--resume", teacher_file, *teacher_flags(teacher_file)[2:], f"--{switch}")
@@ -294,7 +296,7 @@ def test_a_list_of_teachers_may_have_blanks(parse, teacher_file, paths):
     args = parse(*words, "--teacher_path", *paths, "--teacher_weights", "2,", "1")
     assert args.teacher_path == f"{teacher_file},{teacher_file}"
     assert args.teacher_arch == "cifar_resnet8,cifar_resnet8"
-    assert [teacher.weight for teacher in arguments.teachers_of(args)] == [2.0, 1.0]
+    assert [teacher.weight for teacher in teachers_of(args)] == [2.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +385,7 @@ def test_a_new_cache_on_a_disk_that_fills_is_one_line_and_leaves_no_manifest(
 ):
     flags = [*short, *kd, "--teacher_cache", tmp_path / "cache"]
     with monkeypatch.context() as full:
-        full.setattr("logit_store.os.fsync", full_disk)
+        full.setattr("teacher.logit_store.os.fsync", full_disk)
         run = run_main(*flags)
     assert run.code == 2 and f"--teacher_cache {tmp_path / 'cache'}" in run.err
     assert "free some space" in run.err and len(run.err.splitlines()) == 1

@@ -12,8 +12,8 @@ import pytest
 import torch
 from helpers import CPU, RECORDS, ROOT, children_of, is_same, read_log, start, torchrun
 
-import runtime
-from checkpoints import INSIDE_EPOCH
+from runtime import distributed, signals
+from training.checkpoints import INSIDE_EPOCH
 from utils import UserError
 
 LONG = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 640 --batch_size 8
@@ -135,12 +135,12 @@ def test_a_run_waits_no_longer_than_its_step_for_a_signal():
     """The handler itself only leaves a note."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        runtime.stop_on_signals()
+        signals.stop_on_signals()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.05)
-        assert runtime.stop_requested(CPU) == signal.SIGTERM
+        assert distributed.stop_requested(CPU) == signal.SIGTERM
     finally:
-        runtime._received.clear()
+        signals._received.clear()
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
-    assert runtime.stop_requested(CPU) == 0
+    assert distributed.stop_requested(CPU) == 0

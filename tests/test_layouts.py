@@ -1,4 +1,4 @@
-"""Folders that are laid out in other ways: without train and val, uneven, labelled by a file."""
+"""Folders that are laid out in other ways: without train and val, uneven, labeled by a file."""
 
 import argparse
 import os
@@ -11,20 +11,22 @@ import torch
 import torch.nn.functional as F
 from helpers import CPU, QUICK, start, teacher_flags, torchrun, write_images
 
-import arguments
 import datasets
-import loaders
 import losses
-import main
+from arguments.derived import is_mixed
+from arguments.parsing import parse_args
+from data.readers import labeled_images
+from data.sources import ImageSource
+from training.criterion import make_criterion
 
 SMALL = ["--input_size", 32, "--batch_size", 8]
 
 
 def parsed(*flags: object) -> argparse.Namespace:
-    return arguments.parse_args(["--num_workers", "0", "--batch_size", "16", *map(str, flags)])
+    return parse_args(["--num_workers", "0", "--batch_size", "16", *map(str, flags)])
 
 
-def names_of(source: datasets.ImageSource) -> list[str]:
+def names_of(source: ImageSource) -> list[str]:
     return [os.fsdecode(name) for name in source.names(np.arange(len(source))).tolist()]
 
 
@@ -44,25 +46,25 @@ def classes(tmp_path) -> Path:
 
 def test_a_fifth_of_class_folders_is_held_out_as_by_holdout(classes, capsys):
     args = parsed("--data_path", classes)
-    data = loaders.build_data(args, CPU)
+    data = datasets.build_data(args, CPU)
     assert "4 of its 24 images, a fifth of each class, are held out" in capsys.readouterr().out
     assert (args.data_set, args.holdout) == ("image_folder", 4)
     flags = ["--data_set", "image_folder", "--data_path", classes, "--holdout"]
-    same, other = (loaders.build_data(parsed(*flags, count), CPU) for count in (4, 9))
+    same, other = (datasets.build_data(parsed(*flags, count), CPU) for count in (4, 9))
     for a, b in ((data.train, same.train), (data.val, same.val)):
         assert names_of(a) == names_of(b) and a.targets.tolist() == b.targets.tolist()
     assert not set(names_of(data.train)) & set(names_of(data.val))
     assert sorted(np.bincount(data.val.targets)) == [1, 1, 2]
-    given = loaders.build_data(parsed("--data_path", classes, "--holdout", 9), CPU)
+    given = datasets.build_data(parsed("--data_path", classes, "--holdout", 9), CPU)
     assert names_of(given.val) == names_of(other.val) and len(given.val) == 9
 
 
 def test_nothing_is_held_out_where_nothing_is_evaluated_or_there_is_a_folder(classes, tmp_path):
     flags = ["--data_path", classes, "--disable_eval", "true"]
-    data = loaders.build_data(parsed(*flags), CPU)
+    data = datasets.build_data(parsed(*flags), CPU)
     assert len(data.train) == 24 and data.val is None
     write_images(tmp_path / "other", ["ant", "bee", "cat"], count=2)
-    data = loaders.build_data(
+    data = datasets.build_data(
         parsed("--data_path", classes, "--eval_data_path", tmp_path / "other"), CPU
     )
     assert (len(data.train), len(data.val)) == (24, 6)
@@ -147,14 +149,14 @@ def test_uneven_classes_are_counted_and_even_ones_are_not(tmp_path, capsys):
     for name, count in (("ant", 13), ("bee", 4), ("cat", 6)):
         write_images(tmp_path, [name], count)
     flags = ["--data_set", "image_folder", "--data_path", tmp_path, "--disable_eval"]
-    loaders.build_data(parsed(*flags), CPU)
+    datasets.build_data(parsed(*flags), CPU)
     told = "Uneven classes, images of the rarest first: bee 4, cat 6, ant 13; --class_weights"
     assert told in capsys.readouterr().out
-    loaders.build_data(parsed(*flags, "--class_weights", "balanced"), CPU)
+    datasets.build_data(parsed(*flags, "--class_weights", "balanced"), CPU)
     assert "ant 13; --class_weights" not in capsys.readouterr().out
     (tmp_path / "ant" / "12.jpg").unlink()  # 12 and 4: not more than three times as many
-    loaders.build_data(parsed(*flags), CPU)
-    loaders.build_data(parsed(), CPU)
+    datasets.build_data(parsed(*flags), CPU)
+    datasets.build_data(parsed(), CPU)
     assert "Uneven" not in capsys.readouterr().out
 
 
@@ -174,7 +176,7 @@ def test_the_weighted_label_loss_is_its_formula_and_torchs(flags):
     logits = torch.randn(7, 4, generator=rng, dtype=torch.float64)
     weights = torch.tensor([0.5, 1.0, 0.0, 4.0], dtype=torch.float64)
     loss = -logits.log_softmax(1)
-    if arguments.is_mixed(args):
+    if is_mixed(args):
         targets = torch.rand(7, 4, generator=rng, dtype=torch.float64).softmax(1)
         expected = (weights * targets * loss).sum() / 7
         torchs = F.cross_entropy(logits, targets, weights)
@@ -184,7 +186,7 @@ def test_the_weighted_label_loss_is_its_formula_and_torchs(flags):
         expected = (1 - s) * (weights[targets] * loss[range(7), targets]).sum() / total
         expected += s / 4 * (weights * loss).sum() / total
         torchs = F.cross_entropy(logits, targets, weights, label_smoothing=s)
-    found = main.make_criterion(args, weights)(logits, targets)
+    found = make_criterion(args, weights)(logits, targets)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found, torchs)
 
@@ -245,7 +247,7 @@ FORMATS = {
 def test_a_file_of_labels_gives_each_image_its_class(form, end, flat, tmp_path, capsys):
     file = tmp_path / "labels.txt"
     file.write_bytes(end.join(FORMATS[form]).encode())
-    source = datasets.labelled_images(str(file), str(flat))
+    source = labeled_images(str(file), str(flat))
     assert source.classes == ["ant", "bee, the", "cat"] and len(source) == 24
     assert names_of(source) == sorted(names_of(source))
     for index, name in enumerate(names_of(source)):
@@ -258,7 +260,7 @@ def test_a_file_of_labels_gives_each_image_its_class(form, end, flat, tmp_path, 
 def test_numbers_are_sorted_as_numbers(flat, tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("a0.jpg 10\na1.jpg 2\na2.jpg 0\n")
-    assert datasets.labelled_images(str(file), str(flat)).classes == ["0", "2", "10"]
+    assert labeled_images(str(file), str(flat)).classes == ["0", "2", "10"]
 
 
 WRONG = {
@@ -348,7 +350,7 @@ def test_labels_train_resume_and_evaluate_as_they_were_trained(run_main, flat, t
     assert other.code == 2 and "cache: created with labels" in other.err
 
 
-def test_a_fifth_of_labelled_images_is_held_out(run_main, flat, tmp_path):
+def test_a_fifth_of_labeled_images_is_held_out(run_main, flat, tmp_path):
     file = tmp_path / "labels.csv"
     file.write_text("\n".join(lines(range(8))))
     flags = [*QUICK, *SMALL, "--data_path", flat, "--labels", file, "--batch_size", 4]

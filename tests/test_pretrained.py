@@ -32,7 +32,7 @@ def vit(tmp_path) -> str:
 
 
 def test_a_pretrained_student_follows_its_weights(run_main, imnet, vit, tmp_path):
-    """Their normalisation, size and all but the classifier; nothing is fetched on a resume."""
+    """Their normalization, size and all but the classifier; nothing is fetched on a resume."""
     still = ["--lr", 0, "--min_lr", 0]
     flags = ["--model", vit, "--pretrained", "true", "--data_path", imnet, *QUICK]
     run = run_main(*flags, *still, output_dir=tmp_path / "out")

@@ -6,10 +6,11 @@ import torch
 from helpers import evaluation_images, is_same, teacher_flags
 from torch import nn
 
-import datasets
 import main
 import models
-import probe
+from data.readers import digits
+from data.sources import stratified
+from training import linear_probe
 from utils import UserError
 
 
@@ -59,8 +60,8 @@ def test_features_are_computed_once_and_train_what_the_network_trains(
     run_main, flags, tmp_path, monkeypatch
 ):
     calls = []
-    real = probe.features_of
-    monkeypatch.setattr(probe, "features_of", lambda *a: calls.append(len(a[1])) or real(*a))
+    real = linear_probe.features_of
+    monkeypatch.setattr(linear_probe, "features_of", lambda *a: calls.append(len(a[1])) or real(*a))
     once = run_main(*flags, output_dir=tmp_path / "once")
     assert sum(calls) == 2 + 72 + 360  # the check, training and validation images
 
@@ -82,12 +83,14 @@ def test_features_are_computed_once_and_train_what_the_network_trains(
 
 def test_each_image_has_its_features_and_its_label(run_main, flags, backbone, monkeypatch):
     found = []
-    real = probe.compute_features
-    monkeypatch.setattr(probe, "compute_features", lambda *a: found.append(real(*a)) or found[0])
+    real = linear_probe.compute_features
+    monkeypatch.setattr(
+        linear_probe, "compute_features", lambda *a: found.append(real(*a)) or found[0]
+    )
     assert run_main(*flags, "--train_samples", 72, "--epochs", 1).code == 0
     (loader,) = [features.train for features in found]
-    digits = datasets.digits(is_train=True)
-    positions = datasets.stratified(digits.targets, 72, 0)
+    source = digits(is_train=True)
+    positions = stratified(source.targets, 72, 0)
     network = models.create_model("cifar_resnet8", 10, 8).eval()
     network.load_state_dict(torch.load(backbone, weights_only=True), strict=False)
     cfg = timm.data.constants
@@ -196,7 +199,7 @@ def test_what_a_frozen_backbone_leaves_without_effect_is_told(run_main, flags):
 
 
 def test_features_that_do_not_fit_into_memory_are_refused(run_main, flags, monkeypatch):
-    monkeypatch.setattr(probe, "free_memory", lambda: 100_000)
+    monkeypatch.setattr(linear_probe, "free_memory", lambda: 100_000)
     run = run_main(*flags)
     assert run.code == 2 and "72 images, 64 numbers per image" in run.err
     assert len(run.err.splitlines()) == 1
@@ -210,13 +213,13 @@ def test_the_head_of_the_features_is_the_network(arch):
     network = timm.create_model(arch, num_classes=5).eval()
     size = timm.get_pretrained_cfg(arch).input_size[-1] if "vit" in arch else 64
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    probe.freeze_backbone(network, size)
+    linear_probe.freeze_backbone(network, size)
     assert is_same(dict(network.state_dict()), before) and not network.training
     images = torch.randn(2, 3, size, size)
-    found = probe.head_of(network)(probe.features_of(network, images))
+    found = linear_probe.head_of(network)(linear_probe.features_of(network, images))
     torch.testing.assert_close(found, network(images), rtol=1e-4, atol=1e-5)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    assert trained == 5 * (probe.features_of(network, images).shape[1] + 1)
+    assert trained == 5 * (linear_probe.features_of(network, images).shape[1] + 1)
 
 
 class Scaled(nn.Module):
@@ -253,4 +256,4 @@ def test_a_network_whose_classifier_is_not_its_output_is_refused(why):
     nn.init.zeros_(network.fc.weight)  # with zeros, every feature gives the same output
     nn.init.zeros_(network.fc.bias)
     with pytest.raises(UserError, match=why):
-        probe.freeze_backbone(network, 8)
+        linear_probe.freeze_backbone(network, 8)

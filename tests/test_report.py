@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import board
-import cost
-import metrics
+from models import cost
+from reporting import metrics
+from reporting.tensorboard import answer_text, board_folder, grid, label_text, to_pictures
 
 torch.manual_seed(0)
 LOGITS = torch.randn(400, 5, dtype=torch.float64) * 2
@@ -198,14 +198,14 @@ def test_an_interrupted_run_continues_its_curves(run_main, short, tmp_path):
 
 def test_runs_in_one_log_folder_do_not_hide_each_other(tmp_path):
     def folder(output_dir, is_resumed=False):
-        found = board.board_folder(str(tmp_path / "tb"), output_dir, is_resumed)
+        found = board_folder(str(tmp_path / "tb"), output_dir, is_resumed)
         return found.relative_to(tmp_path).as_posix()
 
     assert folder("a") == "tb" and folder("b") == "tb/run-2" and folder("") == "tb/run-3"
     assert folder("b", is_resumed=True) == "tb/run-2" and folder("a", is_resumed=True) == "tb"
     assert folder("a") == "tb/run-4" and folder("", is_resumed=True) == "tb/run-5"
-    assert board.board_folder(None, "", False) is None
-    assert board.board_folder("none", "out", False) is None
+    assert board_folder(None, "", False) is None
+    assert board_folder("none", "out", False) is None
 
 
 def test_pictures_are_shown_as_the_network_sees_them_with_their_captions():
@@ -213,18 +213,18 @@ def test_pictures_are_shown_as_the_network_sees_them_with_their_captions():
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     columns = torch.tensor([mean, std]).view(2, 1, 3, 1, 1)
     images = (pixels / 255 - columns[0]) / columns[1]
-    pictures = board.to_pictures(images, mean, std)
+    pictures = to_pictures(images, mean, std)
     assert np.array_equal(np.stack(pictures), pixels.permute(0, 2, 3, 1).numpy())
-    sheet = board.grid([Image.new("RGB", (8, 8), "red")] * 5, ["a\nb"] * 5)
+    sheet = grid([Image.new("RGB", (8, 8), "red")] * 5, ["a\nb"] * 5)
     assert sheet.shape[2] == 3 and (sheet[10, 10] == (255, 0, 0)).all()
 
     classes = ["ant", "bee", "cat"]
-    assert board.label_text(torch.tensor(1), classes) == "bee"
-    assert board.label_text(torch.tensor(3), classes) == "no label"
-    assert board.label_text(torch.tensor([0.3, 0.0, 0.7]), classes) == "cat 0.70 + ant 0.30"
-    assert board.label_text(torch.zeros(3), classes) == "no label"
+    assert label_text(torch.tensor(1), classes) == "bee"
+    assert label_text(torch.tensor(3), classes) == "no label"
+    assert label_text(torch.tensor([0.3, 0.0, 0.7]), classes) == "cat 0.70 + ant 0.30"
+    assert label_text(torch.zeros(3), classes) == "no label"
     logits = torch.tensor([0.0, 2.0, -1.0])
-    assert board.answer_text(logits, classes) == "bee 0.84, ant 0.11"
+    assert answer_text(logits, classes) == "bee 0.84, ant 0.11"
 
 
 def test_a_network_that_cannot_be_measured_does_not_fail_the_run(run_main, short, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, is_same, teacher_flags, write_images
 
-from checkpoints import EMA_KEYS, RAW_KEYS, weight_keys
+from models.weights import EMA_KEYS, RAW_KEYS, weight_keys
 
 FOLDER = ["--input_size", 32, "--batch_size", 8]
 
@@ -24,7 +24,7 @@ def score(out: str, name: str = "test_acc1") -> float:
 # ---------------------------------------------------------------------------------- evaluation
 
 
-def test_evaluation_takes_normalisation_size_and_data_from_the_checkpoint(
+def test_evaluation_takes_normalization_size_and_data_from_the_checkpoint(
     run_main, imnet, tmp_path
 ):
     flags = [*FOLDER, "--data_path", imnet, "--imagenet_default_mean_and_std", "false"]
@@ -226,9 +226,10 @@ def test_a_file_that_the_run_reads_is_never_overwritten_by_it(run_main, short, t
 
 
 HOLD = """
-import sys, time, runtime
+import sys, time
 from pathlib import Path
-lock = runtime.lock_folder(Path(sys.argv[1]))
+from training.checkpoints import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """

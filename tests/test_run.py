@@ -12,13 +12,17 @@ import torch
 from helpers import CPU, RECORDS, ROOT, is_same, teacher_flags
 from torch import nn
 
-import arguments
-import checkpoints
 import engine
-import logs
-import main
-import runtime
 import utils
+from arguments.parsing import parse_args
+from distillation import DistillationLoss, StudentWithDistillation
+from models.weights import FORMAT, read_checkpoint
+from reporting.recorder import Recorder
+from runtime import device
+from runtime.device import choose_threads
+from training import checkpoints, history
+from training.optimizer import Schedule, cosine_schedule, make_optimizer
+from training.settings import LoopSettings
 
 
 def test_plain_training_makes_a_teacher_that_teaches(run_main, short, tmp_path):
@@ -63,7 +67,7 @@ def test_checkpoints_hold_plain_values_and_no_teacher(run_main, short, kd, tmp_p
     for name in (1, "best", "best-ema"):
         saved = run.checkpoint(name)
         assert {"model", "model_ema", "optimizer", "scaler", "epoch", "args"} <= saved.keys()
-        assert saved["format"] == checkpoints.FORMAT == 2
+        assert saved["format"] == FORMAT == 2
         assert saved["model"].keys() == saved["model_ema"].keys()
         assert sum(v.numel() for k, v in saved["model"].items() if "num_batches" not in k) < 80_000
         assert saved["args"]["kd_alpha"] == 0.7 and saved["data"]["classes"][3] == "3"
@@ -234,7 +238,7 @@ def test_the_student_is_finetuned_from_a_file_of_other_classes(run_main, short, 
     run = run_main(
         *short, "--finetune", tmp_path / "f.pth", "--lr", 0, "--min_lr", 0, output_dir=tmp_path
     )
-    assert "newly initialised: fc.bias, fc.weight" in run.out
+    assert "newly initialized: fc.bias, fc.weight" in run.out
     assert torch.equal(run.checkpoint(1)["model"]["conv1.weight"], model.conv1.weight)
 
 
@@ -258,7 +262,7 @@ def test_a_finetuned_classifier_keeps_the_classes_that_its_file_names(run_main, 
     run = run_main(
         *still, "--finetune", tmp_path / "other.pth", "--seed", 1, output_dir=tmp_path / "new"
     )
-    assert "newly initialised: fc.bias, fc.weight (other classes: animal 0" in run.out
+    assert "newly initialized: fc.bias, fc.weight (other classes: animal 0" in run.out
     assert not torch.equal(run.checkpoint(1)["model"]["fc.weight"], rows)
 
 
@@ -327,7 +331,7 @@ def test_a_file_left_by_a_kill_does_not_lead_into_another_checkpoint(tmp_path):
         path.with_name(f".{path.name}.tmp").hardlink_to(best)
     checkpoints.save_checkpoint({"epoch": 3}, last)
     checkpoints.link_checkpoint(last, ema)
-    read = [checkpoints.read_checkpoint(str(path))["epoch"] for path in (best, last, ema)]
+    read = [read_checkpoint(str(path))["epoch"] for path in (best, last, ema)]
     assert read == [2, 3, 3]
 
 
@@ -347,13 +351,11 @@ def test_a_full_disk_keeps_the_older_checkpoint_whole(tmp_path, monkeypatch):
 
 
 def test_the_schedule_warms_up_and_ends_at_the_minimum():
-    lr = engine.cosine_schedule(1.0, 0.1, 100, warmup_steps=20)
+    lr = cosine_schedule(1.0, 0.1, 100, warmup_steps=20)
     assert len(lr) == 100 and lr[0] == pytest.approx(0.05) and lr[9] == pytest.approx(0.5)
     assert lr[19] == lr[20] == 1.0  # as in the ConvNeXt script, whose first step has rate 0
     assert lr[60] == pytest.approx(0.55) and 0.1 < lr[99] < 0.102
-    assert engine.cosine_schedule(1.0, 0.1, 3, warmup_steps=3).tolist() == pytest.approx(
-        [1 / 3, 2 / 3, 1]
-    )
+    assert cosine_schedule(1.0, 0.1, 3, warmup_steps=3).tolist() == pytest.approx([1 / 3, 2 / 3, 1])
 
 
 def test_the_first_step_trains(run_main, tmp_path):
@@ -401,7 +403,7 @@ def test_log_lines_are_json_and_a_cut_line_is_dropped(tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
     args = {"output_dir": str(tmp_path), "log_dir": "none", "lr": 0.1, "epochs": 2}
     args |= {"batch_size": 1, "update_freq": 1, "print_seconds": 10}
-    logs.Recorder.open(args, CPU, {"classes": ["a"]}, start_epoch=1, first_step=1)
+    Recorder.open(args, CPU, {"classes": ["a"]}, start_epoch=1, first_step=1)
     assert json.loads((tmp_path / "args.json").read_text()) == args
     assert json.loads((tmp_path / "environment.json").read_text())["device"] == "cpu"
     assert [json.loads(x) for x in (tmp_path / "log.txt").read_text().splitlines()] == [
@@ -413,7 +415,8 @@ def train_with_a_fault(scaled, fault, faulty=(2,), init_scale=2.0**16):
     """Six optimizer steps of which the third has the fault; returns (result, student)."""
 
     import test_kd
-    from distillation import DistillationLoss, StudentWithDistillation
+
+    pass  # MOVED
 
     torch.manual_seed(0)
     student = timm.create_model("cifar_resnet8", num_classes=10)
@@ -430,9 +433,7 @@ def train_with_a_fault(scaled, fault, faulty=(2,), init_scale=2.0**16):
                     loss = loss + 0 * torch.sqrt((student_logits * 0).abs().sum())
             return loss, parts
 
-    schedule = engine.Schedule(
-        lr=torch.full((6,), 0.01).numpy(), weight_decay=torch.zeros(6).numpy()
-    )
+    schedule = Schedule(lr=torch.full((6,), 0.01).numpy(), weight_decay=torch.zeros(6).numpy())
     result = engine.train_one_epoch(
         model,
         Faulty(nn.CrossEntropyLoss(), 0.0, 4.0),
@@ -441,7 +442,7 @@ def train_with_a_fault(scaled, fault, faulty=(2,), init_scale=2.0**16):
         torch.amp.GradScaler("cpu", init_scale, enabled=scaled),
         schedule,
         0,
-        engine.LoopSettings(test_kd.CPU, None, update_freq=1, clip_grad=None, seed=0),
+        LoopSettings(test_kd.CPU, None, update_freq=1, clip_grad=None, seed=0),
     )
     return result, student
 
@@ -463,14 +464,14 @@ def test_a_run_whose_every_step_is_skipped_stops():
 
 
 def test_momentum_is_sound_where_the_scaler_skips_the_first_step():
-    """The fused kernel would keep uninitialised memory as its momentum."""
-    args = arguments.parse_args("--opt sgd --lr 0.1 --weight_decay 0".split())
+    """The fused kernel would keep uninitialized memory as its momentum."""
+    args = parse_args("--opt sgd --lr 0.1 --weight_decay 0".split())
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     weights = []
     for factors in ([1.0], [float("nan"), 1.0]):
         torch.manual_seed(0)
         network = timm.create_model("resnet18", num_classes=10).eval()
-        optimizer = main.make_optimizer(args, network, torch.device("cpu"))
+        optimizer = make_optimizer(args, network, torch.device("cpu"))
         scaler = torch.amp.GradScaler("cpu")
         for factor in factors:
             optimizer.zero_grad()
@@ -493,7 +494,7 @@ def test_the_log_does_not_depend_on_when_its_scalars_are_computed(
     run_main, short, kd, tmp_path, monkeypatch
 ):
     together = run_main(*short, *kd, "--update_freq", 2, output_dir=tmp_path / "together")
-    monkeypatch.setattr(logs, "WAITING_BYTES", 0)  # of each batch at once
+    monkeypatch.setattr(history, "WAITING_BYTES", 0)  # of each batch at once
     one_by_one = run_main(*short, *kd, "--update_freq", 2, output_dir=tmp_path / "one")
     assert together.log == one_by_one.log and len(together.log) == 2
 
@@ -501,8 +502,9 @@ def test_the_log_does_not_depend_on_when_its_scalars_are_computed(
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_on_the_cpu_freed_memory_is_kept_for_the_next_step():
     faults = """
-import resource, sys, runtime, torch
-runtime.keep_freed_memory()
+import resource, sys, torch
+from runtime.device import keep_freed_memory
+keep_freed_memory()
 for turn in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)  # 64 MiB, 16,384 pages
@@ -520,13 +522,13 @@ def test_small_batches_take_one_thread_and_a_given_number_of_threads_is_kept(
 ):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    monkeypatch.setattr(runtime, "DEFAULT_THREADS", 3)
+    monkeypatch.setattr(device, "DEFAULT_THREADS", 3)
     given = torch.get_num_threads()
     try:
         assert ", 1 CPU thread(s)" in run_main(*short).out  # 16 digits of 8 x 8 pixels
         assert torch.get_num_threads() == 1
-        assert runtime.choose_threads(16 * 32 * 32) == 2
-        assert runtime.choose_threads(16 * 128 * 128) == torch.get_num_threads() == 3
+        assert choose_threads(16 * 32 * 32) == 2
+        assert choose_threads(16 * 128 * 128) == torch.get_num_threads() == 3
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         assert ", 3 CPU thread(s)" in run_main(*short).out
     finally:

@@ -17,16 +17,18 @@ from helpers import QUICK, is_same, teacher_flags, write_images
 from PIL import Image
 
 import datasets
-import logit_store
 import main
-import teacher
-from loaders import view_order
-from logit_store import LogitFile, RowFormat
+from data import readers
+from data.order import view_order
+from data.readers import DIGITS_FILE, digits
+from data.sources import stratified
+from teacher import logit_store, prepare
+from teacher.logit_store import LogitFile, RowFormat
 from utils import UserError
 
 
 def random_teacher(path: Path, num_classes: int) -> list[str]:
-    """The flags that distil from a random teacher, its logits spread out."""
+    """The flags that distill from a random teacher, its logits spread out."""
     torch.manual_seed(1)
     teacher = timm.create_model("cifar_resnet8", num_classes=num_classes)
     with torch.no_grad():
@@ -48,7 +50,7 @@ def no_teacher(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the teacher was built")
 
-    return lambda: monkeypatch.setattr(teacher, "load_teacher", refuse)
+    return lambda: monkeypatch.setattr(prepare, "load_teacher", refuse)
 
 
 MIXES = [
@@ -70,7 +72,7 @@ def test_a_run_from_the_store_is_the_online_run_in_the_same_bits(
     for name, flags in (("same", []), ("other", other)):
         online = run_main(*SHORT, *kd, *mix, *flags, output_dir=tmp_path / f"{name}-online")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(teacher, "load_teacher", None)
+            patch.setattr(prepare, "load_teacher", None)
             cached = run_main(
                 *SHORT, *kd, *mix, *flags, *cache, output_dir=tmp_path / f"{name}-cached"
             )
@@ -255,7 +257,7 @@ def test_a_store_of_another_teacher_or_other_pixels_is_refused(run_main, kd, tmp
     torch.save(other, tmp_path / "other.pth")
     run = run_main(*SHORT, *kd, "--teacher_path", tmp_path / "other.pth", *cache)
     assert run.code == 2 and 'created with teacher_path ["sha256 ' in run.err
-    real = datasets.digits
+    real = digits
     monkeypatch.setattr(datasets, "digits", lambda is_train: invert(real(is_train)))
     run = run_main(*SHORT, *kd, *cache)
     assert run.code == 2 and "the augmented images differ: other pixels" in run.err
@@ -492,13 +494,13 @@ def test_one_replaced_validation_image_is_asked_of_the_teacher_again(
 def test_one_changed_image_of_an_array_is_noticed(run_main, kd, tmp_path, monkeypatch):
     flags = [*SHORT, *kd, "--teacher_cache", tmp_path / "cache"]
     assert run_main(*flags).code == 0
-    chosen = datasets.stratified(datasets.digits(is_train=True).targets, 72, seed=0)
+    chosen = stratified(digits(is_train=True).targets, 72, seed=0)
     late = chosen[view_order(0, 0, 72)[40]]  # not among the 16 images that are looked at
-    with np.load(datasets.DIGITS_FILE) as file:
+    with np.load(DIGITS_FILE) as file:
         arrays = dict(file)
     arrays["images"][np.flatnonzero(~arrays["is_test"].astype(bool))[late], 3, 3] += 1
     np.savez(tmp_path / "digits.npz", **arrays)
-    monkeypatch.setattr(datasets, "DIGITS_FILE", tmp_path / "digits.npz")
+    monkeypatch.setattr(readers, "DIGITS_FILE", tmp_path / "digits.npz")
     run = run_main(*flags)
     assert run.code == 2 and "were cached: they have other pixels; use the same" in run.err
 

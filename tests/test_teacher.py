@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform
 
-import arguments
 import datasets
 import models
-import transforms
+from arguments.parsing import parse_args
+from data.readers import digits
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
 from models.fusion import fuse_layers
-from teacher import is_near_chance
+from teacher.prepare import is_near_chance
 from utils import UserError
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -128,9 +128,9 @@ def test_a_teacher_of_other_statistics_and_size_answers_as_in_its_own_pipeline(t
     torch.save({"model": GOOD, "data": teacher_config}, tmp_path / "t.pth")
     loaded = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
 
-    args = arguments.parse_args(["--input_size", "16"])
-    student_config = transforms.data_config(args)
-    source = datasets.digits(False)
+    args = parse_args(["--input_size", "16"])
+    student_config = datasets.data_config(args)
+    source = digits(False)
     statistics = {"mean": teacher_config["mean"], "std": teacher_config["std"]}
     own = create_transform(16, interpolation="bicubic", crop_pct=1.0, **statistics)
     images = [source[index][0] for index in range(8)]
@@ -140,9 +140,9 @@ def test_a_teacher_of_other_statistics_and_size_answers_as_in_its_own_pipeline(t
         seen = teacher(evaluation_images(images, student_config))
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-4 * expected.std().item())
 
-    # Another size: Pillow's antialiased bicubic of the same 32-pixel image, within a grey level.
+    # Another size: Pillow's antialiased bicubic of the same 32-pixel image, within a gray level.
     args.input_size = 32
-    student_config = transforms.data_config(args)
+    student_config = datasets.data_config(args)
     big = evaluation_images(images, student_config)
     small = TeacherAdapter(loaded, student_config).convert(big)
     mean, std = (torch.tensor(teacher_config[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
@@ -289,7 +289,7 @@ def test_weights_that_are_not_finite_blame_the_teacher(run_main, short, tmp_path
 
 
 def test_a_teacher_that_has_seen_the_held_out_images_is_warned_of(run_main, short, tmp_path):
-    seen = "has learnt images that now score it"
+    seen = "has learned images that now score it"
     for holdout in (None, 50, 100):
         flags = ["--holdout", holdout] if holdout else []
         run_main(*short, *flags, output_dir=tmp_path / f"{holdout}")
@@ -388,10 +388,10 @@ def test_fidelity_is_logged_and_right(run_main, short, kd, teacher_file, tmp_pat
     student = models.create_model("cifar_resnet8", 10, 8).eval()
     student.load_state_dict(run.checkpoint(1)["model"])
     loaded = load_teacher("cifar_resnet8", str(teacher_file), 10, "cpu")
-    args = arguments.parse_args(["--input_size", "8"])
-    config = transforms.data_config(args)
+    args = parse_args(["--input_size", "8"])
+    config = datasets.data_config(args)
     teacher = TeacherAdapter(loaded, config)
-    source = datasets.digits(False)
+    source = digits(False)
     images = evaluation_images([source[index][0] for index in range(360)], config)
     with torch.no_grad():
         s, t = student(images).double().softmax(1), teacher(images).double().softmax(1)

@@ -11,11 +11,10 @@ from PIL import Image
 from timm.loss import SoftTargetCrossEntropy
 
 import datasets
-import teacher
-import transforms
-from arguments import parse_args
-from distillation import DistillationLoss, PartlyLabelledLoss
-from transforms import PartialLabels
+from arguments.parsing import parse_args
+from data.mixup import PartialLabels, make_mixup
+from distillation import DistillationLoss, PartlyLabeledLoss
+from teacher import prepare
 
 generator = torch.Generator().manual_seed(0)
 STUDENT, TEACHER = (3 * torch.randn(32, 5, generator=generator) for _ in range(2))
@@ -25,8 +24,8 @@ REST = ["--train_samples", 48, "--unlabeled", "rest", "--holdout", 1341, "--epoc
 # ------------------------------------------------------------------------------------ the loss
 
 
-def loss_of(alpha: float, share: float, images_per_step: int = 32) -> PartlyLabelledLoss:
-    return PartlyLabelledLoss(SoftTargetCrossEntropy(), alpha, 3.0, share, images_per_step)
+def loss_of(alpha: float, share: float, images_per_step: int = 32) -> PartlyLabeledLoss:
+    return PartlyLabeledLoss(SoftTargetCrossEntropy(), alpha, 3.0, share, images_per_step)
 
 
 def test_the_loss_is_that_of_the_formula_in_float64():
@@ -85,18 +84,18 @@ def test_without_any_label_only_the_teacher_is_left():
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem", "none"])
-def test_a_mixed_label_has_the_mass_of_its_labelled_part(mode):
+def test_a_mixed_label_has_the_mass_of_its_labeled_part(mode):
     """Where all have a label, images and labels are those of the plain mixup, smoothing too."""
     flags = ["--mixup", "0", "--cutmix", "0"] if mode == "none" else ["--mixup_mode", mode]
     args = parse_args(["--batch_size", "32", "--smoothing", "0.1", *flags])
     images = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    partial = transforms.make_mixup(args, 5, partial_labels=True)
+    partial = make_mixup(args, 5, partial_labels=True)
     assert isinstance(partial, PartialLabels)
     seen, soft = partial(images.clone(), LABELS % 5, 0, 0)
     if mode == "none":
         plain = images, F.one_hot(LABELS % 5, 5) * 0.9 + 0.02
     else:
-        plain = transforms.make_mixup(args, 5)(images.clone(), LABELS % 5, 0, 0)
+        plain = make_mixup(args, 5)(images.clone(), LABELS % 5, 0, 0)
     assert torch.equal(seen, plain[0])
     torch.testing.assert_close(soft, plain[1].float())
 
@@ -176,7 +175,7 @@ def test_images_that_are_foreign_or_of_the_validation_set_are_warned_of(
     assert (
         f"4 of 25 images without a label are validation images too ({pile}/x.jpg, {pile}" in run.out
     )
-    monkeypatch.setattr(teacher, "FOREIGN", -1.0)  # less sure than of validation images, plus 1
+    monkeypatch.setattr(prepare, "FOREIGN", -1.0)  # less sure than of validation images, plus 1
     run = run_main(*flags[:-16], *kd, "--epochs", 1, "--unlabeled", pile)
     assert "the images without a label look foreign to the teacher, whose mean" in run.out
 

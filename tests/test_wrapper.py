@@ -7,13 +7,8 @@ from torch import nn
 from torchvision import transforms
 
 import models  # noqa: F401
-from distillation import (
-    InputConversion,
-    StudentWithDistillation,
-    TeacherAdapter,
-    load_teacher,
-)
-from logit_store import StoredTeacher
+from distillation import InputConversion, StudentWithDistillation, TeacherAdapter, load_teacher
+from teacher.logit_store import StoredTeacher
 
 
 @pytest.fixture
@@ -95,7 +90,7 @@ class Mean(nn.Module):
         return torch.cat([images.mean((2, 3)), images[:, :, ::2, 1::2].mean((2, 3))], dim=1)
 
 
-def test_the_teacher_sees_the_normalisation_it_was_trained_with():
+def test_the_teacher_sees_the_normalization_it_was_trained_with():
     student_config = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "input_size": 24}
     teacher_config = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "input_size": 24}
     pixels = torch.rand(5, 3, 24, 24)

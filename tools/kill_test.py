@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers import children_of, is_same, torchrun  # noqa: E402
 
 import models  # noqa: E402, F401
-from logit_store import LogitFile, RowFormat  # noqa: E402
+from teacher.logit_store import LogitFile, RowFormat  # noqa: E402
 
 FLAGS = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 320 --batch_size 8
 --update_freq 2 --epochs 8 --save_ckpt_steps 1 --model_ema true --model_ema_eval true

@@ -6,7 +6,7 @@
 
 The runs cover plain training, distillation, EMA with accumulation in every mixup mode, a teacher
 cache that is filled and read, images without labels, a linear probe, weights of classes, files of
-labels, two kinds of restart, JPEGs, other normalisation and two processes. They take about four
+labels, two kinds of restart, JPEGs, other normalization and two processes. They take about four
 minutes on two CPU cores. The hash covers the student, its EMA and the
 optimizer; the scores of the last epoch follow it. Kernels differ between machines, so compare only
 hashes from the same machine and the same versions.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from flags import get_args_parser  # noqa: E402
+from arguments.flags import get_args_parser  # noqa: E402
 
 HEAD = """# Every flag
 

@@ -9,9 +9,7 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -20,23 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import runtime
 import utils
-from loaders import Batch, BatchOrder
-from runtime import log
+from data.loaders import Batch
+from data.order import BatchOrder
+from runtime.device import send
+from runtime.distributed import log
 from utils import UserError, few
 
-FORMAT = 3  # of the files and of the order of their rows; rises when a program would misread others
 PENDING_BYTES = 2**25  # logits waiting to be written; each write waits for the device
-SAME_IMAGE = 0.05  # tolerance of means of normalised pixels; rounding of processors is far below
-REPLACED_IMAGES = {  # fields of ImageSource.fingerprint, and what a difference says
-    "image_names": "they have other paths below the data folder, or other images were chosen",
-    "image_sizes": "their files have other sizes in bytes",
-    "image_times": "they have the same paths and sizes, but other times of modification, because "
-    "they were edited, or copied without time stamps (cp -p and rsync -a keep time stamps)",
-    "pixels": "they have other pixels",
-    "table": "Hugging Face's fingerprint of their table differs",
-}
 
 
 class RowFormat:
@@ -187,7 +176,7 @@ class LogitFile:
         try:
             self._write(pending)
         except OSError as error:
-            raise _could_not_write(self.stem, error) from error
+            raise cache_not_written(self.stem, error) from error
 
     def _write(self, pending: list[tuple[range, torch.Tensor]]) -> None:
         places = np.concatenate([np.asarray(places) for places, _ in pending])
@@ -197,7 +186,7 @@ class LogitFile:
             open(self.stem.with_suffix(".sums"), "r+b", buffering=0) as marks,
             open(self.stem.with_suffix(".logits"), "r+b", buffering=0) as file,
         ):
-            runtime.lock(marks)
+            utils.lock(marks)
             order = order[self.sums[places[order]] == 0]
             if not len(order):
                 return  # another process stored them first
@@ -259,7 +248,7 @@ def _remedy(stem: Path) -> str:
     )
 
 
-def _could_not_write(path: Path, error: OSError) -> UserError:
+def cache_not_written(path: Path, error: OSError) -> UserError:
     return UserError(
         f"{path}: {error}; free some space or choose another folder, then run the same command: "
         "everything cached so far is complete",
@@ -275,7 +264,7 @@ def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
             with open(path, "ab") as file:  # never shortens what another process has begun
                 file.truncate(size)
         except OSError as error:
-            raise _could_not_write(path, error) from error
+            raise cache_not_written(path, error) from error
     # A plain array, since slicing an np.memmap takes several times as long.
     return np.asarray(np.memmap(path, dtype, "r", shape=count))
 
@@ -422,7 +411,7 @@ class StoredTeacher:
         if logits is not None:
             # Only a copy from page-locked memory does not wait for the GPU.
             logits = logits.pin_memory() if images.is_cuda else logits
-            return runtime.send(logits, images.device)
+            return send(logits, images.device)
         if self.teacher is None:
             raise UserError(
                 f"{self.store.folder}: cached logits {places.start}-{places.stop - 1} of view "
@@ -434,121 +423,9 @@ class StoredTeacher:
         return logits
 
 
-# ------------------------------------------------------------------------------ the manifest
-
-
-def open_store(
-    folder: Path,
-    make_manifest: Callable[[], dict[str, Any]],
-    images: int,
-    needed: int,
-    row_format: RowFormat,
-) -> LogitStore:
-    """Open a store that belongs to this run, or create it. Collective.
-
-    Args:
-        make_manifest: called on rank 0; returns what the logits depend on, see `claim`.
-        images, needed: see LogitStore.
-        row_format: for top-k rows, the temperature of the store's first run is used.
-    Raises: UserError where the store was created with something else.
-    """
-    found = runtime.from_main(lambda: claim(folder, make_manifest()))
-    row_format.temperature = found["note"]["kd_temperature"]
-    return LogitStore(folder, images, needed, row_format, found["id"])
-
-
-def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a store, or compare with the existing one.
-
-    Args:
-        manifest: plain values by the names of the flags they follow from. 'augmented', a list of
-            floats, is compared with some tolerance, 'note' not at all.
-    Returns: the manifest of the store, with its format and its random id.
-    Raises: UserError that names the first field that differs, both values and the remedy.
-    """
-    path = folder / "manifest.json"
-    if not path.exists():  # a complete store may be on a read-only disk
-        utils.make_folder(folder)
-        # The manifest is written first, so rows without one are not of another run at this moment.
-        if any(folder.glob("view-*.sums")) and not path.exists():
-            raise UserError(
-                f"{folder}: holds logits but no manifest.json, which says what they belong to; "
-                "restore that file, or pass another folder",
-                "cache",
-            )
-    manifest = {"format": FORMAT, "id": secrets.token_hex(16)} | manifest
-    try:
-        with open(path, "x", encoding="utf-8") as file:  # of several runs at once, one creates it
-            file.write(json.dumps(manifest, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        return manifest
-    except FileExistsError:
-        found = _read_manifest(path)
-    except OSError as error:
-        path.unlink(missing_ok=True)  # part of a manifest would look like a damaged cache
-        raise _could_not_write(path, error) from error
-    if found.get("format") != FORMAT:
-        raise UserError(
-            f"{folder}: holds a cache of format {found.get('format')}, but this version reads and "
-            f"writes format {FORMAT}; pass another folder, which this run then fills",
-            "cache",
-        )
-    for field in manifest | found:
-        ours, theirs = manifest.get(field), found.get(field)
-        if field in ("id", "note") or ours == theirs:
-            continue
-        if field != "augmented" or not _is_close(ours, theirs):
-            raise UserError(f"{folder}: {_difference(field, manifest, found)}", "cache")
-    return found
-
-
-def _difference(field: str, manifest: dict[str, Any], found: dict[str, Any]) -> str:
-    """What a field says that differs between the manifests of this run and of a store."""
-    if field in REPLACED_IMAGES:
-        return (
-            f"the images changed since their logits were cached: {REPLACED_IMAGES[field]}; use the "
-            "same images, or another folder"
-        )
-    if field == "augmented":
-        return (
-            "every flag is the same, but the augmented images differ: other pixels, or other "
-            f"versions ({found.get('note')}; here {manifest['note']}); use the same images and "
-            "versions, or another folder"
-        )
-    return (
-        f"created with {field} {_short(found.get(field))}, but this run uses "
-        f"{_short(manifest.get(field))}; use the same value or another folder"
-    )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    for _ in range(20):  # another process may have created the file but not written it yet
-        text = path.read_text(encoding="utf-8")
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            time.sleep(0.25)
-    raise UserError(
-        f"{path}: is incomplete, perhaps cut short; remove this cache and fill it again",
-        "cache",
-    )
-
-
 def hash_of(value: object) -> str:
     """16 hexadecimal digits that stand for a plain value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _is_close(ours: Any, theirs: Any) -> bool:
-    if not isinstance(ours, list) or not isinstance(theirs, list) or len(ours) != len(theirs):
-        return False
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < SAME_IMAGE
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _in_words(size: float) -> str:

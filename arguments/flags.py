@@ -5,6 +5,7 @@ Nothing here imports torch, so that `--help` and a mistyped flag are answered at
 
 import argparse
 from os.path import expanduser
+from typing import Any
 
 # Groups of flags that other files ask for.
 KD = "knowledge distillation"
@@ -94,7 +95,7 @@ def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
         "--teacher_norm",
         default="auto",
         choices=("auto", "student", "arch"),
-        help="how to normalise the teacher's input: from its checkpoint or else timm (auto), "
+        help="how to normalize the teacher's input: from its checkpoint or else timm (auto), "
         "like the student's (student), or timm's for the architecture (arch)",
     )
     add(
@@ -248,7 +249,7 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
         type=str2bool,
         default=False,
         help="start the student from timm's weights of its architecture, with their input size and "
-        "normalisation where no flag says otherwise, and with a new classifier for other classes",
+        "normalization where no flag says otherwise, and with a new classifier for other classes",
     )
     add(
         "--finetune",
@@ -318,7 +319,7 @@ def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--weight_decay",
         type=float,
-        help="weight decay; not applied to biases and normalisation layers "
+        help="weight decay; not applied to biases and normalization layers "
         "(default: 0.05, or 1e-4 for SGD)",
     )
     add(
@@ -367,7 +368,7 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         "--color_jitter",
         type=float,
         default=0.4,
-        help="strength of colour jitter; used only with --aa none",
+        help="strength of color jitter; used only with --aa none",
     )
     add(
         "--aa",
@@ -390,7 +391,7 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         "--remode",
         default="pixel",
         choices=("const", "rand", "pixel"),
-        help="fill for random erasing: zeros, one random colour, or random pixels",
+        help="fill for random erasing: zeros, one random color, or random pixels",
     )
     add("--recount", type=int, default=1, help="maximum number of erased rectangles per image")
 
@@ -414,7 +415,7 @@ def _add_image_flags(parser: argparse.ArgumentParser) -> None:
         "--mixup_mode",
         default="batch",
         choices=("batch", "pair", "elem"),
-        help="draw the mix once per batch, per pair or per image; pair mixes neighbours in the "
+        help="draw the mix once per batch, per pair or per image; pair mixes neighbors in the "
         "order of the epoch, where timm's pair mode mixes mirrored positions of the batch",
     )
 
@@ -472,7 +473,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--imagenet_default_mean_and_std",
         type=str2bool,
         default=True,
-        help="normalise with the mean and standard deviation of ImageNet; false for 0.5 and 0.5",
+        help="normalize with the mean and standard deviation of ImageNet; false for 0.5 and 0.5",
     )
     add(
         "--check_data",
@@ -583,3 +584,34 @@ def flags_of_group(title: str) -> list[str]:
     """Names of the flags in one group of the parser, without dashes, as attributes of `args`."""
     groups = get_args_parser()._action_groups
     return [a.dest for group in groups if group.title == title for a in group._group_actions]
+
+
+# Flags that say where and how a run computes and what it writes, not what it computes. They are
+# neither taken from a checkpoint nor compared with it.
+NOT_RECIPE = frozenset(
+    "given output_dir log_dir resume auto_resume start_epoch device teacher_device num_workers "
+    "pin_mem compile dist_url local_rank eval use_ema dist_eval save_ckpt save_ckpt_freq "
+    "save_ckpt_num save_ckpt_steps fast_cuda print_seconds report calibrate".split()
+)
+# Flags that name the data. A checkpoint knows its data by its contents, which may have moved.
+DATA_FLAGS = (
+    "data_set",
+    "data_path",
+    "eval_data_path",
+    "labels",
+    "eval_labels",
+    "holdout",
+    "nb_classes",
+    "unlabeled",
+)
+
+
+# Flags that set nothing in a run without a teacher; --teacher_views also repeats epochs without.
+OF_TEACHER = {*flags_of_group(KD), *flags_of_group(TEACHER), *flags_of_group(TEACHER_CACHE)}
+OF_TEACHER = (OF_TEACHER | {"unlabeled", "use_ema"}) - {"kd", "teacher_views"}
+
+
+def as_typed(value: Any) -> str:
+    """A value as one types it on the command line."""
+    values = value if isinstance(value, list) else [value]
+    return " ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)

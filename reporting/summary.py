@@ -1,4 +1,4 @@
-"""The end of a run: a table of its networks, summary.json, and what TensorBoard shows of it."""
+"""The end of a run: a table of its networks, summary.json, and its last page in TensorBoard."""
 
 import argparse
 import copy
@@ -12,25 +12,22 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-import cost
-import metrics
 import models
-import runtime
 import utils
-from arguments import DATA_FLAGS, NOT_RECIPE
-from board import PICTURES, Board
-from checkpoints import RunState
-from cost import Cost
-from datasets import ImageSource
+from arguments.flags import DATA_FLAGS, NOT_RECIPE
+from data.sources import ImageSource
+from data.transforms import eval_transform
+from datasets import Data
 from distillation import TeacherAdapter
-from loaders import Data
-from logs import Recorder, TimeSplit, write_whole
+from models import cost
+from models.cost import Cost
 from models.fusion import fuse_layers
-from runtime import log
-from teacher import RunTeacher
-from terminal import aligned, summary_table, time_line
-from transforms import eval_transform
-from utils import UserError, first_line, name_flags
+from reporting import metrics
+from reporting.tensorboard import PICTURES, Board
+from reporting.terminal import aligned, summary_table, time_line
+from runtime import distributed
+from runtime.distributed import log
+from utils import UserError, first_line, write_whole
 
 # Scores in log.txt -> row of the table, and its format.
 ROWS = {
@@ -40,56 +37,6 @@ ROWS = {
     "agreement": ("agreement with teacher %", ".2f"),
 }
 BEST = {"student": "best", "EMA": "best-ema"}  # columns of the table -> names of checkpoints
-
-
-def conclude(
-    args: argparse.Namespace,
-    data: Data,
-    state: RunState,
-    teacher: RunTeacher,
-    times: TimeSplit,
-    recorder: Recorder,
-    answers: dict[str, list[metrics.Answers]],
-    trained: int,
-) -> None:
-    """Tell how a run ended, in the terminal, in summary.json and in TensorBoard. Collective.
-
-    Args:
-        answers: of the last evaluation, by network; empty where there was none.
-        trained: images, since the start of this process.
-    """
-    if not trained:  # the run was finished already
-        log(state.summary())
-        return
-    seconds = times.parts()
-    joined = {name: metrics.join(batches, args.dist_eval) for name, batches in answers.items()}
-    if not runtime.is_main_process():
-        return
-    size, board = data.config["input_size"], recorder.board
-    costs = costs_of(state.student, teacher.model, size)
-    memory = runtime.peak_memory(times.device)
-    if recorder.path is not None:
-        rate = trained / sum(seconds.values())
-        folder = recorder.path.parent
-        write_summary(folder, state.scores, state.best, costs, seconds, rate, memory)
-    reports = {name: metrics.report(found, data.classes) for name, found in joined.items()}
-    tell_end(
-        columns_of(state.scores, state.best, costs),
-        metrics.report_lines(reports["student"]) if reports else [],
-        seconds,
-        memory,
-        state.folder,
-        board.folder if board else None,
-        args.model,
-    )
-    if not joined:
-        return
-    with name_flags(output="--report"):
-        write_report(args.report, reports)
-    if board is not None:
-        board.settings(settings_of(args), finals_of(state.scores, state.best))
-        if isinstance(data.val, ImageSource):
-            show_mistakes(data, joined["student"], board)
 
 
 def show_mistakes(data: Data, answers: metrics.Answers, board: Board) -> None:
@@ -189,7 +136,7 @@ def check_report(path: Path) -> None:
 
 def write_report(path: str, reports: Mapping[str, Any]) -> None:
     """Write the file of --report, on rank 0; nothing for ''."""
-    if path and runtime.is_main_process():
+    if path and distributed.is_main_process():
         write_whole(Path(path), json.dumps(reports, indent=1, ensure_ascii=False))
         log(f"Report: {path}")
 
@@ -221,7 +168,7 @@ def write_summary(
     write_whole(folder / "summary.json", json.dumps(found, indent=1))
 
 
-def tell_end(
+def print_summary(
     columns: Mapping[str, Mapping[str, str]],
     classes: Sequence[str],
     seconds: Mapping[str, float],

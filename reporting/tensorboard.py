@@ -4,22 +4,18 @@ Training, validation and teacher write to folders of their own, with the same na
 quantities. So TensorBoard draws their curves into one chart.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.tensorboard import SummaryWriter
 
 import utils
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 PICTURES = 16  # of training images, and of validation mistakes
 CELL = 200  # pixels of a picture's side
@@ -146,7 +142,7 @@ def board_folder(log_dir: str | None, output_dir: str, is_resumed: bool) -> Path
 
 
 def to_pictures(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> list:
-    """Normalised images (N, 3, H, W) as pictures that people can look at."""
+    """Normalized images (N, 3, H, W) as pictures that people can look at."""
     shape = (1, 3, 1, 1)
     pixels = images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     array = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,13 +1,9 @@
-"""Where a run computes: its device, its processes and what they share, signals, locks."""
+"""The processes of a run: how they start, what they share, and how they end together."""
 
 import atexit
-import ctypes
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -15,10 +11,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from io import FileIO
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -28,30 +22,27 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from runtime.signals import Interrupted, received_signal
 from utils import UserError, changes, first_line
 
 T = TypeVar("T")
-DEFAULT_THREADS = torch.get_num_threads()  # torch's own choice: one per core
-PIXELS_PER_THREAD = 8192  # of a batch; measured, see docs/benchmarks.md
 
 # ---------------------------------------------------------------------------------- processes
 
 
-def init_process(device: str | None, dist_url: str) -> torch.device:
-    """Choose this process's device and, under torchrun with more than one process, join the group.
+def init_process(device: torch.device, dist_url: str) -> None:
+    """Under torchrun with more than one process, join the group.
 
     Args:
-        device: a torch device name, or None for CUDA where there is one, then MPS, then CPU.
+        device: of this process, which computes the collectives of the group.
         dist_url: the `init_method` of torch.distributed.
-    Returns: the device to train on.
-    Raises: UserError for a device that does not exist.
+    Raises: UserError where a scheduler started several processes without torchrun.
     """
     _refuse_tasks_without_group()
-    chosen = find_device(device or default_device())
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        is_cuda = chosen.type == "cuda"
+        is_cuda = device.type == "cuda"
         attempt = _attempt()
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store, _, _ = next(rendezvous(dist_url, rank, world))
@@ -62,11 +53,10 @@ def init_process(device: str | None, dist_url: str) -> torch.device:
             world_size=world,
             rank=rank,
             timeout=timedelta(minutes=30),
-            device_id=chosen if is_cuda else None,
+            device_id=device if is_cuda else None,
         )
         _stores.append(store)
         _start_following()
-    return chosen
 
 
 def _attempt() -> str:
@@ -102,125 +92,6 @@ def _refuse_tasks_without_group() -> None:
                 f"alone in the same folder; let {launcher} start one torchrun per machine, which "
                 "starts the processes: see docs/distributed.md"
             )
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors, so that the next training step can reuse it.
-
-    By default glibc returns large blocks to the system, which then has to clear every page of the
-    next block: ten thousand or more page faults per step, 4 to 15 % of a training step on the CPU.
-    See mallopt(3). This changes the whole process; with another C library it does nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError):
-        return  # not glibc
-    mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which free() would unmap
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
-def choose_threads(pixels: int) -> int:
-    """Give each CPU thread of torch a share of a batch that is worth waking the thread for.
-
-    A function of the command and the machine alone, since the last bits of a result depend on the
-    number of threads. Where OMP_NUM_THREADS or MKL_NUM_THREADS is set, nothing changes.
-
-    Args:
-        pixels: images of a batch, times height, times width.
-    Returns: the number of threads, at most as many as torch had chosen.
-    """
-    if not os.environ.keys() & {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}:
-        threads = max(1, min(DEFAULT_THREADS, pixels // PIXELS_PER_THREAD))
-        if threads != torch.get_num_threads():
-            torch.set_num_threads(threads)
-    return torch.get_num_threads()
-
-
-def allow_fast_kernels() -> None:
-    """Trade the last bits for speed on CUDA, in this process.
-
-    Matrix products of float32 use TF32 (10 bits of mantissa) where the GPU has it, and cuDNN tries
-    its kernels on the first batch of each shape and keeps the fastest, which may be another one in
-    the next run.
-    """
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-
-
-def default_amp_dtype(device: torch.device) -> str:
-    """bfloat16 where the device computes in it, since it needs no loss scaling, else float16."""
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if has_bfloat16 else "float16"
-    return "bfloat16" if device.type == "cpu" else "float16"
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name, tried out; plain 'cuda' is the GPU of this process.
-
-    Raises: UserError for a device that does not exist, and for one that several processes would
-        share.
-    """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is not None and processes > 1:
-            remedy = "pass cuda, which gives each process a GPU of its own"
-            what = f"{processes} processes of this machine would share this GPU"
-            raise UserError(f"{name}: {what}; {remedy}", "device")
-        if device.type == "cuda" and device.index is None:
-            gpus = torch.cuda.device_count()
-            if 0 < gpus <= local_rank():
-                what = f"{processes} processes on this machine, which has {gpus} GPU(s)"
-                remedy = f"start torchrun with --nproc_per_node={gpus}"
-                raise UserError(f"{name}: {what}; {remedy}", "device")
-            device = torch.device("cuda", local_rank())
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        # torch lists every backend that it was ever built for; its first sentence is the reason.
-        reason = first_line(error).partition(". ")[0].partition(", xpu")[0]
-        raise UserError(
-            f"{name}: {reason}; pass cpu, or cuda or mps where there is one", "device"
-        ) from error
-    return device
-
-
-def default_device() -> str:
-    """CUDA where there is one, then MPS, then the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; on CUDA the copy runs beside what the CPU does next.
-
-    Not on MPS, where torch may read the source after it was freed (pytorch issue 189690).
-    """
-    return tensor.to(device, non_blocking=device.type == "cuda")
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has computed what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that were in use at once: of the GPU, else of this process's host memory.
-
-    None on Windows, which does not tell the latter.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if os.name != "posix":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def world_size() -> int:
@@ -478,124 +349,6 @@ def require_same(values: dict[str, Any], of: str = "") -> dict[str, Any]:
     return found[0]
 
 
-# ------------------------------------------------------------------------------------ signals
-
-_received: list[int] = []  # a signal handler can do little more than note the number
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and the run stopped where it can be resumed.
-
-    Args:
-        number: number of the signal.
-        when: what was finished last.
-        saved: the file or folder that holds everything up to there; None where nothing is saved.
-    """
-
-    def __init__(self, number: int, when: str, saved: Path | None) -> None:
-        how = (
-            f"saved to {saved}; run the same command to resume"
-            if saved
-            else "nothing was saved (no --output_dir, or no checkpoint so far)"
-        )
-        super().__init__(f"{signal.Signals(number).name} after {when}: {how}")
-        self.exit_code = 128 + number  # as a shell reports it
-
-
-def stop_on_signals() -> None:
-    """Let SIGTERM (schedulers, torchrun) and SIGINT (Ctrl-C) end the run after a training step.
-
-    A second SIGINT ends the run at once.
-    """
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and _received:
-            raise KeyboardInterrupt
-        _received.append(number)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-
-
-def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """Ignore signals in a loader worker, since schedulers and terminals signal a whole group.
-
-    The trainer still needs batches to finish its step. A worker that is left over ends by itself.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # SIGALRM ends the worker
-
-
-def end_workers() -> None:
-    """Kill the loader workers that are left at the end of a run.
-
-    After an error its traceback still refers to the loaders, so their workers go on, and Python's
-    exit would wait a minute for them: they ignore the signal that asks them to end (see above).
-    """
-    has_handler = hasattr(signal, "SIGCHLD")  # not on Windows
-    # torch's handler would take the end of a worker for a crash.
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if has_handler else None
-    for worker in multiprocessing.active_children():
-        worker.kill()
-        worker.join()
-    if has_handler:
-        signal.signal(signal.SIGCHLD, previous)
-
-
-def received_signal() -> int:
-    """Number of the first signal that this process received; 0 for none."""
-    return _received[0] if _received else 0
-
-
 def stop_requested(device: torch.device) -> int:
     """Number of a signal that any process received, the same on all; 0 for none. Collective."""
     return largest([received_signal()], device)[0]
-
-
-# -------------------------------------------------------------------------------------- locks
-
-
-def lock_folder(folder: Path) -> FileIO | None:
-    """Take a folder for this run, until the returned file is closed or the process ends.
-
-    The lock is the kernel's (fcntl): it ends with its process, however that ends, and holds on a
-    network file system with a lock service too. The file names its holder for others to report.
-
-    Returns: the open file, to be kept; None where there are no such locks.
-    Raises: UserError where another run holds the folder.
-    """
-    if os.name != "posix":
-        return None
-    import fcntl
-
-    file = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        holder = file.read().decode(errors="replace") or "another process"
-        raise UserError(
-            f"{folder}: another run is using this folder ({holder}); wait until it ends, or pass "
-            "another folder",
-            "folder",
-        ) from error
-    except OSError as error:
-        log(f"Warning: {folder} cannot be locked ({error}); do not start two runs in this folder")
-        file.close()
-        return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return file
-
-
-def lock(file: IO[bytes]) -> None:
-    """Wait until no other process holds the lock of this file; hold it until the file is closed.
-
-    A process that is killed holds it no longer. Where there are no locks, on Windows and on some
-    network file systems, this does nothing.
-    """
-    with suppress(ImportError, OSError):
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,13 +1,9 @@
-"""The teacher of a run: made from the flags, scored, and cached on disk or read from there."""
+"""The teacher of a run: made from the flags, scored, cached on disk or read from there."""
 
 import argparse
-import hashlib
-import importlib.metadata
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,40 +11,25 @@ import torch
 from torch import nn
 
 import models
-import runtime
 import utils
-from arguments import (
-    PRETRAINED,
-    Teacher,
-    follows_network,
-    is_mixed,
-    is_own_module,
-    teachers_of,
-    views_of,
-)
-from checkpoints import local_file
-from datasets import ImageSource, Source, evenly, subset
+from arguments.derived import teachers_of, views_of
+from data.loaders import DeviceLoader
+from data.order import EpochBatches
+from data.sources import ImageSource, Source, evenly, subset
+from datasets import Data, build_eval_loader
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
-from engine import LogitsByPlaces, LoopSettings, evaluate
-from flags import AUGMENTATION, MIXING, flags_of_group
-from loaders import Data, DeviceLoader, EpochBatches, build_eval_loader, image_sample
-from logit_store import (
-    LogitFile,
-    LogitStore,
-    RowFormat,
-    StoredTeacher,
-    ValidationLogits,
-    hash_of,
-    open_store,
-)
-from logs import Stopwatch
-from models.own import code_file
-from pictures import DECODER
-from runtime import log
-from utils import UserError, name_flags
+from engine import LogitsByPlaces, evaluate
+from reporting.timing import Stopwatch
+from runtime import distributed, signals
+from runtime.device import find_device
+from runtime.distributed import log
+from teacher.cache import open_teacher_cache
+from teacher.logit_store import LogitFile, LogitStore, StoredTeacher, ValidationLogits
+from training.settings import LoopSettings
+from utils import UserError, flags_for
 
 CAUSES = (
-    "likely causes: another normalisation (--teacher_norm), another size (--teacher_input_size), "
+    "likely causes: another normalization (--teacher_norm), another size (--teacher_input_size), "
     "another order of classes (--teacher_classes), a file of other weights, or a weak teacher"
 )
 EMA_CAUSE = "an average (EMA) that had too few steps to follow the weights"
@@ -85,7 +66,7 @@ class RunTeacher:
             )
 
 
-@name_flags(cache="--teacher_cache")
+@flags_for(cache="--teacher_cache")
 def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data) -> RunTeacher:
     """Make, score and cache the teacher, as far as this run needs it. Collective.
 
@@ -106,21 +87,23 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     if not args.teacher_cache:
         network = make_teacher(args, settings.device, data)
         if loader is None:
-            _tell_confidence(args, settings, data, network)
+            _report_confidence(args, settings, data, network)
             return RunTeacher(network)
         scores, logits = _score(args, settings, data, loader, network)
-        _tell_confidence(args, settings, data, network, logits)
+        _report_confidence(args, settings, data, network, logits)
         # The order of a stream is not promised, so its logits cannot be found again.
         return RunTeacher(network, None, scores, logits if is_indexable else None)
 
     store = open_teacher_cache(args, data, settings.amp_dtype)
-    missing = runtime.from_main(lambda: store.check_space(views_of(args)))
+    missing = distributed.from_main(lambda: store.check_space(views_of(args)))
     cached = None
     if loader is not None and isinstance(data.val, ImageSource):
-        prints = runtime.from_main(data.val.fingerprint)
+        prints = distributed.from_main(data.val.fingerprint)
         cached = store.validation_file([prints, data.config], len(data.val))
     counts = torch.tensor([missing, cached.missing() if cached else 0], device=settings.device)
-    runtime.all_reduce_(counts, torch.distributed.ReduceOp.MAX)  # one decision for all processes
+    distributed.all_reduce_(
+        counts, torch.distributed.ReduceOp.MAX
+    )  # one decision for all processes
     missing, unscored = counts.tolist()
     source: nn.Module | None = None
     if missing or unscored:
@@ -137,17 +120,17 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
             teacher.scores, _ = _score(args, settings, data, loader, cached)
         teacher.logits = ValidationLogits(cached)
     if source is not None:
-        _tell_confidence(args, settings, data, source, known)
+        _report_confidence(args, settings, data, source, known)
     return teacher
 
 
 def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> nn.Module:
     """The frozen teacher, or the average of several, for the student's input and classes."""
-    with name_flags(device="--teacher_device"):
-        teacher_device = runtime.find_device(args.teacher_device) if args.teacher_device else device
+    with flags_for(device="--teacher_device"):
+        teacher_device = find_device(args.teacher_device) if args.teacher_device else device
     names = None
     if args.teacher_classes:
-        with name_flags(text="--teacher_classes"):
+        with flags_for(text="--teacher_classes"):
             names = utils.read_lines(args.teacher_classes)
     networks: list[nn.Module] = []
     weights = []
@@ -159,7 +142,7 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
             cfg = models.pretrained_cfg(arch)
             config |= {"mean": list(cfg.mean), "std": list(cfg.std)}
         classes_from = f"--teacher_classes {args.teacher_classes}:" if names else f"{path}:"
-        with name_flags(
+        with flags_for(
             architecture="--teacher_arch", checkpoint="--teacher_path", names=classes_from
         ):
             network: Any = load_teacher(
@@ -210,7 +193,7 @@ def _warn_if_trained_on_holdout(
         how = "as many, but other images held out"
     log(
         f"Warning: --holdout {args.holdout}: the teacher {path} was trained on {args.data_set} "
-        f"with {how}; on the same data, it has learnt images that now score it. Train it with the "
+        f"with {how}; on the same data, it has learned images that now score it. Train it with the "
         "same --holdout"
     )
 
@@ -262,7 +245,7 @@ def _score(
     return {f"teacher_{name}": found[name] for name in ("acc1", "loss", "ece")}, logits
 
 
-def _tell_confidence(
+def _report_confidence(
     args: argparse.Namespace,
     settings: LoopSettings,
     data: Data,
@@ -276,13 +259,13 @@ def _tell_confidence(
     Args:
         known: the network's logits on validation images, as far as this process has them.
     """
-    if not isinstance(data.train, ImageSource) or data.labelled_share == 1:
+    if not isinstance(data.train, ImageSource) or data.labeled_share == 1:
         return
     positions = data.train.without_label()
     chosen = positions[evenly(len(positions), MOST_ASKED)]
     args = argparse.Namespace(**{**vars(args), "dist_eval": False})  # every process has them all
     loader = build_eval_loader(args, subset(data.train, chosen), data.config, settings.device)
-    if not runtime.is_main_process():
+    if not distributed.is_main_process():
         return
     network.eval()
     with torch.inference_mode(), settings.autocast():
@@ -333,100 +316,6 @@ def _causes(source: object) -> str:
     return f"{CAUSES}; or {EMA_CAUSE}" if is_ema else CAUSES
 
 
-# ------------------------------------------------------------------------------ the cache
-
-
-def open_teacher_cache(
-    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
-) -> LogitStore:
-    """The store that --teacher_cache names, created or proven to belong to this run. Collective."""
-    if not isinstance(data.train, ImageSource):
-        raise UserError(
-            f"--teacher_cache {args.teacher_cache}: needs images in a fixed order, which the "
-            f"stream {args.data_set} does not have; use a folder, or leave the flag out"
-        )
-    order = data.train_loader.order
-    assert isinstance(order, EpochBatches)  # as for every ImageSource
-    num_classes = len(data.classes)
-    if args.teacher_cache_topk and args.teacher_cache_topk > num_classes:
-        raise UserError(
-            f"--teacher_cache_topk {args.teacher_cache_topk}: there are only {num_classes} "
-            "classes; pass a smaller number, or leave the flag out"
-        )
-    row_format = RowFormat(num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
-    with name_flags(folder="--teacher_cache"):
-        return open_store(
-            Path(args.teacher_cache),
-            partial(manifest_of, args, data, amp_dtype),
-            images=len(data.train),
-            needed=order.end,
-            row_format=row_format,
-        )
-
-
-def manifest_of(
-    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
-) -> dict[str, Any]:
-    """Everything that the teacher's logits on the training images depend on, in plain values.
-
-    Other flags may differ between runs that share a cache. A new flag that changes the images
-    belongs in one of the groups AUGMENTATION and MIXING of flags.py, and is then compared.
-    """
-    flags = ["input_size", "imagenet_default_mean_and_std", *flags_of_group(AUGMENTATION)]
-    flags += ["teacher_arch", "teacher_norm", "teacher_input_size", "teacher_dtype"]
-    flags += ["teacher_cache_dtype", "teacher_cache_topk"]
-    if is_mixed(args):
-        flags += flags_of_group(MIXING)
-        if args.mixup_mode != "pair":  # an image is mixed with another image of its batch
-            flags.append("batch_size")
-    teachers = teachers_of(args)
-    if len(teachers) > 1:  # their average depends on the temperature
-        flags += ["teacher_weights", "kd_temperature"]
-    fields = {"decoder": DECODER, "seed": args.data_seed} | {
-        name: getattr(args, name) for name in flags
-    }
-    if follows_network(args):  # normalised as the student asks
-        fields |= {name: data.config[name] for name in ("mean", "std")}
-    fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
-    with name_flags(checkpoint="--teacher_path", text="--teacher_classes"):
-        files = [_identity_of(teacher) for teacher in teachers]
-        names = utils.read_lines(args.teacher_classes) if args.teacher_classes else None
-    fields["teacher_path"] = files
-    fields["teacher_classes"] = names and hash_of(names)
-    assert isinstance(data.train, ImageSource)
-    fields |= data.train.fingerprint()
-    fields["augmented"] = image_sample(data.train_loader)
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "numpy", "pillow")}
-    return fields | {"note": versions | {"kd_temperature": args.kd_temperature}}
-
-
-def _hash_of_file(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _identity_of(teacher: Teacher) -> str:
-    """What tells a teacher from others: a hash of its file, or of timm's weights.
-
-    And of the file with the code of a network of the user's own, though not of what that imports.
-    """
-    if teacher.path != PRETRAINED:
-        told = f"sha256 {_hash_of_file(local_file(teacher.path))}"
-        if is_own_module(teacher.arch):
-            with name_flags(architecture="--teacher_arch"):
-                told += f", code sha256 {_hash_of_file(code_file(teacher.arch))}"
-        return told
-    with name_flags(architecture="--teacher_arch"):
-        cfg = models.pretrained_cfg(teacher.arch)
-        size = cfg.input_size[-1]
-        network = models.create_model(teacher.arch, cfg.num_classes, size, pretrained=True)
-    found = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        found.update(tensor.numpy().tobytes())
-    return f"timm's weights, sha256 {found.hexdigest()}"
-
-
-@name_flags(cache="--teacher_cache")
 def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: range) -> None:
     """Compute the teacher's logits for every image of the views that the cache lacks.
 
@@ -442,18 +331,18 @@ def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: r
         first = store.file_of(view).first_missing(store.needed)
         # Rows before `first` are cached. Ranks take batches in turn, hence the division by world
         # size.
-        loader.set_epoch(view, first // (order.batch_size * runtime.world_size()))
+        loader.set_epoch(view, first // (order.batch_size * distributed.world_size()))
         for number, batch in enumerate(loader, start=1):
             with torch.inference_mode(), settings.autocast():
                 stored(batch.images, batch.key)
-            images_since += len(batch.images) * runtime.world_size()
+            images_since += len(batch.images) * distributed.world_size()
             if number % 50 == 0 or number == len(loader):
                 done = f"{batch.places.stop:,}/{store.needed:,}"
                 log(f"View {view} [{done}]  {stopwatch.rate(images_since):.0f} images/s")
                 images_since = 0
-            if runtime.received_signal():
+            if signals.received_signal():
                 break
         store.flush()
         # Also keeps the processes together: no machine is views ahead of another.
-        if signal_number := runtime.stop_requested(settings.device):
-            raise runtime.Interrupted(signal_number, f"a batch of view {view}", store.folder)
+        if signal_number := distributed.stop_requested(settings.device):
+            raise signals.Interrupted(signal_number, f"a batch of view {view}", store.folder)

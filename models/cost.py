@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import runtime
+from runtime.device import synchronize
 
 LARGE_BATCH = 32  # images
 MOST_SECONDS = 0.02  # spent on the repetitions of one batch size
@@ -68,9 +68,9 @@ def _median_seconds(network: nn.Module, images: torch.Tensor) -> float:
     found: list[float] = []
     network.forward(images)
     while len(found) < LEAST_REPEATS or (sum(found) < MOST_SECONDS and len(found) < 20):
-        runtime.synchronize(images.device)
+        synchronize(images.device)
         started = time.perf_counter()
         network.forward(images)
-        runtime.synchronize(images.device)
+        synchronize(images.device)
         found.append(time.perf_counter() - started)
     return statistics.median(found)

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import runtime
-from arguments import is_augmented
-from check_data import follow
-from datasets import ImageSource
-from engine import LoopSettings
-from loaders import Batch, Data, DeviceLoader, EpochBatches
+from arguments.derived import is_augmented
+from data.checks import with_progress
+from data.loaders import Batch, DeviceLoader
+from data.order import EpochBatches
+from data.sources import ImageSource
+from datasets import Data
 from models import classifier_of
-from runtime import log
+from runtime import distributed
+from runtime.device import send
+from runtime.distributed import log
+from training.settings import LoopSettings
 from utils import UserError
 
 IMAGES_AT_ONCE = 65536  # of whose features processes exchange in one message
@@ -115,7 +118,7 @@ class TrainedClassifier(nn.Module):
         self.student, self.takes_features = student, takes_features
         head = head_of(student)
         # Only the classifier has gradients to exchange.
-        self.head = DistributedDataParallel(head) if runtime.world_size() > 1 else head
+        self.head = DistributedDataParallel(head) if distributed.world_size() > 1 else head
 
     def train(self, mode: bool = True) -> "TrainedClassifier":
         """Put the classifier in that mode; the backbone stays in eval mode."""
@@ -161,7 +164,7 @@ class FeatureLoader:
     def __iter__(self) -> Iterator[Batch]:
         view, device = self.order.view, self.features.device
         for number, batch in enumerate(self.order, start=self.order.first_batch):
-            index = runtime.send(torch.tensor([image for _, image in batch]), device)
+            index = send(torch.tensor([image for _, image in batch]), device)
             yield Batch(self.features[index], self.targets[index], view, self.order.places(number))
 
 
@@ -196,7 +199,9 @@ def compute_features(
     started = time.monotonic()
     device, loader = settings.device, data.feature_loader
     features = torch.empty(0)
-    for batch in follow(_features(loader, student, settings), len(loader), "the training images"):
+    for batch in with_progress(
+        _features(loader, student, settings), len(loader), "the training images"
+    ):
         if not len(features):
             width = batch.images.shape[1]
             val_images = 0 if data.val is None else len(data.val)
@@ -206,12 +211,12 @@ def compute_features(
         features[places.start : places.stop : places.step] = batch.images
     # Each process has computed the rows of its own images; the others are zeros.
     for part in features.split(IMAGES_AT_ONCE):
-        runtime.all_reduce_(part)
+        distributed.all_reduce_(part)
     data.feature_loader = None  # its workers end
     val = None
     if data.val_loader is not None and not args.disable_eval:
         batches = _features(data.val_loader, student, settings)
-        val = list(follow(batches, len(data.val_loader), "the validation images"))
+        val = list(with_progress(batches, len(data.val_loader), "the validation images"))
     _check_finite([features, *(batch.images for batch in val or ())])
     targets = torch.as_tensor(data.train.targets, dtype=torch.int64, device=device)
     shown = f"{len(features)} training" + (f" and {len(data.val or ())} validation" if val else "")

@@ -1,7 +1,5 @@
 """What the answers of a classifier tell beyond its accuracy: calibration, classes, confusions."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-import runtime
+from runtime import distributed
 
 BINS = 15  # of the confidences; as in Guo et al., 'On calibration of modern neural networks', 2017
 MOST_CLASSES = 20  # that are all listed in the terminal; of more classes, the worst are
@@ -50,7 +48,7 @@ def join(batches: Sequence[Answers], shared: bool) -> Answers:
     """
     columns = [torch.cat(column).cpu() for column in zip(*batches, strict=True)] if batches else []
     if shared:
-        parts = [part for part in runtime.gather(columns) if part]
+        parts = [part for part in distributed.gather(columns) if part]
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     order = columns[0].argsort()
     return Answers(*(column[order] for column in columns))

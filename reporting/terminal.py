@@ -1,7 +1,5 @@
 """How the terminal shows a run: a live line, or one every few seconds; rows; the final table."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -9,8 +7,8 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
-import runtime
-from runtime import log
+from runtime import distributed
+from runtime.distributed import log
 
 MANY_CLASSES = 10  # above which the top-5 accuracy is shown
 LOSSES = ("loss", "ce", "kd")  # of the training losses, those that are shown
@@ -32,7 +30,7 @@ class Terminal:
         self.epochs, self.seconds, self.num_classes = epochs, seconds, num_classes
         self.shown = time.monotonic()  # when a line was last added
         self.bar: tqdm | None = None
-        self.is_live = runtime.is_main_process() and sys.stdout.isatty()
+        self.is_live = distributed.is_main_process() and sys.stdout.isatty()
 
     def step(
         self,

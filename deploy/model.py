@@ -1,4 +1,4 @@
-"""A trained network as it is used: from a checkpoint, timm's folder, an .onnx or a .pt2 file."""
+"""A trained network ready to use: from a checkpoint, timm's folder, an .onnx or a .pt2 file."""
 
 import json
 import os
@@ -15,8 +15,10 @@ from torch import nn
 from torch.export.passes import move_to_device_pass
 
 import models
-import runtime
-from checkpoints import (
+from data.transforms import HostBatch, ToNetwork
+from datasets import data_config
+from evaluation import evaluation_args
+from models.weights import (
     EMA_KEYS,
     class_names,
     load_network,
@@ -24,16 +26,16 @@ from checkpoints import (
     saved_args,
     weight_keys,
 )
-from evaluation import evaluation_args
-from transforms import HostBatch, ToNetwork, data_config
+from runtime.device import send
 from utils import UserError, few, first_line
 
+CPU = torch.device("cpu")
 CARD = "card.json"  # what the card is called inside .onnx and .pt2 files
 ONNX_PACKAGES = "pip install onnx onnxscript onnxruntime"
 
 
 @dataclass
-class Card:
+class ModelCard:
     """What has to be known of a network to use it; written beside and into every export.
 
     Attributes:
@@ -43,7 +45,7 @@ class Card:
         weights: 'EMA' or 'raw'.
         dtype: of the weights: float32, float16 or int8.
         with_preprocessing: whether the network takes pixels (B, H, W, 3) uint8 and returns
-            probabilities, instead of normalised images (B, 3, H, W) and logits.
+            probabilities, instead of normalized images (B, 3, H, W) and logits.
     """
 
     architecture: str
@@ -72,14 +74,14 @@ class Card:
     def to_json(self) -> str:
         """The card, with its input and output in words."""
         size = self.input_size
-        taken = f"normalised images (batch, 3, {size}, {size}) float32: (RGB / 255 - mean) / std"
+        taken = f"normalized images (batch, 3, {size}, {size}) float32: (RGB / 255 - mean) / std"
         if self.with_preprocessing:
             taken = f"RGB pixels (batch, {size}, {size}, 3) uint8"
         told = {"input": taken, "output": f"{self.output} (batch, {len(self.classes)}) float32"}
         return json.dumps(asdict(self) | told, indent=2, ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, text: str, source: object) -> "Card":
+    def from_json(cls, text: str, source: object) -> "ModelCard":
         """Read a card; raises UserError where it is not one."""
         try:
             found = json.loads(text)
@@ -103,7 +105,7 @@ class Model:
         kind: 'checkpoint', 'timm', 'onnx' or 'pt2'.
     """
 
-    card: Card
+    card: ModelCard
     run: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
     kind: str
@@ -114,7 +116,7 @@ class Model:
     def prepare(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, H, W, 3) uint8 -> what `run` takes."""
         if self.card.with_preprocessing:
-            return runtime.send(pixels, self.device)
+            return send(pixels, self.device)
         no_boxes = torch.empty(0, 5, dtype=torch.int64)
         batch = HostBatch(pixels, torch.empty(0, dtype=torch.int64), no_boxes, torch.empty(0))
         return self.to_network(batch)
@@ -133,7 +135,7 @@ class Model:
 # ---------------------------------------------------------------------------- from a checkpoint
 
 
-def read_network(path: str, use_ema: str) -> tuple[nn.Module, Card, Any]:
+def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCard, Any]:
     """The network of a checkpoint of main.py in eval mode on the CPU, its card, and the checkpoint.
 
     Args:
@@ -160,11 +162,11 @@ def read_network(path: str, use_ema: str) -> tuple[nn.Module, Card, Any]:
         raise UserError(f"true: {path} holds no EMA weights; pass auto or false", "use_ema")
     load_network(checkpoint, path, network, keys)
     is_ema = "ema" in next(key for key in keys if isinstance(checkpoint.get(key), dict))
-    card = Card(args.model, classes, **config, weights="EMA" if is_ema else "raw")
+    card = ModelCard(args.model, classes, **config, weights="EMA" if is_ema else "raw")
     return network.eval(), card, checkpoint
 
 
-def run_network(network: nn.Module, card: Card, device: torch.device, kind: str) -> Model:
+def run_network(network: nn.Module, card: ModelCard, device: torch.device, kind: str) -> Model:
     """A network in this process, run as an evaluation runs it."""
     network = network.eval().to(device).to(memory_format=torch.channels_last)
     return Model(card, network, device, kind)
@@ -181,7 +183,7 @@ def open_model(path: str, device: torch.device, use_ema: str = "auto") -> Model:
     if os.path.isdir(path):
         return open_timm(path, device)
     if not path.endswith((".onnx", ".pt2")):
-        network, card, _ = read_network(path, use_ema)
+        network, card, _ = network_from_checkpoint(path, use_ema)
         return run_network(network, card, device, "checkpoint")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; pass a model that export.py wrote", "model")
@@ -219,7 +221,7 @@ def open_timm(folder: str, device: torch.device) -> Model:
     found = timm.data.resolve_model_data_config(network)
     config = {name: found[name] for name in ("crop_pct", "crop_mode", "interpolation")}
     config |= {"mean": list(found["mean"]), "std": list(found["std"])}
-    card = Card(architecture, classes, found["input_size"][-1], **config)
+    card = ModelCard(architecture, classes, found["input_size"][-1], **config)
     return run_network(network, card, device, "timm")
 
 
@@ -240,7 +242,7 @@ def open_pt2(path: str, device: torch.device) -> Model:
             f"{first_line(error)}); export the checkpoint again",
             "model",
         ) from error
-    return Model(Card.from_json(inside[CARD] or "{}", path), network, device, "pt2")
+    return Model(ModelCard.from_json(inside[CARD] or "{}", path), network, device, "pt2")
 
 
 def import_onnxruntime() -> ModuleType:
@@ -296,4 +298,4 @@ def open_onnx(path: str, device: torch.device) -> Model:
         array = np.ascontiguousarray(images.cpu().numpy())
         return torch.from_numpy(session.run(None, {name: array})[0])
 
-    return Model(Card.from_json(card, path), run, device, "onnx")
+    return Model(ModelCard.from_json(card, path), run, device, "onnx")

@@ -1,0 +1,132 @@
+"""Defaults that follow from other flags, from this machine's cores, and from the images."""
+
+import argparse
+import math
+import os
+
+from arguments.derived import SMALL, holds_class_folders, is_mixed
+
+# Side of the images in pixels; every other data set is taken for photographs.
+NATIVE_SIZE = {"DIGITS": 8, "MNIST": 28, "FashionMNIST": 28, "CIFAR": 32, "CIFAR10": 32}
+MIRRORED_CHANGES_MEANING = {"DIGITS", "MNIST"}
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Choose what was not given from the other flags and from this machine's cores.
+
+    What depends on the number of training images is left to `fit_to_images`.
+    """
+    is_labeled = bool(args.labels or args.eval_labels)
+    args.data_set = args.data_set or ("IMNET" if args.data_path or is_labeled else "DIGITS")
+    if args.data_set == "IMNET" and (is_labeled or holds_class_folders(args.data_path)):
+        args.data_set = "image_folder"
+    native_size = NATIVE_SIZE.get(args.data_set, 224)
+    if args.model is None:
+        is_small = (args.input_size or native_size) < SMALL
+        args.model = "cifar_resnet20" if is_small else "convnext_tiny"
+    if args.input_size is None:
+        args.input_size = native_size if args.model.startswith("cifar_") else 224
+    if args.hflip is None:
+        args.hflip = 0.0 if args.data_set in MIRRORED_CHANGES_MEANING else 0.5
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(20, args.epochs / 5)
+    if args.weight_decay is None:
+        args.weight_decay = 1e-4 if is_sgd(args.opt) else 0.05
+    if args.num_workers is None:
+        args.num_workers = max(1, int(cores_per_process()))
+    if args.data_seed is None:
+        args.data_seed = args.seed
+
+
+def fill_data_defaults(args: argparse.Namespace, images: int) -> list[str]:
+    """Choose what depends on the number of training images, known once the data is open.
+
+    The batch size, where it is not given or more than the images, and the learning rate.
+
+    Returns: lines for the user: a value that is not used as given, images that are left out.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    lines = []
+    if args.batch_size is None:
+        args.batch_size = default_batch_size(images // processes // args.update_freq)
+    given, most = args.batch_size, _batch_size(args, images // processes)
+    if given > most:
+        args.batch_size = most
+        lines.append(
+            f"--batch_size {given} on {processes} process(es) is more than the {images} training "
+            f"images: batches of {most} are used"
+        )
+    total = args.batch_size * processes
+    if "num_workers" not in args.given and total:
+        args.num_workers = min(args.num_workers, max(1, images // total))
+    # A probe's depends on the number of features, known once the network is made.
+    if args.lr is None and total and (is_sgd(args.opt) or not args.linear_probe):
+        steps = args.epochs * math.ceil(images // total / args.update_freq)
+        args.lr = default_lr(args, total * args.update_freq, steps)
+    left_out = images % total if total else 0
+    if left_out and args.teacher_views == 1:
+        lines.append(
+            f"Warning: --teacher_views 1: {left_out} of {images} images do not fill a batch and "
+            "are never shown; pass --teacher_views 2 or more, which show every image"
+        )
+    elif left_out > 0.1 * images:
+        smaller = _batch_size(args, images // (images // total + 1) // processes)
+        lines.append(
+            f"--batch_size {args.batch_size}: {left_out} of {images} images do not fill a batch "
+            f"and are left out of each epoch, other images in the next; --batch_size {smaller} "
+            f"leaves out {images % (smaller * processes)}"
+        )
+    return lines
+
+
+def default_batch_size(images: int) -> int:
+    """The largest power of two from 8 to 64 with which the images make 50 batches; else 8."""
+    return next((size for size in (64, 32, 16) if images >= 50 * size), 8)
+
+
+FEW_STEPS_LR = 2e-3  # the most that `default_lr` raises the rate to
+LEAST_WAY = 3.0  # what `default_lr` wants the rate times the steps to be
+
+
+def default_lr(args: argparse.Namespace, total_batch: int, steps: int) -> float:
+    """The peak learning rate.
+
+    Args:
+        total_batch: images per optimizer step, over all processes.
+        steps: optimizer steps of the run.
+    """
+    if is_sgd(args.opt):
+        # He et al. 2016, section 4.2: 0.1 at a batch of 128.
+        return 0.1 * (total_batch / 128) ** 0.5
+    # 4e-3 at 4096 as in the ConvNeXt script. Adam's noise scale grows with sqrt(batch) (Malladi et
+    # al. 2022), not with the batch.
+    lr = 4e-3 * (total_batch / 4096) ** 0.5
+    if args.finetune or args.pretrained:
+        return lr
+    # Adam moves a weight by at most about lr per step, so few steps from scratch need a higher one.
+    return max(lr, min(FEW_STEPS_LR, LEAST_WAY / steps))
+
+
+def is_sgd(opt: str) -> bool:
+    """Whether an optimizer of timm's is a form of SGD, by its name."""
+    return "sgd" in opt or opt.endswith("momentum")
+
+
+def _batch_size(args: argparse.Namespace, images: int) -> int:
+    """The largest batch size of at most so many images; even where images are mixed."""
+    return images - images % 2 if is_mixed(args) else images
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cores_per_process() -> float:
+    """Processor cores of this machine for each process of the run."""
+    return usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+# Values of the flags of augmentation and mixing with which training images stay as they are.

@@ -1,0 +1,126 @@
+"""What follows from the flags: the teachers, the views, whether images are mixed or held out."""
+
+import argparse
+import os
+from typing import NamedTuple
+
+SMALL = 64  # below this side, images are padded and cropped as for CIFAR, at one scale
+TORCHVISION_SETS = ("CIFAR", "CIFAR10", "MNIST", "FashionMNIST")
+DATA_SETS = ("DIGITS", "IMNET", "image_folder", *TORCHVISION_SETS)
+# What folders of training and of validation images are called, in lower case. A folder that holds
+# one of them is not taken for a folder of class folders.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev", "eval", "test", "testing"),
+}
+
+
+PRETRAINED = "pretrained"  # in --teacher_path: timm's own weights of the architecture
+
+
+class Teacher(NamedTuple):
+    """One teacher of the command line."""
+
+    arch: str
+    path: str
+    weight: float
+
+
+def teachers_of(args: argparse.Namespace) -> list[Teacher]:
+    """The teachers that a run asks; none without --kd true or with --kd_alpha 0.
+
+    Raises: ValueError where architectures, files and weights do not match in number.
+    """
+    if not args.kd or args.kd_alpha == 0:
+        return []
+    archs, paths = args.teacher_arch.split(","), args.teacher_path.split(",")
+    weights = args.teacher_weights.split(",") if args.teacher_weights else ["1"] * len(archs)
+    return [
+        Teacher(arch.strip(), path.strip(), float(weight))
+        for arch, path, weight in zip(archs, paths, weights, strict=True)
+    ]
+
+
+def folders_in(path: str | None) -> list[str]:
+    """Names of the folders in a folder, sorted; none where the folder cannot be listed."""
+    try:
+        with os.scandir(path or "") as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError:
+        return []
+
+
+def is_split_name(name: str) -> bool:
+    """Whether this is what a folder of training or validation images is usually called."""
+    return any(name.lower() in names for names in SPLIT_NAMES.values())
+
+
+def holds_class_folders(path: str | None) -> bool:
+    """Whether a folder holds other folders, and none with the name of a split such as train."""
+    names = folders_in(path)
+    return bool(names) and not any(map(is_split_name, names))
+
+
+def must_hold_out(args: argparse.Namespace) -> bool:
+    """Whether a run evaluates, but nothing says which images of a folder are for that.
+
+    A fifth of the images is then held out, as by --holdout.
+    """
+    has_validation = args.holdout or args.eval_data_path or args.eval_labels
+    is_evaluated = args.eval or not args.disable_eval
+    return args.data_set == "image_folder" and is_evaluated and not has_validation
+
+
+def is_own_module(arch: str) -> bool:
+    """Whether a network is made by a function of the user's own, named MODULE:FACTORY."""
+    return ":" in arch and arch.partition(":")[0] not in ("hf-hub", "hf_hub", "local-dir")
+
+
+def follows_network(args: argparse.Namespace) -> bool:
+    """Whether the student says its input size and normalization, where no flag does."""
+    return args.pretrained or is_own_module(args.model)
+
+
+def data_flag(args: argparse.Namespace) -> str:
+    """The flag that names the data, with its value."""
+    return f"--data_path {args.data_path}" if args.data_path else f"--data_set {args.data_set}"
+
+
+def unlabeled_of(args: argparse.Namespace) -> str:
+    """Where images without a label come from: a folder or 'rest'; '' where no teacher is asked."""
+    return args.unlabeled if teachers_of(args) else ""
+
+
+NO_AUGMENTATION = {
+    "aa": "",
+    "color_jitter": 0.0,
+    "hflip": 0.0,
+    "reprob": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "cutmix_minmax": None,
+}
+
+
+def is_augmented(args: argparse.Namespace) -> bool:
+    """Whether a linear probe changes its training images; every other run crops them at random."""
+    return not args.linear_probe or any(
+        getattr(args, flag) != value for flag, value in NO_AUGMENTATION.items()
+    )
+
+
+def is_mixed(args: argparse.Namespace) -> bool:
+    """Whether images are mixed by mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or bool(args.cutmix_minmax)
+
+
+def views_of(args: argparse.Namespace) -> range:
+    """The views that a run shows, or those of --teacher_cache_range.
+
+    Returns: an empty range where --teacher_cache_range is not within the views of the run.
+    """
+    count = min(args.teacher_views or args.epochs, args.epochs)
+    first, _, last = (args.teacher_cache_range or f"0:{count}").partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(last) <= count):
+        return range(0)
+    return range(int(first), int(last))

@@ -1,0 +1,204 @@
+"""Checks of the images before training, so that a fault is found before an epoch is paid for."""
+
+import filecmp
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from data.loaders import READ_ONLY, DeviceLoader
+from data.pictures import CANNOT_READ, REMEDY
+from data.sources import ImageSource, Source, StreamSource, evenly
+from runtime import distributed, signals
+from runtime.distributed import log
+from utils import UserError, few
+
+T = TypeVar("T")
+BATCH = 32  # images that a worker reads before it answers
+MOST = 20  # images that are named; the others are counted
+SECONDS = 10  # between two printed lines
+
+
+class UnreadableImages(Dataset):
+    """(index, what is wrong with that image): its name and the reason, or '' where it is sound."""
+
+    def __init__(self, images: Dataset) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[int, str]:
+        try:
+            self.images[index]
+        except UserError as error:
+            return index, str(error).removeprefix(CANNOT_READ).removesuffix(REMEDY)
+        return index, ""
+
+
+def check_images(sources: Sequence[Source | None], num_workers: int) -> None:
+    """Read every image once, divided among the processes, and list those that cannot be read.
+
+    Collective.
+
+    Args:
+        num_workers: loader workers of each process.
+    Raises: UserError with the list, on rank 0 (the other ranks exit); and for a stream.
+    """
+    if any(isinstance(source, StreamSource) for source in sources):
+        raise UserError(
+            "--check_data true: a stream can only be read in its own order; leave the flag out"
+        )
+    indexable = [source for source in sources if isinstance(source, ImageSource)]
+    images: ConcatDataset = ConcatDataset(indexable)
+    loader = DataLoader(
+        UnreadableImages(images),
+        BATCH,
+        sampler=range(distributed.rank(), len(images), distributed.world_size()),
+        num_workers=num_workers,
+        collate_fn=list,
+        worker_init_fn=signals.leave_signals_to_the_trainer,
+    )
+    count = 0
+    first: list[tuple[int, str]] = []
+    for batch in with_progress(loader, len(loader), "all images"):
+        faults = [(index, fault) for index, fault in batch if fault]
+        count += len(faults)
+        first += faults[: MOST - len(first)]
+    found = distributed.gather((count, first))
+    count = sum(part for part, _ in found)
+    if count:
+        lines = [fault for _, fault in sorted(pair for _, part in found for pair in part)[:MOST]]
+        lines += [f"and {count - MOST:,} more"] if count > MOST else []
+        distributed.stop_all(
+            f"--check_data true: {count:,} of {len(images):,} images cannot be read; repair or "
+            "remove them, then run the same command\n  " + "\n  ".join(lines)
+        )
+    log(f"All {len(images):,} images can be read")
+
+
+def read_validation(loader: DeviceLoader | None, source: Source | None) -> None:
+    """Decode the validation images once, unless an evaluation has done that already.
+
+    So an image that cannot be read ends the run now, and not after an epoch. The evaluation's own
+    workers decode, since it is late to fork others: see DeviceLoader.start_workers. Collective.
+
+    Raises: UserError for the first such image, on rank 0; the other ranks exit.
+    """
+    if loader is None or loader.is_read or not isinstance(source, ImageSource):
+        return
+    fault = ""
+    loader.order.view = READ_ONLY
+    try:
+        for _ in with_progress(loader.host(), len(loader), "the validation images"):
+            pass
+    except UserError as error:
+        fault = str(error)
+    loader.order.view = 0
+    if faults := [fault for fault in distributed.gather(fault) if fault]:
+        distributed.stop_all(faults[0])
+
+
+def with_progress(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
+    """The same batches; prints how far they are every ten seconds, and stops on a signal.
+
+    Raises: runtime.Interrupted.
+    """
+    printed = time.monotonic()
+    for number, batch in enumerate(batches, start=1):
+        yield batch
+        share = f"{100 * number // count} % of {what}"
+        if signal_number := signals.received_signal():
+            raise signals.Interrupted(signal_number, f"reading {share}", None)
+        if time.monotonic() > printed + SECONDS:
+            log(f"Read {share}")
+            printed = time.monotonic()
+
+
+def warn_of_validation_copies(train: ImageSource, val: ImageSource) -> None:
+    """Warn of images without a label that are validation images: files with the same bytes.
+
+    Where there are more than IDENTIFYING of either, only so many are looked at.
+    """
+    positions = train.without_label()
+    if not len(positions) or train.path is None or val.path is None:
+        return
+    files = [train.path(index) for index in positions[evenly(len(positions))]]
+    by_size: dict[int, list[str]] = {}
+    for index in evenly(len(val)):
+        by_size.setdefault(os.path.getsize(val.path(index)), []).append(val.path(index))
+    copies = []
+    for file in files:
+        same_size = by_size.get(os.path.getsize(file), [])
+        if any(filecmp.cmp(file, other, shallow=False) for other in same_size):
+            copies.append(file)
+    if copies:
+        log(
+            f"Warning: {len(copies)} of {len(files)} images without a label are validation images "
+            f"too ({few(copies)}), so the score is not that of unseen images; remove them"
+        )
+
+
+def check_disjoint(train: Source, val: Source, folder: str) -> None:
+    """End the run where the same file is in both. Collective.
+
+    Args:
+        folder: where the names of the validation images begin, seen from those of training.
+    """
+    assert isinstance(train, ImageSource) and isinstance(val, ImageSource)
+
+    def shared() -> list[str]:
+        names = (os.fsdecode(name) for part in val.all_names() for name in part.tolist())
+        held = {os.path.normpath(os.path.join(folder, name)) for name in names}
+        names = (os.fsdecode(name) for part in train.all_names() for name in part.tolist())
+        return [name for name in names if name in held]
+
+    if both := distributed.from_main(shared):
+        distributed.stop_all(
+            f"--labels, --eval_labels: {len(both)} of {len(val)} validation images are training "
+            f"images too ({few(both)}), so the scores would be too good; remove them from either"
+        )
+
+
+UNEVEN = 3  # times as many images of the largest class as of the smallest, from which that is told
+
+
+def report_class_counts(train: ImageSource, can_weigh: bool) -> None:
+    """Print which classes have no training image, and the counts where they are uneven.
+
+    Args:
+        can_weigh: whether --class_weights could help.
+    """
+    counts = np.bincount(train.targets, minlength=len(train.classes))
+    largest = int(counts.argmax())
+    order = [int(index) for index in np.argsort(counts, kind="stable") if counts[index]]
+    if counts[largest] > UNEVEN * counts[order[0]]:
+        most = 10
+        told = [f"{train.classes[index]} {counts[index]}" for index in order]
+        if len(told) > most:
+            told = [*told[: most // 2], f"… {train.classes[largest]} {counts[largest]}"]
+        remedy = "; --class_weights balanced gives each class the same weight in the label loss"
+        hint = remedy if can_weigh else ""
+        log(f"Uneven classes, images of the rarest first: {', '.join(told)}{hint}")
+    if untaught := [name for name, count in zip(train.classes, counts, strict=True) if not count]:
+        log(
+            f"Warning: classes without a training image: {len(untaught)} of {len(train.classes)} "
+            f"({few(untaught, most=10)}); raise --train_samples where it is given, or lower "
+            "--holdout"
+        )
+
+
+def check_at_most(flag: str, value: int, most: int) -> None:
+    if value > most:
+        raise UserError(f"{flag} {value}: at most {most} training images are available; lower it")
+
+
+def check_same_classes(train: list[str], val: list[str]) -> None:
+    if train == val:
+        return
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    raise UserError(
+        "--data_path: training and validation data have different classes "
+        f"(only in training: {few(only_train) or 'none'}; only in validation: "
+        f"{few(only_val) or 'none'}); both must have the same class folders"
+    )

@@ -1,0 +1,210 @@
+"""From sources of images to batches on the device: workers, collation and loaders."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import IterableImageDataset
+from torch.utils.data import DataLoader, Dataset
+
+from data.mixup import Mixing
+from data.order import BatchOrder, EpochBatches, view_order
+from data.sources import ImageSource
+from data.transforms import HostBatch, Patches, ToNetwork, ToPixels, collate
+from runtime import distributed
+from runtime.device import send
+from runtime.randomness import RandomUse, seed_rng
+from utils import UserError
+
+
+class Batch(NamedTuple):
+    """What a network is trained or scored on, and which images of the data those are."""
+
+    # (B, 3, H, W) float32, channels last, on the device; (B, D) features in a linear probe
+    images: torch.Tensor
+    targets: torch.Tensor  # (B,) int64, or (B, C) probabilities where images are mixed
+    view: int  # number of the augmented epoch that the images are from; 0 in an evaluation
+    places: range  # positions of the images in the order of the view
+
+    @property
+    def key(self) -> tuple[int, range]:
+        """What identifies the images, whoever asks and whenever: (view, places)."""
+        return self.view, self.places
+
+
+class Loader(Protocol):
+    """What the training loop takes."""
+
+    @property
+    def batches_in_epoch(self) -> int: ...
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+READ_ONLY = -1  # the view of images that are decoded, to see whether they can be, and not shown
+
+
+class TransformedImages(Dataset):
+    """Images after their transform, whose randomness is a function of (seed, view, index) alone.
+
+    So an image depends neither on the number of workers nor on what was loaded before. Items are
+    asked for by the pair (view, index).
+
+    Args:
+        seed: None for a transform without randomness, as in evaluation.
+    """
+
+    def __init__(self, source: ImageSource, transform: ToPixels, seed: int | None) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[np.ndarray, Patches], int]:
+        view, index = key
+        if view == READ_ONLY:
+            image, target = self.source[index]
+            return (image[:1, :1], Patches(1, 1)), target
+        if self.seed is not None:
+            seed_rng(torch.device("cpu"), RandomUse.AUGMENTATION, self.seed, view, index)
+        return self.transform(self.source.load(index)), int(self.source.targets[index])
+
+
+class Stream:
+    """One of timm's streams (wds/…, tfds/…, hfids/…), which shuffle and divide images themselves.
+
+    Their order, and so the result, depends on the number of workers.
+    """
+
+    def __init__(
+        self, stream: IterableImageDataset, loader_keywords: dict[str, Any], is_train: bool
+    ) -> None:
+        stream.set_loader_cfg(num_workers=loader_keywords["num_workers"])
+        self.stream, self.is_train = stream, is_train
+        self.batch_size = loader_keywords["batch_size"]
+        self.loader = DataLoader(stream, drop_last=is_train, **loader_keywords)
+        self.batches_in_epoch = len(self.loader)
+        self.view, self.first_batch = 0, 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch; a stream has to be read up to the first batch."""
+        self.stream.set_epoch(epoch)
+        self.view, self.first_batch = epoch, first_batch
+
+    def places(self, batch: int) -> range:
+        """A number for each image of one batch of this rank, none twice in an epoch."""
+        start = (batch * distributed.world_size() + distributed.rank()) * self.batch_size
+        return range(start, start + self.batch_size)
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        # A shard may hold more images than the stream's length says; the schedule has no steps for
+        # them.
+        stop = self.batches_in_epoch if self.is_train else None
+        return itertools.islice(self.loader, self.first_batch, stop)
+
+
+# --------------------------------------------------------------------------------- the loader
+
+
+class DeviceLoader:
+    """Batches as networks take them: on the device, normalized, erased and mixed.
+
+    Every batch carries its own key, so a caller may fetch batches ahead of their use.
+
+    Args:
+        order: tells the places of each batch (EpochBatches, EvalBatches, Stream).
+        host_batches: yields the HostBatches in that order.
+        to_network: pixels -> network input, on the device.
+        mixup: mixes images and targets, see transforms.make_mixup; None for no mixing.
+    """
+
+    def __init__(
+        self,
+        order: BatchOrder,
+        host_batches: "DataLoader | Stream",
+        to_network: ToNetwork,
+        mixup: Mixing | None = None,
+    ) -> None:
+        self.order, self.host_batches = order, host_batches
+        self.to_network, self.mixup = to_network, mixup
+        self.is_read = False  # whether all images of an epoch were read, without an error
+
+    @property
+    def batches_in_epoch(self) -> int:
+        """Batches of this process in a whole epoch."""
+        return self.order.batches_in_epoch
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin with where part of the epoch is done."""
+        self.order.set_epoch(epoch, first_batch)
+
+    def start_workers(self) -> None:
+        """Fork the loader workers now, while this process has few threads.
+
+        Collectives leave threads behind that enter Python for a moment, to release a tensor. A fork
+        at that moment can leave the new worker waiting for a lock of the interpreter for ever
+        (CPython up to 3.11), and every process of the run with it.
+        """
+        if isinstance(self.host_batches, DataLoader) and self.host_batches.num_workers:
+            self.order.first_batch = self.order.batches_in_epoch  # an epoch without batches
+            for _ in self.host_batches:
+                pass
+            self.order.first_batch = 0
+
+    def __len__(self) -> int:
+        return self.order.batches_in_epoch - self.order.first_batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        view, first_batch = self.order.view, self.order.first_batch
+        device = self.to_network.device
+        for number, host in enumerate(self.host(), start=first_batch):
+            images = self.to_network(host)
+            targets = send(host.targets, device)
+            places = self.order.places(number)
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets, view, places.start)
+            yield Batch(images, targets, view, places)
+
+    def host(self) -> Iterator[HostBatch]:
+        """The batches as the workers return them.
+
+        Raises: UserError for an image that cannot be read.
+        """
+        try:
+            yield from self.host_batches
+        except UserError as error:
+            # A worker hands its error over as a whole traceback, whose last line is the message.
+            message = str(error).rsplit("UserError: ", 1)[-1].strip()
+            is_stream = isinstance(self.host_batches, Stream)
+            hint = "" if is_stream else "; --check_data true lists all such images"
+            raise UserError(message + hint) from error
+        self.is_read = True
+
+
+def image_sample(loader: DeviceLoader, most: int = 16) -> list[float]:
+    """A few numbers that tell how the first images of view 0 look: the means of their quarters.
+
+    Two set-ups with the same flags may still differ in their pixels, or in the version of a library
+    that augments them.
+
+    Args:
+        loader: training batches of an ImageSource.
+        most: number of images.
+    """
+    order, host_batches = loader.order, loader.host_batches
+    assert isinstance(order, EpochBatches) and isinstance(host_batches, DataLoader)
+    count = min(max(most, loader.mixup.unit if loader.mixup else 1), order.end)
+    indices = view_order(order.seed, 0, order.count, range(count)).tolist()
+    batch = collate([host_batches.dataset[0, index] for index in indices])
+    shown = loader.to_network(batch)
+    if loader.mixup is not None:
+        shown, _ = loader.mixup(shown, batch.targets.to(shown.device), 0, 0)
+    means = F.adaptive_avg_pool2d(shown[:most].float(), 2).flatten()
+    return [round(value, 3) for value in means.tolist()]

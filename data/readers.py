@@ -1,0 +1,266 @@
+"""Data sets of every kind, opened as sources of images."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision
+from timm.data import IterableImageDataset, create_dataset
+from torchvision.datasets.folder import (
+    IMG_EXTENSIONS,
+    find_classes,
+    has_file_allowed_extension,
+    make_dataset,
+)
+
+from arguments.derived import TORCHVISION_SETS
+from data.labels import read_labels
+from data.pictures import Picture, open_image, unreadable
+from data.sources import (
+    ImageSource,
+    Source,
+    StreamSource,
+    array_source,
+    arrays_of_files,
+    file_source,
+)
+from runtime import distributed
+from runtime.distributed import log
+from utils import UserError, few, first_line
+
+DIGITS_FILE = Path(__file__).parent / "digits.npz"
+
+
+def _image_of_reader(reader: Any, index: int) -> Picture:
+    # timm's ImageDataset replaces an unreadable image by the next one; here that is an error.
+    name = reader.filename(index) if hasattr(reader, "filename") else index  # internal to timm
+    try:
+        file = reader[index][0]
+    except Exception as error:  # each reader has its own
+        raise unreadable(name, error) from error
+    return open_image(file, name)
+
+
+def _fingerprint_of_table(reader: Any, parts: Iterable[np.ndarray]) -> dict[str, str]:
+    # Hugging Face's own, from the paths and times of local files or the commit of a download.
+    return {"table": reader.dataset._fingerprint}
+
+
+# ----------------------------------------------------------------------------- kinds of data sets
+
+
+def digits(is_train: bool) -> ImageSource:
+    """The included digits: 1,437 to train on, 360 to test on, 8 pixels, ten classes."""
+    with np.load(DIGITS_FILE, allow_pickle=False) as file:
+        chosen = file["is_test"] != is_train
+        gray = np.round(file["images"][chosen] * (255 / 16)).astype(np.uint8)
+        labels, classes = file["labels"][chosen], [str(digit) for digit in range(10)]
+        return array_source(gray, labels, classes)
+
+
+def open_torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
+    class_name = "CIFAR100" if name == "CIFAR" else name
+    data_set = getattr(torchvision.datasets, class_name)
+    try:
+        # One process per machine downloads; the others wait and find the files.
+        if distributed.local_rank() == 0:
+            data_set(folder, train=is_train, download=True)
+        distributed.barrier()
+        data = data_set(folder, train=is_train)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--data_set {name}: not found in --data_path {folder}, and the download failed "
+            f"({first_line(error)}); put torchvision's {class_name} files there"
+        ) from error
+    return array_source(np.asarray(data.data), data.targets, data.classes)
+
+
+def image_folder(folder: str) -> ImageSource:
+    """A folder with one folder of images per class, in alphabetical order.
+
+    One process per machine lists the files. Prints the endings of other files, among which
+    photographs may have been left out. Collective.
+
+    Raises: UserError where it does not exist or holds no images.
+    """
+    folder = os.path.expanduser(folder)
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"{folder}: is not a folder; it must hold one folder of images per class", "folder"
+        )
+    try:
+        classes, _ = find_classes(folder)
+    except FileNotFoundError as error:
+        raise _no_images(folder, first_line(error)) from error
+    arrays = distributed.once_per_machine(lambda: _list_images(folder, classes))
+    return file_source(folder, arrays, classes)
+
+
+def _list_images(folder: str, classes: list[str]) -> list[np.ndarray]:
+    """The images of class folders, in the order of torchvision's ImageFolder."""
+    endings = _Endings()
+    empty = []
+
+    def files_by_class() -> Iterator[list[tuple[str, int]]]:
+        for index, name in enumerate(classes):
+            of_class = {name: index}
+            found = make_dataset(folder, of_class, is_valid_file=endings.is_image, allow_empty=True)
+            if not found:
+                empty.append(name)
+            yield found
+
+    arrays = arrays_of_files(folder, files_by_class())
+    if empty:
+        others = f"left out: {endings}; " if endings.skipped else ""
+        raise _no_images(folder, f"no image of {few(empty)}; {others}{ENDINGS}")
+    endings.report(folder)
+    return arrays
+
+
+def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:
+    """All images below a folder, at any depth, without a label; ordered by their paths. Collective.
+
+    Args:
+        classes: the names of the classes of the images that have a label.
+    Raises: UserError where there is no image.
+    """
+    folder = os.path.expanduser(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: is not a folder", "folder")
+
+    def list_all() -> list[np.ndarray]:
+        endings = _Endings()
+        one = {os.curdir: len(classes)}  # the folder itself, as the folder of a class
+        found = make_dataset(folder, one, is_valid_file=endings.is_image, allow_empty=True)
+        if not found:
+            raise UserError(f"{folder}: holds no image at any depth; {ENDINGS}", "folder")
+        endings.report(folder)
+        return arrays_of_files(os.path.join(folder, os.curdir), [found])
+
+    return file_source(folder, distributed.once_per_machine(list_all), classes)
+
+
+class _Endings:
+    """Tells images from other files by the ending of their names, and counts the others."""
+
+    def __init__(self) -> None:
+        self.skipped: Counter[str] = Counter()
+
+    def is_image(self, path: str) -> bool:
+        is_known = has_file_allowed_extension(path, IMG_EXTENSIONS)
+        if not is_known:
+            self.skipped[os.path.splitext(path)[1].lower() or "without ending"] += 1
+        return is_known
+
+    def __str__(self) -> str:
+        return few((f"{ending} {count}" for ending, count in self.skipped.most_common()), most=5)
+
+    def report(self, folder: str) -> None:
+        if self.skipped:
+            log(f"{folder}: {self.skipped.total()} file(s) left out ({self}); {ENDINGS}")
+
+
+ENDINGS = f"images end in {' '.join(IMG_EXTENSIONS)}"
+
+
+def _no_images(folder: str, found: str) -> UserError:
+    return UserError(
+        f"{folder}: holds no images, or a class folder in it is empty ({found}); it must hold one "
+        "folder of images per class",
+        "folder",
+    )
+
+
+def labeled_images(file: str, folder: str, classes: Sequence[str] | None = None) -> ImageSource:
+    """Images below a folder whose classes are in a text file (labels.read_labels).
+
+    In the order of their paths, whatever the order of the lines. One process per machine reads the
+    file. Collective.
+
+    Args:
+        classes: the classes in their order; by default those in the file.
+    Raises: UserError for a file with a wrong line, and for a folder that does not exist.
+    """
+    folder = os.path.expanduser(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: is not a folder; it must hold the images of {file}", "folder")
+
+    def make() -> list[np.ndarray]:
+        labels = read_labels(file, folder, classes)
+        if labels.repeated:
+            log(f"{file}: {labels.repeated} line(s) repeat another line and are left out")
+        paths = (os.path.join(folder, path) for path in labels.paths)
+        arrays = arrays_of_files(folder, [zip(paths, labels.targets, strict=True)])
+        names = "\0".join(labels.classes).encode(errors="surrogateescape")
+        return [*arrays, np.frombuffer(names, np.uint8)]
+
+    *arrays, names = distributed.once_per_machine(make)
+    known = names.tobytes().decode(errors="surrogateescape").split("\0")
+    return file_source(folder, arrays, known)
+
+
+def open_timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
+    """Any data set of timm's `create_dataset`: a folder or tar, hfds/…, hfids/…, tfds/…, wds/…"""
+    if name.lower().startswith(("hfds/", "hfids/")):
+        _let_timm_import_hugging_face_datasets()
+    try:
+        data = create_dataset(
+            name,
+            root=args.data_path,
+            split="train" if is_train else "validation",
+            is_training=is_train,
+            batch_size=args.batch_size,
+            seed=args.data_seed,
+        )
+    except Exception as error:  # each reader has its own optional package and its own errors
+        raise UserError(
+            f"--data_set {name}: timm could not open it ({type(error).__name__}: {error}); "
+            f"known are DIGITS, IMNET, image_folder, {', '.join(TORCHVISION_SETS)} and timm's "
+            "readers hfds/…, hfids/…, tfds/…, wds/… (each with its own package installed)"
+        ) from error
+    if isinstance(data, IterableImageDataset):
+        if not args.nb_classes:
+            raise UserError(
+                f"--data_set {name}: the classes of a stream cannot be counted; pass --nb_classes"
+            )
+        return StreamSource(data, [str(label) for label in range(args.nb_classes)])
+    reader = data.reader  # the attributes below are internal to timm's readers
+    files = getattr(reader, "samples", None)  # else a table of Hugging Face datasets
+    targets = reader.dataset[reader.label_key] if files is None else []
+    if class_to_idx := getattr(reader, "class_to_idx", None):
+        classes = sorted(class_to_idx, key=class_to_idx.get)
+    else:
+        classes = [str(label) for label in range(max(targets) + 1)]
+    if files:
+        return file_source(reader.root, arrays_of_files(reader.root, [files]), classes)
+    load, contents = partial(_image_of_reader, reader), partial(_fingerprint_of_table, reader)
+    return ImageSource(load, targets, classes, contents=contents)
+
+
+def _let_timm_import_hugging_face_datasets() -> None:
+    """Give the module name `datasets` to Hugging Face's package, which timm's hfds reader imports.
+
+    Code that imported this file before keeps it.
+    """
+    ours = sys.modules["datasets"]
+    if not hasattr(ours, "open_split"):
+        return  # Hugging Face's package has the name already
+    here, path = Path(__file__).resolve().parent.parent, sys.path[:]
+    sys.path[:] = [folder for folder in path if Path(folder).resolve() != here]
+    del sys.modules["datasets"]
+    try:
+        importlib.import_module("datasets")
+    except ImportError as error:
+        sys.modules["datasets"] = ours
+        raise UserError(
+            "--data_set hfds/… needs Hugging Face's package; run pip install datasets"
+        ) from error
+    finally:
+        sys.path[:] = path

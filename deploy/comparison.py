@@ -1,0 +1,142 @@
+"""Compares an export with the network that it was made from, on the same images."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from deploy.model import Model, ModelCard
+from utils import UserError
+
+# Largest difference from the checkpoint's outputs, as a part of the largest of these.
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
+LEAST_AGREEMENT = 95.0  # percent of images that INT8 has to put into the same class
+BATCH = 32
+LATENCIES, ROUNDS = 30, 5  # of which the median is told; from network to network
+
+
+def sidecar(out: Path) -> Path:
+    """The file beside an export that says its classes and its input."""
+    return out.with_name(f"{out.name}.json")
+
+
+# ------------------------------------------------------------------------- images to compare on
+
+
+class Images(NamedTuple):
+    """What both networks are shown.
+
+    Attributes:
+        pixels: (N, H, W, 3) uint8, as the evaluation crops them.
+        targets: (N,) classes, or None for noise.
+        positions: see evaluation.Scored.
+        words: what they are.
+    """
+
+    pixels: torch.Tensor
+    targets: torch.Tensor | None
+    positions: list[int] | None
+    words: str
+
+
+# ------------------------------------------------------------------------------- loading back
+
+
+@dataclass
+class Row:
+    """A network and how it does, as the table tells it."""
+
+    name: str
+    model: Model
+    megabytes: float
+    accuracy: float | None = None  # percent
+    agreement: float | None = None  # percent of images in the class that the checkpoint gives
+    difference: float | None = None  # from the checkpoint, as a part of its largest output
+    latency: float = 0.0  # milliseconds at batch size 1
+
+    @property
+    def cells(self) -> list[str]:
+        """What the table shows."""
+        of_100 = ["" if v is None else f"{v:.2f}" for v in (self.accuracy, self.agreement)]
+        part = "" if self.difference is None else f"{self.difference:.1e}"
+        return [self.name, *of_100, part, f"{self.latency:.2f}", f"{self.megabytes:.2f}"]
+
+
+HEADS = ["", "accuracy %", "same class %", "difference", "ms, batch 1", "MB"]
+
+
+def size_of(path: Path) -> float:
+    """The megabytes (10^6 bytes) of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def check_card(found: ModelCard, wanted: ModelCard) -> None:
+    """Raise UserError where a file does not say what was written into it."""
+    names = ["classes", *wanted.config]
+    if other := [name for name in names if getattr(found, name) != getattr(wanted, name)]:
+        raise UserError(
+            f"the file says {other[0]} {getattr(found, other[0])}, but the checkpoint "
+            f"{getattr(wanted, other[0])}; nothing was written. Please report this"
+        )
+
+
+def compare(rows: Sequence[Row], images: Images) -> None:
+    """Fill in what each network computes of the images, next to the first one, and how fast."""
+    reference: torch.Tensor | None = None
+    for row in rows:
+        # The first image by itself: the batch size is free.
+        parts = [images.pixels[:1], *images.pixels[1:].split(BATCH)]
+        outputs = torch.cat([row.model.outputs(part) for part in parts if len(part)])  # (N, C)
+        if reference is None:
+            reference = outputs
+            if not reference.isfinite().all():
+                raise UserError(
+                    f"{row.name}: the network's logits are not finite; its weights hold NaN or "
+                    "Inf. Pass another checkpoint of the run"
+                )
+        else:
+            wanted = reference.softmax(-1) if row.model.card.with_preprocessing else reference
+            row.difference = float((outputs - wanted).abs().max() / wanted.abs().max())
+            same = outputs.argmax(dim=1) == reference.argmax(dim=1)
+            row.agreement = 100 * same.double().mean().item()
+        if images.targets is not None:
+            known = outputs if images.positions is None else outputs[:, images.positions]
+            row.accuracy = 100 * (known.argmax(dim=1) == images.targets).double().mean().item()
+    one = [row.model.prepare(images.pixels[:1]) for row in rows]
+    times: list[list[float]] = [[] for _ in rows]
+    with torch.inference_mode():
+        for _ in range(ROUNDS):  # in turn, so that a busy machine slows all of them
+            for row, image, found in zip(rows, one, times, strict=True):
+                row.model.run(image)  # the first run waits for memory
+                for _ in range(LATENCIES // ROUNDS):
+                    start = time.perf_counter()
+                    row.model.run(image)
+                    found.append(1000 * (time.perf_counter() - start))
+    for row, found in zip(rows, times, strict=True):
+        row.latency = statistics.median(found)
+
+
+def check_difference(row: Row, dtype: str, out: Path, images: Images) -> None:
+    """Raise UserError where an export is not what the checkpoint is."""
+    assert row.difference is not None and row.agreement is not None
+    if dtype == "int8":
+        if row.agreement >= LEAST_AGREEMENT:
+            return
+        raise UserError(
+            f"--int8 true: {row.agreement:.2f} % of {images.words} get the class that the "
+            f"checkpoint gives, and {LEAST_AGREEMENT:g} % are needed; nothing was written. Remove "
+            "the flag, or pass --half true"
+        )
+    if row.difference <= TOLERANCE[dtype]:  # false for NaN as well
+        return
+    remedy = "--half false" if dtype == "float16" else "another --format"
+    raise UserError(
+        f"--out {out}: the export differs from the checkpoint by {row.difference:.1e} of the "
+        f"largest output on {images.words}, and {TOLERANCE[dtype]:.0e} are allowed; nothing was "
+        f"written. Pass {remedy}"
+    )

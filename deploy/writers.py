@@ -1,0 +1,216 @@
+"""Writes a network as timm's folder, as ONNX, or as a program of torch.export."""
+
+import copy
+import io
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from arguments.derived import is_own_module
+from deploy.model import CARD, CPU, Model, ModelCard, open_onnx
+from models.fusion import fuse_layers
+from utils import UserError, first_line
+
+OPSET = 18  # of ONNX; the one that torch's exporter writes without converting
+
+
+@contextmanager
+def saving(path: Path, action: str = "written") -> Iterator[None]:
+    """Raise UserError where a library cannot write a file; each has errors of its own for it."""
+    try:
+        yield
+    except Exception as error:
+        free = shutil.disk_usage(path.parent).free / 1e6
+        remedy = "free some space, or pass another folder"
+        raise UserError(
+            f"--out: {path.name} could not be {action} ({first_line(error)}; {free:.0f} MB are "
+            f"free); {remedy if action == 'written' or free < 100 else 'leave --int8 out'}"
+        ) from error
+
+
+def write_timm(network: nn.Module, card: ModelCard, folder: Path) -> None:
+    """config.json and model.safetensors, as timm uploads them to the hub."""
+    if card.dtype == "float16":
+        network = copy.deepcopy(network).half()
+    config = card.config | {"input_size": (3, card.input_size, card.input_size)}
+    # timm would keep the name and the license of the weights that it has of this architecture.
+    told = {"label_names": card.classes, "pretrained_cfg": {"tag": "", "license": None}}
+    with saving(folder):
+        save_for_hf(network, str(folder), told, safe_serialization=True, data_config=config)
+
+
+class Preprocessed(nn.Module):
+    """A network that takes pixels and returns probabilities."""
+
+    def __init__(self, network: nn.Module, card: ModelCard) -> None:
+        super().__init__()
+        self.network = network
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
+        mean, std = torch.tensor(card.mean), torch.tensor(card.std)
+        # The same arithmetic as in transforms.ToNetwork.
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("shift", -mean / std)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, 3) uint8 -> (B, C)"""
+        images = torch.addcmul(self.shift, pixels.float(), self.scale)
+        return self.network(images.permute(0, 3, 1, 2)).softmax(dim=-1)
+
+
+class Half(nn.Module):
+    """A network that computes in float16 between float32 input and output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.half()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C)"""
+        return self.network(images.half()).float()
+
+
+def write_program(network: nn.Module, card: ModelCard, path: Path) -> None:
+    """An .onnx or .pt2 file for any batch size, with BatchNorms fused and the card inside.
+
+    Raises: UserError for a network that cannot be traced or converted.
+    """
+    size = card.input_size
+    fused = fuse_layers(copy.deepcopy(network), size)
+    if card.dtype == "float16":
+        fused = Half(fused)
+    example = torch.zeros(2, 3, size, size)
+    if card.with_preprocessing:
+        fused = Preprocessed(fused, card)
+        example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+    if path.suffix == ".pt2":
+        fused.to(memory_format=torch.channels_last)  # half the time of a ResNet on the CPU
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(fused.eval(), (example,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # of any layer of the network, or of the tracer
+        remedy = "keep what depends on the images' values or number out of its forward method"
+        if not is_own_module(card.architecture):
+            remedy = "pass --format timm"
+        raise UserError(
+            f"--format {path.suffix[1:]}: torch.export cannot trace {card.architecture} for any "
+            f"batch size ({explain(error)}); {remedy}"
+        ) from error
+    if path.suffix == ".pt2":
+        content = io.BytesIO()  # torch's own writer ends the process where a disk is full
+        with quiet():
+            torch.export.save(program, content, extra_files={CARD: card.to_json()})
+        with saving(path):
+            path.write_bytes(content.getbuffer())
+        return
+    try:
+        with quiet():
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: "batch"},),
+                input_names=[input_name(card)],
+                output_names=[card.output],
+                verbose=False,
+            )
+    except Exception as error:
+        raise UserError(
+            f"--format onnx: {card.architecture} cannot be written as ONNX ({explain(error)}); "
+            "pass --format pt2"
+        ) from error
+    assert converted is not None
+    converted.model.metadata_props[CARD] = card.to_json()
+    with saving(path):
+        converted.save(path, external_data=False)
+
+
+def input_name(card: ModelCard) -> str:
+    """What an ONNX file calls its input."""
+    return "pixels" if card.with_preprocessing else "images"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the pages that exporters print, most of all on errors, off the terminal."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def explain(error: BaseException) -> str:
+    """The operator or the line of code that an exporter's error names, and its first cause."""
+    texts = [str(error)]
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+        texts.append(str(error))
+    told = [first_line(error)]
+    if found := re.search(r"(?:OpOverload\(op='|torch\.ops\.)(\w+[.:]+\w+)", "\n".join(texts)):
+        told.insert(0, f"operator {found[1]}")
+    elif places := re.findall(r'File "(.+)", line (\d+), in forward', "\n".join(texts)):
+        told.insert(0, "{}, line {}".format(*places[-1]))
+    return ": ".join(told)
+
+
+class Calibration:
+    """Calibration images as onnxruntime asks for them."""
+
+    def __init__(self, model: Model, batches: Iterator[torch.Tensor]) -> None:
+        self.model, self.batches = model, batches
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The input of one batch by its name; None after the last one."""
+        pixels = next(self.batches, None)
+        if pixels is None:
+            return None
+        name = input_name(self.model.card)
+        return {name: np.ascontiguousarray(self.model.prepare(pixels).numpy())}
+
+
+def quantize(path: Path, card: ModelCard, batches: Iterator[torch.Tensor]) -> Path:
+    """A float32 .onnx file -> one of the same name, in a folder beside it, that computes in INT8.
+
+    onnxruntime's static quantization of convolutions and matrix products, weights per channel.
+    Everything else stays in float32: 8 bits of additions and of softmax cost a ViT accuracy, and
+    saved no time (docs/export.md). Weights use 7 of their 8 bits, since CPUs without VNNI would
+    saturate with more, so that the file would compute something else there than it does here.
+
+    Args:
+        batches: pixels (1, H, W, 3) uint8, from which the ranges of activations are taken.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_static
+
+    prepared, quantized = path.with_name("prepared.onnx"), path.parent / "int8" / path.name
+    quantized.parent.mkdir()
+    reader = Calibration(open_onnx(str(path), CPU), batches)
+    with quiet(), saving(quantized, "quantized"):
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            quantized,
+            reader,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        model = onnx.load(quantized)
+        del model.metadata_props[:]
+        onnx.helper.set_model_props(model, {CARD: card.to_json()})
+        onnx.save(model, quantized)
+    return quantized

@@ -1,0 +1,103 @@
+"""Which output of a network is which class."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+import models
+from utils import UserError, few
+
+
+def match_classes(wanted: list[str], known: list[str]) -> list[int] | None:
+    """Positions of the wanted class names among the known names; None for all in order.
+
+    Raises: UserError that lists names that are not known.
+    """
+    if missing := [name for name in wanted if name not in known]:
+        raise UserError(
+            f"the data has classes that the checkpoint does not know ({few(missing)}); its classes "
+            f"are {few(known)}. Use data of the same classes",
+            "classes",
+        )
+    return None if wanted == known else [known.index(name) for name in wanted]
+
+
+def names_of_weights(arch: str, classes: Sequence[str]) -> list[str] | None:
+    """The names of the outputs of timm's weights, in the spelling of the data where they are meant.
+
+    Those in the configuration of the weights, else ImageNet's: WordNet ids, or the names of a
+    class, the first or all of them.
+    Returns: None where the weights do not know all classes of the data.
+    """
+    wanted = {_normalized(name): name for name in classes}
+    for names in _namings(arch):
+        if wanted.keys() <= set(map(_normalized, names)):
+            return [wanted.get(_normalized(name), name) for name in names]
+    return None
+
+
+def _namings(arch: str) -> list[list[str]]:
+    """The ways in which the outputs of timm's weights are named."""
+    cfg = models.pretrained_cfg(arch)
+    found = [list(cfg.label_names or [])]
+    if subset := infer_imagenet_subset({"num_classes": cfg.num_classes}):
+        info = ImageNetInfo(subset)
+        descriptions = info.label_descriptions()
+        found += [info.label_names(), [text.split(",")[0] for text in descriptions]]
+        found += [list(descriptions)]
+    return [names for names in found if names]
+
+
+def pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
+    """`names_of_weights`, for a teacher.
+
+    Raises: UserError where the data has other classes, or where there is no classifier.
+    """
+    outputs = models.pretrained_cfg(arch).num_classes
+    if not outputs:
+        raise UserError(
+            f"{arch}: these weights have no classifier; fine-tune or probe them on this data first",
+            "architecture",
+        )
+    if names := names_of_weights(arch, classes):
+        return names
+    known = next(iter(reversed(_namings(arch))), [f"{outputs} classes without names"])
+    unknown = [name for name in classes if _normalized(name) not in set(map(_normalized, known))]
+    raise UserError(
+        f"{arch}: timm's weights know {few(known)}, and not all classes of the data ({few(unknown)}"
+        "); fine-tune or probe this network on the data first (docs/teachers.md), then pass its "
+        "checkpoint",
+        "architecture",
+    )
+
+
+def _normalized(name: str) -> str:
+    return name.replace("_", " ").strip().lower()
+
+
+def match_outputs(
+    names: Sequence[str] | None, classes: Sequence[str] | None, path: str
+) -> tuple[list[int] | None, str]:
+    """Which of the teacher's outputs stand for the data's classes, and a note on their order."""
+    if not names or not classes:
+        return None, "assumed to be in the data's order"
+    if missing := [name for name in classes if name not in names]:
+        raise UserError(
+            f"{path}: this teacher does not know {len(missing)} of the data's classes "
+            f"({few(missing)}); it knows {few(names)}. Use a teacher that does, or name its "
+            "classes in the data's spelling with teacher_classes",
+            "checkpoint",
+        )
+    count = Counter(names)
+    if repeated := [name for name in classes if count[name] > 1]:
+        raise UserError(
+            f"{few(repeated)}: several outputs of the teacher have the same class name, so it is "
+            "unclear which of them is meant; give every output a name of its own",
+            "names",
+        )
+    position = {name: index for index, name in enumerate(names)}
+    index = [position[name] for name in classes]
+    if index == list(range(len(names))):
+        return None, "in the data's order"
+    return index, f"{len(index)} matched by name"

@@ -1,0 +1,227 @@
+"""The records of a run: log.txt, and what terminal and TensorBoard are given."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from data.loaders import Batch
+from reporting.tensorboard import (
+    CHARTS,
+    PICTURES,
+    TRAINING_CHARTS,
+    Board,
+    answer_text,
+    board_folder,
+    label_text,
+    to_pictures,
+)
+from reporting.terminal import MANY_CLASSES, Terminal
+from runtime import distributed
+from runtime.device import peak_memory
+from utils import append_line, write_whole
+
+# ------------------------------------------------------------------------- after each epoch
+
+
+def scores_of(record: Mapping[str, float]) -> dict[str, float]:
+    """The part of an epoch's record that was measured on the validation images."""
+    return {n: value for n, value in record.items() if n.startswith(("test_", "teacher_"))}
+
+
+class Recorder:
+    """Tells terminal, `log.txt` and TensorBoard what a run does; without files, only the terminal.
+
+    Args:
+        terminal: shows lines; None for a terminal with defaults.
+        path: log.txt, which holds one JSON object per epoch; None for no file.
+        board: TensorBoard, or None.
+        images_per_step: of an optimizer step, on all processes.
+        config: what the student is shown (see transforms.data_config), and the class names.
+        device: whose memory is told.
+    """
+
+    def __init__(
+        self,
+        terminal: Terminal | None = None,
+        path: Path | None = None,
+        board: Board | None = None,
+        images_per_step: int = 1,
+        config: Mapping[str, Any] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.terminal = terminal or Terminal(epochs=1)
+        self.path, self.board = path, board
+        self.images_per_step, self.config = images_per_step, config or {}
+        self.device = device or torch.device("cpu")
+
+    @classmethod
+    def open(
+        cls,
+        args: dict[str, Any],
+        device: torch.device,
+        config: Mapping[str, Any],
+        start_epoch: int,
+        first_step: int,
+    ) -> Recorder:
+        """Open the files of a run that starts at this epoch and optimizer step.
+
+        Beside log.txt, args.json holds the arguments and environment.json what they ran on.
+
+        What an interrupted run wrote of later epochs is dropped, since they will be run again; so
+        log.txt is the same whether or not the run was interrupted.
+        """
+        path = board = None
+        images_per_step = args["batch_size"] * args["update_freq"] * distributed.world_size()
+        if distributed.is_main_process():
+            found = environment(device)
+            if args["output_dir"]:
+                path = Path(args["output_dir"]) / "log.txt"
+                drop_lines_from(path, start_epoch)
+                write_whole(path.with_name("args.json"), json.dumps(args, indent=1))
+                write_whole(path.with_name("environment.json"), json.dumps(found, indent=1))
+            folder = board_folder(args["log_dir"], args["output_dir"], first_step > 0)
+            if folder is not None:
+                board = Board(folder, first_step * images_per_step)
+                board.text("command", found["command"])
+                board.text("settings", json.dumps(args, indent=1))
+                board.text("environment", json.dumps(found, indent=1))
+        terminal = Terminal(args["epochs"], args["print_seconds"], len(config["classes"]))
+        return cls(terminal, path, board, images_per_step, config, device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def show_batch(self, batch: Batch, teacher_logits: torch.Tensor | None) -> None:
+        """Show training images as the network sees them, with what the teacher says."""
+        if self.board is None or batch.images.ndim != 4:  # features, in a linear probe
+            return
+        classes = self.config["classes"]
+        images = batch.images[:PICTURES]
+        captions = [label_text(target, classes) for target in batch.targets[:PICTURES].cpu()]
+        if teacher_logits is not None:
+            answers = [answer_text(row, classes) for row in teacher_logits[:PICTURES].cpu()]
+            captions = [f"{c}\nteacher {a}" for c, a in zip(captions, answers, strict=True)]
+        pictures = to_pictures(images, self.config["mean"], self.config["std"])
+        self.board.pictures("training_images", pictures, captions)
+
+    def look(
+        self,
+        epoch: int,
+        done: int,
+        updates: int,
+        means: dict[str, float],
+        opt: dict[str, float],
+        images: int,
+        rate: float,
+    ) -> None:
+        """Tell about the optimizer steps since the last look.
+
+        Args:
+            done, updates: steps of the epoch that are done, and all of them.
+            means: loss and its parts, means over these steps.
+            opt: charts of the optimizer.
+            images: of these steps, on all processes.
+            rate: images per second.
+        """
+        shown = dict(means)
+        if set(means) == {"loss", "ce"}:
+            del shown["ce"]  # the same number: nothing is distilled
+        per_step = self.images_per_step
+        memory = peak_memory(self.device)
+        self.terminal.step(epoch, done, updates, shown, opt["opt/lr"], rate, per_step, memory)
+        if self.board is not None:
+            values = {TRAINING_CHARTS[name]: value for name, value in means.items()}
+            seen = (epoch * updates + done) * self.images_per_step
+            speed = {"speed/images_per_second": rate}
+            self.board.scalars("train", values | opt | speed, seen)
+
+    def write(self, record: dict[str, Any], seen: int, best: float | None, rate: float) -> None:
+        """Print the row of an epoch and keep its record.
+
+        Args:
+            record: what log.txt is to hold.
+            seen: optimizer steps of the run so far.
+            best: highest accuracy so far; None where nothing is evaluated.
+            rate: images trained per second.
+        """
+        self.terminal.epoch(record, best, rate)
+        if self.path is not None:
+            append_line(self.path, json.dumps(record))
+        if self.board is None:
+            return
+        curves: dict[str, dict[str, float]] = {}
+        for name, value in scores_of(record).items():
+            curve, _, score = name.partition("_")
+            if score.endswith("_ema"):
+                curve, score = f"{curve}_ema", score.removesuffix("_ema")
+            if score != "acc5" or len(self.config["classes"]) > MANY_CLASSES:
+                curves.setdefault(curve, {})[CHARTS[score]] = value
+        self.board.seen = seen * self.images_per_step
+        for curve, values in curves.items():
+            self.board.scalars(curve, values, self.board.seen)
+        self.board.flush()
+
+    def close(self) -> None:
+        """Remove the live line and close the files."""
+        self.terminal.clear()
+        if self.board is not None:
+            self.board.close()
+
+
+def drop_lines_from(path: Path, epoch: int) -> None:
+    """Keep only the lines of log.txt of epochs before `epoch`."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    kept = []
+    for line in text.splitlines():
+        try:
+            is_kept = json.loads(line)["epoch"] < epoch
+        except json.JSONDecodeError:
+            is_kept = False  # cut short by a kill: its epoch will be run again
+        if is_kept:
+            kept.append(line + "\n")
+    write_whole(path, "".join(kept))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a run ran on, in plain values: command, versions, commit, device, processes, threads."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    is_cuda = device.type == "cuda"
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else str(device),
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code, with '-dirty' after changes; None outside a git repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,253 @@
+"""The teacher cache of a run: what its logits belong to, how it is claimed and filled."""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import models
+import utils
+from arguments.derived import (
+    PRETRAINED,
+    Teacher,
+    follows_network,
+    is_mixed,
+    is_own_module,
+    teachers_of,
+)
+from arguments.flags import AUGMENTATION, MIXING, flags_of_group
+from data.loaders import image_sample
+from data.order import EpochBatches
+from data.pictures import DECODER
+from data.sources import ImageSource
+from datasets import Data
+from models.own import code_file
+from models.weights import local_file
+from runtime import distributed
+from teacher.logit_store import LogitStore, RowFormat, cache_not_written, hash_of
+from utils import UserError, flags_for
+
+# ------------------------------------------------------------------------------ the cache
+
+FORMAT = 3  # of the files and of the order of their rows; rises when a program would misread others
+SAME_IMAGE = 0.05  # tolerance of means of normalized pixels; rounding of processors is far below
+REPLACED_IMAGES = {  # fields of ImageSource.fingerprint, and what a difference says
+    "image_names": "they have other paths below the data folder, or other images were chosen",
+    "image_sizes": "their files have other sizes in bytes",
+    "image_times": "they have the same paths and sizes, but other times of modification, because "
+    "they were edited, or copied without time stamps (cp -p and rsync -a keep time stamps)",
+    "pixels": "they have other pixels",
+    "table": "Hugging Face's fingerprint of their table differs",
+}
+
+
+# ------------------------------------------------------------------------------ the manifest
+
+
+def open_teacher_cache(
+    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
+) -> LogitStore:
+    """The store that --teacher_cache names, created or proven to belong to this run. Collective."""
+    if not isinstance(data.train, ImageSource):
+        raise UserError(
+            f"--teacher_cache {args.teacher_cache}: needs images in a fixed order, which the "
+            f"stream {args.data_set} does not have; use a folder, or leave the flag out"
+        )
+    order = data.train_loader.order
+    assert isinstance(order, EpochBatches)  # as for every ImageSource
+    num_classes = len(data.classes)
+    if args.teacher_cache_topk and args.teacher_cache_topk > num_classes:
+        raise UserError(
+            f"--teacher_cache_topk {args.teacher_cache_topk}: there are only {num_classes} "
+            "classes; pass a smaller number, or leave the flag out"
+        )
+    row_format = RowFormat(num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
+    with flags_for(folder="--teacher_cache"):
+        return open_store(
+            Path(args.teacher_cache),
+            partial(manifest_of, args, data, amp_dtype),
+            images=len(data.train),
+            needed=order.end,
+            row_format=row_format,
+        )
+
+
+def manifest_of(
+    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Everything that the teacher's logits on the training images depend on, in plain values.
+
+    Other flags may differ between runs that share a cache. A new flag that changes the images
+    belongs in one of the groups AUGMENTATION and MIXING of flags.py, and is then compared.
+    """
+    flags = ["input_size", "imagenet_default_mean_and_std", *flags_of_group(AUGMENTATION)]
+    flags += ["teacher_arch", "teacher_norm", "teacher_input_size", "teacher_dtype"]
+    flags += ["teacher_cache_dtype", "teacher_cache_topk"]
+    if is_mixed(args):
+        flags += flags_of_group(MIXING)
+        if args.mixup_mode != "pair":  # an image is mixed with another image of its batch
+            flags.append("batch_size")
+    teachers = teachers_of(args)
+    if len(teachers) > 1:  # their average depends on the temperature
+        flags += ["teacher_weights", "kd_temperature"]
+    fields = {"decoder": DECODER, "seed": args.data_seed} | {
+        name: getattr(args, name) for name in flags
+    }
+    if follows_network(args):  # normalized as the student asks
+        fields |= {name: data.config[name] for name in ("mean", "std")}
+    fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
+    with flags_for(checkpoint="--teacher_path", text="--teacher_classes"):
+        files = [_identity_of(teacher) for teacher in teachers]
+        names = utils.read_lines(args.teacher_classes) if args.teacher_classes else None
+    fields["teacher_path"] = files
+    fields["teacher_classes"] = names and hash_of(names)
+    assert isinstance(data.train, ImageSource)
+    fields |= data.train.fingerprint()
+    fields["augmented"] = image_sample(data.train_loader)
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "numpy", "pillow")}
+    return fields | {"note": versions | {"kd_temperature": args.kd_temperature}}
+
+
+def _hash_of_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _identity_of(teacher: Teacher) -> str:
+    """What tells a teacher from others: a hash of its file, or of timm's weights.
+
+    And of the file with the code of a network of the user's own, though not of what that imports.
+    """
+    if teacher.path != PRETRAINED:
+        told = f"sha256 {_hash_of_file(local_file(teacher.path))}"
+        if is_own_module(teacher.arch):
+            with flags_for(architecture="--teacher_arch"):
+                told += f", code sha256 {_hash_of_file(code_file(teacher.arch))}"
+        return told
+    with flags_for(architecture="--teacher_arch"):
+        cfg = models.pretrained_cfg(teacher.arch)
+        size = cfg.input_size[-1]
+        network = models.create_model(teacher.arch, cfg.num_classes, size, pretrained=True)
+    found = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        found.update(tensor.numpy().tobytes())
+    return f"timm's weights, sha256 {found.hexdigest()}"
+
+
+@flags_for(cache="--teacher_cache")
+def open_store(
+    folder: Path,
+    make_manifest: Callable[[], dict[str, Any]],
+    images: int,
+    needed: int,
+    row_format: RowFormat,
+) -> LogitStore:
+    """Open a store that belongs to this run, or create it. Collective.
+
+    Args:
+        make_manifest: called on rank 0; returns what the logits depend on, see `claim`.
+        images, needed: see LogitStore.
+        row_format: for top-k rows, the temperature of the store's first run is used.
+    Raises: UserError where the store was created with something else.
+    """
+    found = distributed.from_main(lambda: claim(folder, make_manifest()))
+    row_format.temperature = found["note"]["kd_temperature"]
+    return LogitStore(folder, images, needed, row_format, found["id"])
+
+
+def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a store, or compare with the existing one.
+
+    Args:
+        manifest: plain values by the names of the flags they follow from. 'augmented', a list of
+            floats, is compared with some tolerance, 'note' not at all.
+    Returns: the manifest of the store, with its format and its random id.
+    Raises: UserError that names the first field that differs, both values and the remedy.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():  # a complete store may be on a read-only disk
+        utils.make_folder(folder)
+        # The manifest is written first, so rows without one are not of another run at this moment.
+        if any(folder.glob("view-*.sums")) and not path.exists():
+            raise UserError(
+                f"{folder}: holds logits but no manifest.json, which says what they belong to; "
+                "restore that file, or pass another folder",
+                "cache",
+            )
+    manifest = {"format": FORMAT, "id": secrets.token_hex(16)} | manifest
+    try:
+        with open(path, "x", encoding="utf-8") as file:  # of several runs at once, one creates it
+            file.write(json.dumps(manifest, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        return manifest
+    except FileExistsError:
+        found = _read_manifest(path)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # part of a manifest would look like a damaged cache
+        raise cache_not_written(path, error) from error
+    if found.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}: holds a cache of format {found.get('format')}, but this version reads and "
+            f"writes format {FORMAT}; pass another folder, which this run then fills",
+            "cache",
+        )
+    for field in manifest | found:
+        ours, theirs = manifest.get(field), found.get(field)
+        if field in ("id", "note") or ours == theirs:
+            continue
+        if field != "augmented" or not _is_close(ours, theirs):
+            raise UserError(f"{folder}: {_difference(field, manifest, found)}", "cache")
+    return found
+
+
+def _difference(field: str, manifest: dict[str, Any], found: dict[str, Any]) -> str:
+    """What a field says that differs between the manifests of this run and of a store."""
+    if field in REPLACED_IMAGES:
+        return (
+            f"the images changed since their logits were cached: {REPLACED_IMAGES[field]}; use the "
+            "same images, or another folder"
+        )
+    if field == "augmented":
+        return (
+            "every flag is the same, but the augmented images differ: other pixels, or other "
+            f"versions ({found.get('note')}; here {manifest['note']}); use the same images and "
+            "versions, or another folder"
+        )
+    return (
+        f"created with {field} {_short(found.get(field))}, but this run uses "
+        f"{_short(manifest.get(field))}; use the same value or another folder"
+    )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    for _ in range(20):  # another process may have created the file but not written it yet
+        text = path.read_text(encoding="utf-8")
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            time.sleep(0.25)
+    raise UserError(
+        f"{path}: is incomplete, perhaps cut short; remove this cache and fill it again",
+        "cache",
+    )
+
+
+def _is_close(ours: Any, theirs: Any) -> bool:
+    if not isinstance(ours, list) or not isinstance(theirs, list) or len(ours) != len(theirs):
+        return False
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < SAME_IMAGE
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,383 @@
+"""The files of a run, from which it resumes exactly."""
+
+import math
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import utils
+from arguments.flags import DATA_FLAGS, NOT_RECIPE, as_typed
+from models.weights import FORMAT, load_network, read_checkpoint, saved_args
+from reporting.recorder import scores_of
+from runtime import distributed
+from runtime.distributed import is_main_process, log, world_size
+from training.history import Progress
+from utils import UserError, few, is_url, replacing
+
+INSIDE_EPOCH = "checkpoint-step.pth"
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write `state` so that `path` is always either the old file or the whole new one.
+
+    Raises: UserError where the file system refuses; every older file is left as it was.
+    """
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def link_checkpoint(existing: Path, path: Path) -> None:
+    """Give a checkpoint a second name, or copy it where the file system has no links.
+
+    A checkpoint is never changed, only replaced, so names that share a file stay apart.
+    Raises: UserError where the file system refuses; every older file is left as it was.
+    """
+    with replacing(path) as temporary:
+        try:
+            os.link(existing, temporary)
+        except OSError:
+            shutil.copyfile(existing, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+def files_of_run(folder: Path) -> list[Path]:
+    """The checkpoints and the records of a run in a folder."""
+    names = ("log.txt", "args.json", "environment.json", "summary.json", "tb")
+    found = [*sorted(folder.glob("checkpoint-*.pth")), *(folder / name for name in names)]
+    return [path for path in found if path.exists()]
+
+
+def move_aside(folder: Path) -> None:
+    """Move the files of an earlier run, where there are any, into a new folder `earlier-<n>`."""
+    files = files_of_run(folder)
+    if not files:
+        return
+    number = 1
+    while (aside := folder / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for path in files:
+        os.replace(path, aside / path.name)
+    log(f"Moved the {len(files)} files of an earlier run to {aside}")
+
+
+def epoch_checkpoints(folder: Path) -> list[Path]:
+    """The `checkpoint-<epoch>.pth` files of a folder, newest epoch first."""
+    found = [p for p in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", p.stem)]
+    return sorted(found, key=_epoch_of, reverse=True)
+
+
+def _epoch_of(path: Path) -> int:
+    return int(path.stem.removeprefix("checkpoint-"))
+
+
+def newest_checkpoint(folder: Path) -> str:
+    """The path of the newest complete checkpoint of a folder; '' without any."""
+    newest, its_epoch = "", -math.inf
+    candidates = [p for p in (folder / INSIDE_EPOCH,) if p.exists()] + epoch_checkpoints(folder)
+    for path in candidates:
+        try:
+            checkpoint = read_checkpoint(str(path))
+        except UserError as error:
+            log(f"Warning: {error}; trying the checkpoint before it")
+            continue
+        if checkpoint["epoch"] > its_epoch:
+            newest, its_epoch = str(path), checkpoint["epoch"]
+        if path.name != INSIDE_EPOCH:
+            break  # the others are older
+    return newest
+
+
+def _can_resume(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds a run, and not only weights as releases do."""
+    # The ConvNeXt script's best checkpoint has the word 'best' for its epoch.
+    return "optimizer" in checkpoint and isinstance(checkpoint.get("epoch"), int)
+
+
+def list_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """'--lr 0.001 → 0.002, --seed 0 → 1'"""
+    told = ((name, as_typed(old), as_typed(new)) for name, (old, new) in changes.items())
+    return ", ".join(f"--{name} {old} → {new}" for name, old, new in told)
+
+
+class RunState:
+    """Everything that a restart needs: collected into checkpoints, and restored from them.
+
+    Args:
+        args: the arguments of the run, plain values only, so that `weights_only=True` reads them.
+        data_config: what the student is shown (see transforms.data_config), and the class names.
+        images: what tells the training images from others (ImageSource.identity).
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        ema: ModelEmaV3 | None,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        args: dict[str, Any],
+        data_config: dict[str, Any],
+        images: dict[str, Any] | None = None,
+    ) -> None:
+        self.student, self.ema, self.optimizer, self.scaler = student, ema, optimizer, scaler
+        self.args, self.data_config, self.images = dict(args), data_config, images or {}
+        self.changes: dict[str, tuple[Any, Any]] = {}  # of the recipe since the resumed checkpoint
+        self.epoch = -1  # the last finished epoch
+        self.best: dict[str, float] = {}  # checkpoint name -> accuracy it was saved with
+        self.scores: dict[str, float] = {}  # of the last evaluated epoch
+        self.progress: Progress | None = None  # of the epoch after it, where that has begun
+        saves = args.get("output_dir") and args.get("save_ckpt", True)
+        self.folder = Path(args["output_dir"]) if saves else None  # None: nothing is saved
+        self.global_batch = args.get("batch_size", 0) * args.get("update_freq", 1) * world_size()
+
+    def resume(self, path: str, start_epoch: int) -> int:
+        """Restore from a checkpoint; for '' nothing is restored.
+
+        Sets `progress` where that checkpoint was written inside an epoch.
+        Returns: the epoch to start with.
+        """
+        if path and not is_url(path) and not os.path.exists(path):
+            raise UserError(
+                f"{path}: process 0 resumes from this file, but process {distributed.rank()} "
+                "cannot find it; use a folder on a file system that all machines share",
+                "checkpoint",
+            )
+        if path:
+            start_epoch = self._restore(read_checkpoint(path), path, start_epoch)
+        updates = self.progress.updates if self.progress else 0
+        distributed.require_same({"first_epoch": start_epoch, "steps_done_in_it": updates})
+        return start_epoch
+
+    def _restore(self, checkpoint: Any, path: str, start_epoch: int) -> int:
+        self._compare(checkpoint, path)
+        load_network(checkpoint, path, self.student, other=", or another --output_dir")
+        if self.ema is not None:
+            saved = checkpoint.get("model_ema") or self.student.state_dict()
+            self.ema.module.load_state_dict(saved)
+        if not _can_resume(checkpoint):
+            log(
+                f"Weights of {path}: no optimizer state or epoch in the file; the schedule starts "
+                "from the beginning"
+            )
+            return start_epoch
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise UserError(
+                f"{path}: its optimizer state does not fit ({error}); pass the --opt, "
+                "--weight_decay and --layer_decay it was saved with, or --finetune it",
+                "checkpoint",
+            ) from error
+        if checkpoint.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch = checkpoint["epoch"]
+        self.best = dict(checkpoint.get("best", {}))
+        self.scores = dict(checkpoint.get("scores", {}))
+        self.progress = Progress.from_saved(checkpoint.get("progress"))
+        if checkpoint.get("format", 0) < FORMAT:
+            log(
+                f"Warning: {path}: written by an earlier version, which showed images in another "
+                "order; the resumed run will not match an uninterrupted one"
+            )
+        self._check_global_batch(checkpoint.get("global_batch"), path)
+        if checkpoint.get("world_size", world_size()) != world_size():
+            log(
+                f"{path}: saved by {checkpoint['world_size']} process(es), now {world_size()}; "
+                "dropout, mixup and BatchNorm statistics will differ from here on"
+            )
+        inside = f" and {self.progress.updates} steps of the next" if self.progress else ""
+        scores = ", ".join(f"{name} {score:.2f} %" for name, score in self.best.items()) or "none"
+        log(f"Resumed from {path}: epoch {self.epoch} is done{inside}; best so far: {scores}")
+        return self.epoch + 1
+
+    def _compare(self, checkpoint: Any, path: str) -> None:
+        """Refuse a checkpoint of other data or another model; report another recipe once.
+
+        A finished run is refused under another recipe, since its scores belong to the old recipe.
+        """
+        was = saved_args(checkpoint)
+        if not was:
+            return  # a release, or a file of another project
+        remedy = "pass the same as before, or another --output_dir to start from the beginning"
+        data = utils.changes(checkpoint["data"], self.data_config)
+        if "classes" in data:
+            old, new = data["classes"]
+            other = sorted(set(old) ^ set(new)) or new
+            what = f"was trained on other classes ({few(other)})"
+            raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
+        for name, (old, new) in data.items():
+            what = f"was trained with {name} {old}, but this run uses {new}"
+            raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
+        recipe = utils.changes(was, self.args)
+        for name in ("model", "kd", "opt", "linear_probe"):
+            if name in recipe:
+                old, new = recipe[name]
+                what = f"was trained with --{name} {as_typed(old)}, but this run uses "
+                what += as_typed(new)
+                raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
+        skipped = NOT_RECIPE | set(DATA_FLAGS)
+        self.changes = {name: change for name, change in recipe.items() if name not in skipped}
+        if images := utils.changes(checkpoint.get("images", {}), self.images):
+            old, new = images.get("images", ("", ""))
+            how = f"{old} images, now {new}" if old != new else "as many, but not the same"
+            if images.keys() <= {"image_sizes", "pixels"}:
+                how = "the same names and labels, but other contents"
+            elif images.keys() == {"held_out"}:
+                how = "other images were held out"
+            what = f"was trained on other images ({how})"
+            if self.changes:
+                what += f"; these flags differ: {list_changes(self.changes)}"
+            raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
+        if not _can_resume(checkpoint):
+            return
+        epochs, asked, planned = checkpoint["epoch"] + 1, self.args["epochs"], was.get("epochs", 0)
+        if asked <= epochs < planned:
+            raise UserError(
+                f"{path}: {epochs} of {planned} epochs are done, so --epochs {asked} leaves "
+                "nothing to train; pass a larger --epochs, or another --output_dir to start from "
+                "the beginning",
+                "checkpoint",
+            )
+        is_finished = epochs >= asked
+        if is_finished and self.changes:
+            raise UserError(
+                f"{path}: this run is finished ({epochs} epochs) and was trained with another "
+                f"recipe ({list_changes(self.changes)}); pass another --output_dir, or the same "
+                "recipe",
+                "checkpoint",
+            )
+        if is_finished:
+            log(
+                f"This run was finished already ({epochs} epochs). To train again, pass another "
+                "--output_dir; to train longer, pass a larger --epochs"
+            )
+        elif self.changes:
+            log(f"Warning: resumed with another recipe: {list_changes(self.changes)}")
+
+    def _check_global_batch(self, saved: int | None, path: str) -> None:
+        if saved in (None, self.global_batch):
+            return
+        difference = f"{saved} images per step when it was saved, {self.global_batch} now"
+        if self.progress:
+            raise UserError(
+                f"{path}: written inside an epoch, with {difference}; choose --batch_size and "
+                "--update_freq so that their product with the number of processes is the same",
+                "checkpoint",
+            )
+        log(f"Warning: {path}: {difference}; the resumed run will not match an uninterrupted one")
+
+    def finish_epoch(self, epoch: int, record: dict[str, float]) -> list[str]:
+        """Note the scores of an epoch; returns which of 'best' and 'best-ema' it improved."""
+        self.epoch, self.progress = epoch, None
+        if "test_acc1" in record or "test_acc1" not in self.scores:
+            self.scores = scores_of(record)
+        improved = []
+        for name, score in (("best", "test_acc1"), ("best-ema", "test_acc1_ema")):
+            if score in record and record[score] > self.best.get(name, -1.0):
+                self.best[name] = record[score]
+                improved.append(name)
+        return improved
+
+    def save(self, improved: list[str], is_due: bool, keep: int) -> None:
+        """Write checkpoint-best[-ema].pth where improved and checkpoint-<epoch>.pth where due; then
+        remove the oldest epoch checkpoints above `keep`. Rank 0 writes.
+        """
+        if self.folder is None or not is_main_process() or not (improved or is_due):
+            return
+        names = [f"checkpoint-{name}.pth" for name in improved]
+        if is_due:
+            names.append(f"checkpoint-{self.epoch}.pth")
+        first, *others = [self.folder / name for name in names]
+        save_checkpoint(self._state(), first)
+        for path in others:
+            link_checkpoint(first, path)
+        if is_due:
+            # Only epochs up to this one count: an earlier, longer run must not push it out.
+            written = [p for p in epoch_checkpoints(self.folder) if _epoch_of(p) <= self.epoch]
+            for old in written[keep:]:
+                old.unlink(missing_ok=True)
+            (self.folder / INSIDE_EPOCH).unlink(missing_ok=True)  # now older than this one
+
+    def save_inside_epoch(self, progress: Progress) -> Path | None:
+        """Write checkpoint-step.pth, from which a run resumes inside an epoch. Rank 0 writes."""
+        if self.folder is None:
+            return None
+        path = self.folder / INSIDE_EPOCH
+        if is_main_process():
+            save_checkpoint(self._state() | {"progress": asdict(progress)}, path)
+        distributed.barrier()  # a process that ends now would make torchrun end rank 0 as it writes
+        return path
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": self.student.state_dict(),
+            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "progress": None,
+            "global_batch": self.global_batch,
+            "world_size": world_size(),
+            "args": self.args,
+            "data": self.data_config,
+            "images": self.images,
+            "best": self.best,
+            "scores": self.scores,
+        }
+
+    def summary(self) -> str:
+        """Best and last accuracy in one line."""
+        parts = [f"{name} {accuracy:.2f} %" for name, accuracy in self.best.items()]
+        if "test_acc1" in self.scores:
+            parts.append(f"last epoch {self.scores['test_acc1']:.2f} %")
+        return "Accuracy: " + (", ".join(parts) or "not evaluated")
+
+
+# -------------------------------------------------------------------------------------- locks
+
+
+def lock_folder(folder: Path) -> FileIO | None:
+    """Take a folder for this run, until the returned file is closed or the process ends.
+
+    The lock is the kernel's (fcntl): it ends with its process, however that ends, and holds on a
+    network file system with a lock service too. The file names its holder for others to report.
+
+    Returns: the open file, to be kept; None where there are no such locks.
+    Raises: UserError where another run holds the folder.
+    """
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    file = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().decode(errors="replace") or "another process"
+        raise UserError(
+            f"{folder}: another run is using this folder ({holder}); wait until it ends, or pass "
+            "another folder",
+            "folder",
+        ) from error
+    except OSError as error:
+        log(f"Warning: {folder} cannot be locked ({error}); do not start two runs in this folder")
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file

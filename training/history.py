@@ -1,0 +1,241 @@
+"""The means of an epoch's steps, fetched from the device only every few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data.loaders import Batch
+from reporting.recorder import Recorder
+from reporting.timing import Stopwatch
+from runtime import distributed, signals
+from utils import UserError
+
+SECONDS_BETWEEN_LOOKS = 5  # at the signals of other processes, where steps are slow
+WAITING_BYTES = 2**24  # logits and targets kept on the device until their scalars are computed
+
+
+def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Percent of rows whose largest logit is their class; for soft targets, their main class.
+
+    Args:
+        logits: (…, B, C).
+        targets: (…, B) int64, or (…, B, C) probabilities.
+    Returns: (…) float32.
+    """
+    classes = targets.argmax(dim=-1) if targets.ndim == logits.ndim else targets
+    return 100 * (logits.argmax(dim=-1) == classes).mean(dim=-1, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------ within an epoch
+
+
+@dataclass
+class Progress:
+    """How far an epoch has come: what a checkpoint inside it must hold, plain values only."""
+
+    updates: int = 0  # optimizer steps done
+    batches: int = 0  # batches that count in the means
+    sums: dict[str, float] = field(default_factory=dict)  # of the loss and its parts over those
+    skipped: int = 0  # steps that the gradient scaler left out
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any] | None) -> Progress | None:
+        """Read from a checkpoint; None where that was not written inside an epoch."""
+        if not saved:
+            return None
+        sums = saved["sums"]
+        if isinstance(sums, list):  # checkpoints without a format number hold the values alone
+            names = ("loss", "ce", "kd", "teacher_acc1")
+            sums = dict(zip(names, sums, strict=False))
+        return cls(**{**saved, "sums": sums})
+
+
+class StepScalars(NamedTuple):
+    """What one batch leaves for the log; on the device, computed later."""
+
+    loss: torch.Tensor  # ()
+    parts: dict[str, torch.Tensor]  # () each
+    student_logits: torch.Tensor  # (B, C)
+    teacher_logits: torch.Tensor | None  # (B, C)
+    targets: torch.Tensor  # (B,) or (B, C)
+
+
+class History:
+    """Keeps the scalars of an epoch on the device and fetches them only every few steps.
+
+    Fetching a scalar waits for the device, so most steps never wait.
+
+    Args:
+        epoch: number of the epoch, for the printed lines.
+        updates: optimizer steps of the epoch.
+        lr, weight_decay: (steps,) of every optimizer step of the run.
+        print_freq: most optimizer steps between two looks; fewer where steps are slow.
+        scaler: where it is enabled, it leaves out steps that are not finite.
+        recorder: is told at every look.
+        progress: how far an interrupted run came in this epoch.
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        updates: int,
+        lr: np.ndarray,
+        weight_decay: np.ndarray,
+        device: torch.device,
+        print_freq: int,
+        scaler: torch.amp.GradScaler,
+        recorder: Recorder,
+        progress: Progress,
+    ) -> None:
+        self.epoch, self.updates, self.lr, self.weight_decay = epoch, updates, lr, weight_decay
+        self.device, self.print_freq, self.scaler = device, print_freq, scaler
+        self.every = 0  # optimizer steps between two looks; 0 until steps were timed
+        self.recorder = recorder
+        self.waiting: list[StepScalars] = []  # batches whose scalars are still to be computed
+        self.waiting_bytes = 0
+        self.tables: list[torch.Tensor] = []  # (batches, metrics + 1) each, since the last fetch
+        self.norms: list[torch.Tensor] = []  # gradient norms, () each, one per optimizer step
+        self.batches_per_update: list[int] = []
+        self.batches_since_update = 0
+        self.images = 0  # since the last fetch, on this process
+        self.names = list(progress.sums)
+        self.sums = np.array(list(progress.sums.values()))
+        self.count = progress.batches
+        self.skipped = progress.skipped
+        self.stop = 0  # number of a signal that asks every process to stop, or 0
+        self.stopwatch = Stopwatch()
+
+    def add_batch(
+        self,
+        loss: torch.Tensor,
+        parts: dict[str, torch.Tensor],
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor | None,
+        batch: Batch,
+    ) -> None:
+        """Note a batch. Scalars of its logits are computed for many batches at once, since these
+        small kernels would cost the same for each batch."""
+        student_logits = student_logits.detach()
+        scalars = StepScalars(loss.detach(), parts, student_logits, teacher_logits, batch.targets)
+        if self.epoch == 0 and not (self.count or self.waiting or self.tables):
+            self.recorder.show_batch(batch, teacher_logits)
+        self.waiting.append(scalars)
+        self.waiting_bytes += 3 * student_logits.nbytes
+        if self.waiting_bytes >= WAITING_BYTES:
+            self._compute()
+        self.batches_since_update += 1
+        self.images += len(student_logits)
+
+    def _compute(self) -> None:
+        if not self.waiting:
+            return
+        losses, parts, students, teachers, targets = zip(*self.waiting, strict=True)
+        columns = {"loss": torch.stack(losses)}  # (batches,) each
+        columns |= {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        if teachers[0] is not None and "labeled" not in columns:  # else labels are missing
+            columns["teacher_acc1"] = accuracy(torch.stack(teachers), torch.stack(targets))
+        if self.names != list(columns):  # the first batches; a checkpoint may hold other names
+            sums = dict(zip(self.names, self.sums, strict=True))
+            self.names = list(columns)
+            self.sums = np.array([sums.get(name, 0.0) for name in self.names])
+        largest = torch.stack(students).flatten(1).abs().amax(dim=1).float()
+        self.tables.append(torch.stack([*columns.values(), largest], dim=1))
+        self.waiting, self.waiting_bytes = [], 0
+
+    def end_update(self, update: int, grad_norm: torch.Tensor) -> None:
+        """Note an optimizer step; look at the scalars where that is due."""
+        self.norms.append(grad_norm.detach())
+        self.batches_per_update.append(self.batches_since_update)
+        self.batches_since_update = 0
+        if distributed.world_size() == 1:
+            self.stop = signals.received_signal()  # free: there is no other process to ask
+        if (update + 1) % (self.every or self.print_freq) == 0 or update + 1 == self.updates:
+            steps, seconds = len(self.norms), self.stopwatch.seconds()
+            self._fetch(update)
+            self._look(seconds / steps)
+        elif not self.every:
+            self._look(self.stopwatch.seconds())
+
+    def _look(self, seconds: float) -> None:
+        """Ask the other processes for signals, and plan when to do so again. Collective.
+
+        Args:
+            seconds: duration of an optimizer step.
+        """
+        most = max(1, SECONDS_BETWEEN_LOOKS / seconds)
+        # Divisors, so that looks come at the same steps whatever the earlier ones were.
+        divisors = [n for n in range(1, self.print_freq + 1) if self.print_freq % n == 0]
+        every = max(n for n in divisors if n <= most)
+        self.stop, negative = distributed.largest([signals.received_signal(), -every], self.device)
+        self.every = -negative
+
+    def flush(self, updates: int) -> Progress:
+        """Fetch what is waiting; returns what a checkpoint after `updates` must hold.
+
+        Raises: UserError where a loss or gradient was not finite.
+        """
+        if self.norms:
+            self._fetch(updates - 1)
+        sums = dict(zip(self.names, self.sums.tolist(), strict=True))
+        return Progress(updates, self.count, sums, self.skipped)
+
+    def _fetch(self, update: int) -> None:
+        self._compute()
+        first = self.epoch * self.updates + update + 1 - len(self.norms)
+        table = torch.cat(self.tables)  # (batches, metrics + 1)
+        norms = torch.stack(self.norms).float()  # (optimizer steps,)
+        largest = table[:, -1].clone()
+        distributed.all_reduce_(table)
+        distributed.all_reduce_(largest, dist.ReduceOp.MAX)
+        rows = (table[:, :-1] / distributed.world_size()).cpu().numpy()
+        step_norms, largest_logits = norms.cpu().numpy(), largest.cpu().numpy()
+        images = self.images * distributed.world_size()
+
+        step_of_row = np.repeat(np.arange(len(step_norms)), self.batches_per_update)
+        is_finite = np.isfinite(rows[:, 0]) & np.isfinite(step_norms[step_of_row])
+        stops = not is_finite.all()
+        if self.scaler.is_enabled():
+            # The scaler leaves such steps out and halves its scale, down to what shows that not
+            # the scale is at fault. (It is saved, so this counts over epochs and restarts.)
+            self.skipped += len(set(step_of_row[~is_finite]))
+            stops = stops and self.scaler.get_scale() < 1
+        if stops:
+            row = int(np.argmin(is_finite))
+            step, norm = first + step_of_row[row], step_norms[step_of_row[row]]
+            raise self._not_finite(step, rows[row][0], largest_logits[row], norm)
+        for values in rows[is_finite]:  # one by one, so that no sum depends on when it is fetched
+            self.sums += values
+        self.count += int(is_finite.sum())
+        means = dict(zip(self.names, rows.mean(axis=0), strict=True))
+        last = first + len(step_norms) - 1
+        opt = {
+            "opt/lr": self.lr[last],
+            "opt/weight_decay": self.weight_decay[last],
+            "opt/grad_norm": step_norms.mean(),
+        }
+        self.recorder.look(
+            self.epoch, update + 1, self.updates, means, opt, images, self.stopwatch.rate(images)
+        )
+        self.tables, self.norms, self.batches_per_update, self.images = [], [], [], 0
+
+    def _not_finite(self, step: int, loss: float, largest: float, norm: float) -> UserError:
+        return UserError(
+            f"loss {loss} with gradient norm {norm:.3g} at step {step} (epoch {self.epoch}), "
+            f"learning rate {self.lr[step]:.3g}, largest logit {largest:.3g}. No checkpoint was "
+            "written after this happened; lower --lr, pass --clip_grad 1.0, or use "
+            "--amp_dtype bfloat16"
+        )
+
+    def means(self) -> dict[str, float]:
+        """Means over the batches that counted, if any did, and the last lr of the epoch."""
+        means = {}
+        if self.count:
+            means = dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))
+        means["lr"] = float(self.lr[(self.epoch + 1) * self.updates - 1])
+        return means | ({"skipped_steps": self.skipped} if self.scaler.is_enabled() else {})
