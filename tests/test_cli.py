@@ -103,17 +103,13 @@ def test_kd_alone_names_the_missing_flags_at_once_and_exits_2():
 
 MISTYPED = {
     "--teacher_path": "no such file; pass the path of a checkpoint file",
-    "--teacher_arch": "timm knows no such architecture; did you mean",
     "--finetune": "no such file",
     "--resume": "no such file",
-    "--model": "timm knows no such architecture; did you mean",
 }
 
 
 @pytest.mark.parametrize("flag", MISTYPED)
-def test_a_mistyped_file_or_architecture_is_reported_before_torch_is_imported(
-    flag, teacher_file, tmp_path
-):
+def test_a_mistyped_file_is_reported_before_torch_is_imported(flag, teacher_file, tmp_path):
     """And so before any image is looked for: the data folder does not even exist."""
     argv = ["main.py", *teacher_flags(teacher_file), "--data_path", str(tmp_path / "none")]
     argv += [flag, "resnet19"]
@@ -124,6 +120,16 @@ def test_a_mistyped_file_or_architecture_is_reported_before_torch_is_imported(
     assert done.returncode == 2, done.stderr
     assert f"{flag} resnet19: {MISTYPED[flag]}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--model", "--teacher_arch"])
+def test_a_mistyped_architecture_is_reported_before_any_image_is_looked_for(
+    flag, teacher_file, run_main, tmp_path
+):
+    flags = [*teacher_flags(teacher_file), "--data_path", tmp_path / "none", flag, "resnet8"]
+    run = run_main(*flags)
+    known = "timm knows no such architecture; did you mean cifar_resnet8, resnet18"
+    assert run.code == 2 and f"{flag} resnet8: {known}" in run.err
 
 
 BAD_VALUES = {

@@ -18,7 +18,7 @@ from torch import nn
 import export
 import models
 from data.sources import StreamSource
-from deploy import comparison
+from deploy import comparison, writers
 from deploy.comparison import sidecar
 from deploy.model import ModelCard
 from deploy.writers import Preprocessed
@@ -215,7 +215,7 @@ def test_an_export_that_differs_is_an_error_and_leaves_no_file(
     if kind == "onnx":
         needs_onnx()
     name = "fuse_layers" if wrong is wrong_weights else "Preprocessed"
-    monkeypatch.setattr(export, name, wrong)
+    monkeypatch.setattr(writers, name, wrong)
     code, _, err, exported = run_export(checkpoint("cifar_resnet8"), kind, "--with_preprocessing")
     assert code == 2
     assert "the export differs from the checkpoint by" in err and "nothing was written" in err
@@ -239,7 +239,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(checkpoint, run_export, monk
     def fill(*args: object, **keywords: object) -> None:
         raise RuntimeError("I/O error: No space left on device\nand pages more")
 
-    monkeypatch.setattr(export, "save_for_hf", fill)
+    monkeypatch.setattr(writers, "save_for_hf", fill)
     code, _, err, exported = run_export(checkpoint("test_resnet"), "timm")
     assert code == 2 and err.count("\n") == 1 and "No space left" in err
     assert tree(exported.parent) == []

@@ -96,13 +96,13 @@ def test_each_image_has_its_features_and_its_label(run_main, flags, backbone, mo
     cfg = timm.data.constants
     config = {"mean": cfg.IMAGENET_DEFAULT_MEAN, "std": cfg.IMAGENET_DEFAULT_STD, "input_size": 8}
     config |= {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"}
-    images = evaluation_images([digits.load(int(place)) for place in positions], config)
+    images = evaluation_images([source.load(int(place)) for place in positions], config)
     with torch.no_grad():
         features = network.layer3(
             network.layer2(network.layer1(network.act1(network.bn1(network.conv1(images)))))
         ).mean(dim=(2, 3))
     expected = {
-        tuple(f.round(decimals=3).tolist()): int(digits.targets[p])
+        tuple(f.round(decimals=3).tolist()): int(source.targets[p])
         for f, p in zip(features, positions, strict=True)
     }
     loader.set_epoch(0)

@@ -22,7 +22,7 @@ from data import readers
 from data.order import view_order
 from data.readers import DIGITS_FILE, digits
 from data.sources import stratified
-from teacher import logit_store, prepare
+from teacher import cache, logit_store, prepare
 from teacher.logit_store import LogitFile, RowFormat
 from utils import UserError
 
@@ -515,7 +515,7 @@ def test_a_class_folder_whose_name_is_not_text_can_be_cached(run_main, photos, p
 
 def test_a_manifest_cut_short_is_told(run_main, kd, tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text('{"seed": ')
-    monkeypatch.setattr(logit_store.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: None)
     run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path)
     assert run.code == 2 and "manifest.json: is incomplete" in run.err
 
