@@ -23,28 +23,13 @@ from typing import Any
 import numpy as np
 
 from arguments.flags import DATA_FLAGS, NOT_RECIPE, OF_TEACHER, as_typed
+from reporting import tables
+from reporting.tables import COSTS, figure_of, heading_of
 
 # Flags that do not change what a run computes, or only how it is repeated.
 NOT_COMPARED = NOT_RECIPE | {"seed", "data_seed", "teacher_cache", "teacher_cache_only"}
 NOT_COMPARED |= {"teacher_cache_range", "teacher_eval", "teacher_min_acc1", "check_data"}
 SCORE = "test_acc1"
-COLUMNS = {  # of the table: key in log.txt, or of summary.json -> heading
-    "test_acc1": "accuracy %",
-    "test_acc1_ema": "EMA %",
-    "teacher_acc1": "teacher %",
-    "test_agreement": "agreement %",
-    "test_kl": "KL",
-    "test_loss": "loss",
-    "test_ece": "calibration error %",
-    "images_per_second": "images/s",
-}
-COSTS = {  # with --cost: key in summary.json -> heading
-    "parameters": "parameters",
-    "multiply_adds": "multiply-adds",
-    "ms_single": "ms for 1 image",
-    "ms_large": "ms for 32 images",
-}
-WHOLE = {"images_per_second", "parameters", "multiply_adds"}  # shown without decimals
 CONFIDENCE = 0.95
 MANY_PAIRS = 5  # verdicts in one table, of which some may be chance
 
@@ -279,30 +264,38 @@ def table(groups: Sequence[Group], width: int | None = None, with_cost: bool = F
         with_cost: show what the student costs to use, too.
         width: columns of the terminal; where the table is wider, each group becomes a paragraph.
     """
-    wanted = COLUMNS | (COSTS if with_cost else {})
-    shown = {c: h for c, h in wanted.items() if any(group.values(c) for group in groups)}
-    heads = ["", "seeds", "epochs", *shown.values()]
+    shown = columns_of(groups, with_cost)
+    heads = ["", "seeds", "epochs", *map(heading_of, shown)]
     if SCORE in shown:
         heads.insert(4, "best %")
     rows = []
     for group in groups:
         runs = list(group.runs.values())
         cells = [group.name, str(len(runs)), str(runs[0].args["epochs"])]
-        cells += [spread(group.values(c), 0 if c in WHOLE else 2) for c in shown]
+        cells += [spread(group.values(name), figure_of(name).decimals) for name in shown]
         best = [max(record.get(SCORE, 0.0) for record in run.records) for run in runs]
         cells.insert(4, spread(best))
         rows.append(cells)
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     if width is None or sum(widths) + 2 * len(widths) <= width:
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
-            for row in [heads, *rows]
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(tables.table([heads, *rows]))
     lines = []
     for row in rows:
         lines += [row[0], *(f"  {h}: {c}" for h, c in zip(heads[1:], row[1:], strict=True) if c)]
     return "\n".join(lines)
+
+
+def columns_of(groups: Sequence[Group], with_cost: bool) -> list[str]:
+    """The figures that a table of these groups shows: of EMA and teacher the accuracy alone."""
+    runs = [run for group in groups for run in group.runs.values()]
+    names = dict.fromkeys(name for run in runs for name in run.figures)
+    wanted = {"images_per_second", *(COSTS if with_cost else ())}
+
+    def is_shown(name: str) -> bool:
+        curve, figure = tables.split_name(name)
+        return name in wanted or curve == "test" or (curve != "" and figure == "acc1")
+
+    return [name for name in tables.in_order(names) if is_shown(name) and heading_of(name)]
 
 
 def spread(values: Sequence[float], decimals: int = 2) -> str:
@@ -321,8 +314,8 @@ def teacher_costs(groups: Sequence[Group]) -> list[str]:
     for run in (run for group in groups for run in group.runs.values()):
         if known := run.cost("teacher"):
             costs = [
-                f"{heading} {spread([known[name]], 0 if name in WHOLE else 2)}"
-                for name, heading in COSTS.items()
+                f"{heading_of(name)} {spread([known[name]], figure_of(name).decimals)}"
+                for name in COSTS
                 if name in known and not name.startswith("ms")
             ]
             lines[f"Teacher {run.args['teacher_arch']}: {', '.join(costs)}"] = None
@@ -335,7 +328,7 @@ def as_json(groups: Sequence[Group], found: Sequence[Verdict]) -> str:
         {
             "settings": group.name,
             "runs": {str(seed): str(run.folder) for seed, run in group.runs.items()},
-            "scores": {c: group.values(c) for c in COLUMNS | COSTS if group.values(c)},
+            "scores": {name: group.values(name) for name in columns_of([group], True)},
         }
         for group in groups
     ]

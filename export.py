@@ -52,7 +52,7 @@ from deploy.model import (
 from deploy.writers import OPSET, quantize, saving, write_program, write_timm
 from evaluation import evaluation_args, open_scored
 from models.weights import local_file, weight_keys
-from reporting.terminal import table
+from reporting.tables import table
 from runtime.distributed import log
 from utils import UserError, flags_for
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader, Dataset
 
-from data.mixup import Mixing
+from data.mixup import Mixing, PartialLabels
 from data.order import BatchOrder, EpochBatches, view_order
 from data.sources import ImageSource
 from data.transforms import HostBatch, Patches, ToNetwork, ToPixels, collate
@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # (B,) int64, or (B, C) probabilities where images are mixed
     view: int  # number of the augmented epoch that the images are from; 0 in an evaluation
     places: range  # positions of the images in the order of the view
+    is_labeled: bool = True  # False where images without a label are among the training images
 
     @property
     def key(self) -> tuple[int, range]:
@@ -163,14 +164,14 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         view, first_batch = self.order.view, self.order.first_batch
-        device = self.to_network.device
+        device, is_labeled = self.to_network.device, not isinstance(self.mixup, PartialLabels)
         for number, host in enumerate(self.host(), start=first_batch):
             images = self.to_network(host)
             targets = send(host.targets, device)
             places = self.order.places(number)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets, view, places.start)
-            yield Batch(images, targets, view, places)
+            yield Batch(images, targets, view, places, is_labeled)
 
     def host(self) -> Iterator[HostBatch]:
         """The batches as the workers return them.

@@ -16,10 +16,9 @@ from typing import Any, Self
 import torch
 
 from data.loaders import Batch
+from reporting.tables import figure_of, split_name
 from reporting.tensorboard import (
-    CHARTS,
     PICTURES,
-    TRAINING_CHARTS,
     Board,
     answer_text,
     board_folder,
@@ -142,14 +141,11 @@ class Recorder:
             images: of these steps, on all processes.
             rate: images per second.
         """
-        shown = dict(means)
-        if set(means) == {"loss", "ce"}:
-            del shown["ce"]  # the same number: nothing is distilled
         per_step = self.images_per_step
         memory = peak_memory(self.device)
-        self.terminal.step(epoch, done, updates, shown, opt["opt/lr"], rate, per_step, memory)
+        self.terminal.step(epoch, done, updates, means, opt["opt/lr"], rate, per_step, memory)
         if self.board is not None:
-            values = {TRAINING_CHARTS[name]: value for name, value in means.items()}
+            values = {figure_of(f"train_{name}").chart: value for name, value in means.items()}
             seen = (epoch * updates + done) * self.images_per_step
             speed = {"speed/images_per_second": rate}
             self.board.scalars("train", values | opt | speed, seen)
@@ -170,11 +166,9 @@ class Recorder:
             return
         curves: dict[str, dict[str, float]] = {}
         for name, value in scores_of(record).items():
-            curve, _, score = name.partition("_")
-            if score.endswith("_ema"):
-                curve, score = f"{curve}_ema", score.removesuffix("_ema")
+            curve, score = split_name(name)
             if score != "acc5" or len(self.config["classes"]) > MANY_CLASSES:
-                curves.setdefault(curve, {})[CHARTS[score]] = value
+                curves.setdefault(curve, {})[figure_of(name).chart] = value
         self.board.seen = seen * self.images_per_step
         for curve, values in curves.items():
             self.board.scalars(curve, values, self.board.seen)

@@ -23,19 +23,14 @@ from models import cost
 from models.cost import Cost
 from models.fusion import fuse_layers
 from reporting import metrics
+from reporting.tables import figure_of, in_order, split_name, table
 from reporting.tensorboard import PICTURES, Board
-from reporting.terminal import aligned, summary_table, time_line
+from reporting.terminal import aligned, time_line
 from runtime import distributed
 from runtime.distributed import log
 from utils import UserError, first_line, write_whole
 
-# Scores in log.txt -> row of the table, and its format.
-ROWS = {
-    "acc1": ("accuracy %, last epoch", ".2f"),
-    "loss": ("cross-entropy", ".4f"),
-    "ece": ("calibration error %", ".2f"),
-    "agreement": ("agreement with teacher %", ".2f"),
-}
+CURVES = {"student": "test", "EMA": "test_ema", "teacher": "teacher"}  # networks -> their scores
 BEST = {"student": "best", "EMA": "best-ema"}  # columns of the table -> names of checkpoints
 
 
@@ -65,27 +60,32 @@ def columns_of(
         costs: by network; EMA and student cost the same, which is shown once.
     """
     columns: dict[str, dict[str, str]] = {}
-    for network, start, end in (
-        ("student", "test_", ""),
-        ("EMA", "test_", "_ema"),
-        ("teacher", "teacher_", ""),
-    ):
+    for network, curve in CURVES.items():
+        of_network = {split_name(n)[1]: v for n, v in scores.items() if split_name(n)[0] == curve}
+        if spent := costs.get(network):
+            of_network |= asdict(spent)
         column = {}
         if BEST.get(network) in best:
             column["accuracy %, best epoch"] = f"{best[BEST[network]]:.2f}"
-        for name, (row, form) in ROWS.items():
-            if f"{start}{name}{end}" in scores:
-                column[row] = f"{scores[f'{start}{name}{end}']:{form}}"
-        spent = costs.get(network)
-        if spent is not None:
-            column["parameters"] = f"{spent.parameters:,}"
-            column["multiply-adds per image"] = f"{spent.multiply_adds:,}"
-            column["ms for 1 image"] = f"{spent.ms_single:.2f}"
-            large = spent.ms_large
-            column[f"ms for {cost.LARGE_BATCH} images"] = "" if large is None else f"{large:.1f}"
+        for name in in_order(of_network):
+            figure, value = figure_of(name), of_network[name]
+            row = "accuracy %, last epoch" if name == "acc1" else figure.heading
+            if row:
+                column[row] = "" if value is None else f"{value:,.{figure.decimals}f}"
         if column:
             columns[network] = column
     return columns
+
+
+def summary_table(columns: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """A table with one column per network and one row per name that any of them has.
+
+    Args:
+        columns: heading -> name of a row -> text.
+    """
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(column.get(name, "") for column in columns.values())] for name in names]
+    return table([["", *columns], *rows])
 
 
 def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cost | None]:

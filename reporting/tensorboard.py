@@ -22,25 +22,6 @@ CELL = 200  # pixels of a picture's side
 LINE = 22  # pixels of a line of text
 OWNER = "run.txt"  # names the run that a folder belongs to
 
-# Names of the scores in log.txt -> family and name of the chart.
-CHARTS = {
-    "loss": "loss/ce",
-    "acc1": "acc/acc1",
-    "acc5": "acc/acc5",
-    "ece": "acc/calibration_error",
-    "agreement": "fidelity/agreement",
-    "kl": "fidelity/kl",
-}
-TRAINING_CHARTS = {
-    "loss": "loss/total",
-    "ce": "loss/ce",
-    "kd": "loss/kd",
-    "kd_labeled": "loss/kd_labeled",
-    "kd_unlabeled": "loss/kd_unlabeled",
-    "teacher_acc1": "acc/teacher_on_training_images",
-    "labeled": "opt/labeled_share",
-}
-
 
 class Board:
     """The TensorBoard folder of a run.

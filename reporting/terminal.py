@@ -7,11 +7,11 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from reporting.tables import figure_of
 from runtime import distributed
 from runtime.distributed import log
 
 MANY_CLASSES = 10  # above which the top-5 accuracy is shown
-LOSSES = ("loss", "ce", "kd")  # of the training losses, those that are shown
 
 
 class Terminal:
@@ -53,7 +53,7 @@ class Terminal:
             memory: peak, in bytes; None where it is not known.
         """
         left = (updates - done) * images / rate
-        losses = "  ".join(f"{name} {means[name]:.4f}" for name in LOSSES if name in means)
+        losses = "  ".join(loss_cells({f"train_{name}": value for name, value in means.items()}))
         place = f"Epoch {epoch} [{done:>{len(str(updates))}}/{updates}]"
         text = f"{losses}  lr {lr:.2e}  {rate:,.0f} images/s"
         if memory is not None:
@@ -80,10 +80,7 @@ class Terminal:
         self.clear()
         width = len(str(self.epochs - 1))
         cells = [f"Epoch {record['epoch']:>{width}}"]
-        cells.append(f"train loss {record['train_loss']:.4f}" if "train_loss" in record else "")
-        if "train_kd" in record:  # without labels there is no ce
-            parts = [name for name in ("ce", "kd") if f"train_{name}" in record]
-            cells += [f"{name} {record[f'train_{name}']:.4f}" for name in parts]
+        cells += loss_cells(record, "train ")
         if "test_acc1" in record:
             cells.append(f"test loss {record['test_loss']:.4f}")
             cells.append(f"acc1 {record['test_acc1']:6.2f} (best {best:6.2f})")
@@ -94,7 +91,7 @@ class Terminal:
             if "test_agreement" in record:
                 cells.append(f"agreement {record['test_agreement']:6.2f}")
         cells.append(f"{rate:,.0f} images/s")
-        log("  ".join(cell for cell in cells if cell))
+        log("  ".join(cells))
         self.shown = time.monotonic()
 
     def clear(self) -> None:
@@ -102,6 +99,17 @@ class Terminal:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def loss_cells(record: Mapping[str, float], before: str = "") -> list[str]:
+    """A training loss and its parts; a single part is the loss itself, which is shown once.
+
+    Args:
+        record: of log.txt.
+    """
+    figures = [(figure_of(name), record[name]) for name in record if name.startswith("train_")]
+    cells = [f"{f.word} {value:.{f.decimals}f}" for f, value in figures if f.word]
+    return [before + cells[0], *(cells[1:] if len(cells) > 2 else [])] if cells else []
 
 
 def status_line() -> tqdm:
@@ -118,30 +126,6 @@ def status_line() -> tqdm:
 def clock(seconds: float) -> str:
     """'0:01:23'"""
     return str(timedelta(seconds=round(seconds)))
-
-
-# ------------------------------------------------------------------------ the end of a run
-
-
-def summary_table(columns: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """A table with one column per network and one row per name that any of them has.
-
-    Args:
-        columns: heading -> name of a row -> text.
-    """
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [[name, *(column.get(name, "") for column in columns.values())] for name in names]
-    return table([["", *columns], *rows])
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of aligned cells, the first of each row to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([f"{first:{widths[0]}}", *cells]).rstrip())
-    return lines
 
 
 def time_line(seconds: Mapping[str, float]) -> str:

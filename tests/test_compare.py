@@ -66,7 +66,7 @@ def test_costs_of_student_and_teacher_are_shown_where_asked(runs, capsys):
     out = printed(capsys, *folders, "--cost")
     row = next(line for line in out.splitlines() if line.startswith("kd=true"))
     assert "78,042" in row and "781,952" in row and "0.50 ± 0.00" in row
-    assert "Teacher a: parameters 272,474, multiply-adds 781,952" in out
+    assert "Teacher a: parameters 272,474, multiply-adds per image 781,952" in out
 
 
 @pytest.mark.parametrize(

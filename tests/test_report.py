@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import compare
+import main
+from distillation import DistillationLoss
 from models import cost
 from reporting import metrics
 from reporting.tensorboard import answer_text, board_folder, grid, label_text, to_pictures
@@ -235,3 +238,29 @@ def test_a_network_that_cannot_be_measured_does_not_fail_the_run(run_main, short
     run = run_main(*short)
     assert run.code == 0 and "latency could not be measured: only batches of 16" in run.out
     assert "accuracy %, last epoch" in run.out and "parameters  " not in run.out
+
+
+def test_a_loss_part_and_a_score_that_nobody_listed_are_shown_everywhere(
+    run_main, short, kd, tmp_path, monkeypatch, capsys
+):
+    class Hinted(DistillationLoss):
+        def forward(self, *outputs_and_targets):
+            loss, parts = super().forward(*outputs_and_targets)
+            return loss, parts | {"hint": torch.tensor(0.25)}
+
+    def score_more(*args, **kwargs):
+        scores = evaluate_all(*args, **kwargs)
+        return scores | {"test_charm": 0.5}
+
+    evaluate_all = main.evaluate_all
+    monkeypatch.setattr("training.criterion.DistillationLoss", Hinted)
+    monkeypatch.setattr(main, "evaluate_all", score_more)
+    run = run_main(*short, *kd, output_dir=tmp_path)
+    assert run.code == 0 and "  hint 0.2500  " in run.out, run.err
+    assert run.log[1]["train_hint"] == 0.25 and run.log[1]["test_charm"] == 0.5
+    assert points(tmp_path / "tb", "train", "loss/hint") == [(64, 0.25), (128, 0.25)]
+    assert points(tmp_path / "tb", "test", "scores/charm") == [(64, 0.5), (128, 0.5)]
+    assert ["charm", "0.5000"] in [line.split() for line in run.out.splitlines()]
+    assert compare.main([str(tmp_path)]) == 0
+    heads, row = (line.split() for line in capsys.readouterr().out.splitlines()[:2])
+    assert "charm" in heads and "0.5000" in row

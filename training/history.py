@@ -62,7 +62,7 @@ class StepScalars(NamedTuple):
     loss: torch.Tensor  # ()
     parts: dict[str, torch.Tensor]  # () each
     student_logits: torch.Tensor  # (B, C)
-    teacher_logits: torch.Tensor | None  # (B, C)
+    teacher_logits: torch.Tensor | None  # (B, C), where they are scored
     targets: torch.Tensor  # (B,) or (B, C)
 
 
@@ -122,9 +122,11 @@ class History:
         """Note a batch. Scalars of its logits are computed for many batches at once, since these
         small kernels would cost the same for each batch."""
         student_logits = student_logits.detach()
-        scalars = StepScalars(loss.detach(), parts, student_logits, teacher_logits, batch.targets)
         if self.epoch == 0 and not (self.count or self.waiting or self.tables):
             self.recorder.show_batch(batch, teacher_logits)
+        if not batch.is_labeled:
+            teacher_logits = None  # cannot be scored
+        scalars = StepScalars(loss.detach(), parts, student_logits, teacher_logits, batch.targets)
         self.waiting.append(scalars)
         self.waiting_bytes += 3 * student_logits.nbytes
         if self.waiting_bytes >= WAITING_BYTES:
@@ -138,7 +140,7 @@ class History:
         losses, parts, students, teachers, targets = zip(*self.waiting, strict=True)
         columns = {"loss": torch.stack(losses)}  # (batches,) each
         columns |= {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-        if teachers[0] is not None and "labeled" not in columns:  # else labels are missing
+        if teachers[0] is not None:
             columns["teacher_acc1"] = accuracy(torch.stack(teachers), torch.stack(targets))
         if self.names != list(columns):  # the first batches; a checkpoint may hold other names
             sums = dict(zip(self.names, self.sums, strict=True))
