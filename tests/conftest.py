@@ -1,6 +1,7 @@
 """Fixtures of several test files: the command line in this process, a teacher, a folder."""
 
 import gc
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,15 @@ from PIL import Image
 import main
 import models  # noqa: F401
 
+gc.freeze()  # else each collection would look at all that torch and timm have made: 0.2 s
+
 
 @pytest.fixture(autouse=True)
 def end_loader_workers():
     """A persistent worker ends with its loader, which a reference cycle may keep."""
     yield
-    gc.collect()
+    if multiprocessing.active_children():
+        gc.collect()
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""Real torchrun, two processes, against one process on the same global batch."""
+"""Two processes against one process on the same global batch; how a group begins and ends."""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,29 +11,21 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ROOT, children_of, read_log, start, teacher_flags, torchrun
+from forked import Group, program, run_group
+from helpers import CPU, ROOT, children_of, read_log, start, teacher_flags, torchrun
 
+import datasets
 import models  # noqa: F401
+from data import readers
+from data.sources import ImageSource
 from runtime import distributed
+from training import checkpoints
 from utils import UserError
 
 # LayerNorm, since BatchNorm's statistics are those of a process's own images.
-FLAGS = """--device cpu --num_workers 1 --model convnext_atto --input_size 32 --train_samples 96
+FLAGS = """--device cpu --num_workers 1 --model test_convnext --input_size 32 --train_samples 96
 --epochs 2 --opt sgd --lr 0.02 --warmup_epochs 0 --mixup 0 --cutmix 0
 --model_ema true --model_ema_eval true"""
-
-
-def begin(processes: int, *argv: object, restarts: int = 0) -> subprocess.Popen:
-    """Start a script under torchrun."""
-    return start([*torchrun(processes, restarts), *map(str, argv)], stderr=subprocess.PIPE)
-
-
-def launch(processes: int, *argv: object) -> str:
-    """Run a script under torchrun to its end; returns what it printed."""
-    process = begin(processes, *argv)
-    out, err = process.communicate()
-    assert process.returncode == 0, err[-3000:]
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +49,18 @@ def runs(runs_folder):
         ("two", 2, ["--batch_size", 8]),
         ("two_accumulated", 2, ["--batch_size", 4, "--update_freq", 2]),
     ):
-        stdout = launch(
-            processes, "main.py", *FLAGS.split(), *kd, *flags, "--output_dir", folder / name
-        )
+        argv = [*FLAGS.split(), *kd, *flags, "--output_dir", folder / name]
+        run_group(*argv, processes=processes)
         saved = torch.load(folder / name / "checkpoint-1.pth", weights_only=True)
-        out[name] = (stdout, read_log(folder / name), saved)
+        out[name] = (read_log(folder / name), saved)
     return out
 
 
 @pytest.mark.parametrize("name", ["two", "two_accumulated"])
 def test_two_processes_learn_what_one_learns(runs, name):
     """float32; a relative tolerance of 1e-4, since sums are taken in another order."""
-    _, expected, one = runs["one"]
-    _, log, two = runs[name]
+    expected, one = runs["one"]
+    log, two = runs[name]
     assert len(log) == len(expected) == 2
     for ours, theirs in zip(log, expected, strict=True):
         for key in ("train_loss", "train_ce", "train_kd", "test_loss", "test_loss_ema"):
@@ -81,17 +71,24 @@ def test_two_processes_learn_what_one_learns(runs, name):
 
 
 def test_evaluation_counts_each_of_the_360_images_once(runs):
-    for _, log, _ in runs.values():
+    for log, _ in runs.values():
         for line in log:
             assert line["test_acc1"] * 3.6 == pytest.approx(
                 round(line["test_acc1"] * 3.6), abs=1e-6
             )
 
 
-def test_only_rank_0_prints(runs):
-    stdout = runs["two"][0]
-    assert stdout.count("Model convnext_atto") == 1
-    assert stdout.count("Teacher cifar_resnet8") == 1 and "2 process(es)" in stdout
+def test_under_torchrun_only_rank_0_prints_and_the_run_is_the_same(runs, runs_folder):
+    """So what the other tests find in forked processes holds under torchrun."""
+    kd = teacher_flags(runs_folder / "teacher.pth")
+    argv = ["main.py", *FLAGS.split(), *kd, "--batch_size", "8"]
+    argv += ["--output_dir", str(runs_folder / "torchrun")]
+    process = start([*torchrun(2), *argv], stderr=subprocess.PIPE)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.count("Model test_convnext") == 1
+    assert out.count("Teacher cifar_resnet8") == 1 and "2 process(es)" in out
+    assert read_log(runs_folder / "torchrun") == runs["two"][0]
 
 
 def test_two_processes_compute_and_learn_the_features_that_one_does(runs_folder):
@@ -102,7 +99,7 @@ def test_two_processes_compute_and_learn_the_features_that_one_does(runs_folder)
     for processes, batch_size in ((1, 16), (2, 8)):
         folder = runs_folder / f"probe-{processes}"
         size = ["--batch_size", batch_size]
-        out = launch(processes, "main.py", *flags.split(), *size, "--output_dir", folder)
+        out = run_group(*flags.split(), *size, "--output_dir", folder, processes=processes)
         assert out.count("Features of 97 training and ") == 1
         logs.append(read_log(folder))
     for one, two in zip(*logs, strict=True):
@@ -110,29 +107,25 @@ def test_two_processes_compute_and_learn_the_features_that_one_does(runs_folder)
             assert two[key] == pytest.approx(one[key], rel=1e-4), key
 
 
-ONCE_PER_MACHINE = """
-import os, sys
-import numpy as np
-import torch
-from data import readers
-from runtime import distributed
-from utils import UserError
-distributed.init_process(torch.device("cpu"), "env://")
-made = []
-def make():
-    made.append(1)
-    return [np.full(3, distributed.rank()), np.array([0.5])]
-for _ in range(2):
-    numbers, half = distributed.once_per_machine(make)
-source = readers.image_folder(sys.argv[1])
-print(len(made), numbers.tolist(), half[0], numbers.flags.writeable, len(source), source[23][1])
-try:
-    readers.image_folder(sys.argv[2])
-except UserError as error:
-    print("refused", error)
-except SystemExit as stop:
-    print("exit", stop.code)
-"""
+def share(folder: Path, empty: Path) -> None:
+    """What the processes below call, and what they print."""
+    distributed.init_process(CPU, "env://")
+    made = []
+
+    def make() -> list[np.ndarray]:
+        made.append(1)
+        return [np.full(3, distributed.rank()), np.array([0.5])]
+
+    for _ in range(2):
+        numbers, half = distributed.once_per_machine(make)
+    source = readers.image_folder(str(folder))
+    print(len(made), numbers.tolist(), half[0], numbers.flags.writeable, len(source), source[23][1])
+    try:
+        readers.image_folder(str(empty))
+    except UserError as error:
+        print("refused", error)
+    except SystemExit as stop:
+        print("exit", stop.code)
 
 
 def test_one_process_per_machine_lists_a_folder_and_makes_what_all_share(imnet, tmp_path):
@@ -144,21 +137,15 @@ def test_one_process_per_machine_lists_a_folder_and_makes_what_all_share(imnet, 
     for path in (killed, new):
         path.write_bytes(b"left by another run")
     os.utime(killed, (0, 0))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
-    common |= {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = []
-    for rank, local_rank, local_world in ((0, 0, 2), (1, 1, 2), (2, 0, 1)):
-        names = {"RANK": rank, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world}
-        env = os.environ | common | {name: str(value) for name, value in names.items()}
-        argv = [sys.executable, "-c", ONCE_PER_MACHINE, imnet / "train", empty]
-        processes.append(subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True))
-    printed = [process.communicate()[0].splitlines() for process in processes]
+    env = tuple(
+        {"LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world, "TMPDIR": temporary}
+        for local_rank, local_world in ((0, 2), (1, 2), (0, 1))
+    )
+    with Group(share, imnet / "train", empty, processes=3, env=env) as group:
+        assert group.wait() == [0, 0, 0], group.err
+        printed = [group.printed("out", rank).splitlines() for rank in range(3)]
     # torch 2.9 prints a line about its connections.
-    lines = [[line for line in found if not line.startswith("[Gloo]")] for found in printed]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    lines = [[line for line in out if not line.startswith("[Gloo]")] for out in printed]
     assert lines[0][0] == "2 [0, 0, 0] 0.5 False 24 2"
     assert lines[1] == ["0 [0, 0, 0] 0.5 False 24 2", "exit 2"]
     assert lines[2][0] == "2 [2, 2, 2] 0.5 True 24 2"  # alone, and therefore without files
@@ -176,17 +163,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_and_two_runs_at_once_fill_one_store(runs_folder):
-    """Under torchrun, then as two runs of the same command side by side; then a run reads it."""
+    """As one run, then as two of the same command side by side; then a run reads it."""
     kd = [*teacher_flags(runs_folder / "teacher.pth"), "--teacher_cache_dtype", "float32"]
-    common = ["main.py", *STORE.split(), "--batch_size", 8, *kd, "--teacher_cache"]
+    common = [*STORE.split(), "--batch_size", 8, *kd, "--teacher_cache"]
     fill = ["--teacher_cache_only", "true"]
     one, two, both = (runs_folder / f"cache-{name}" for name in ("one", "two", "both"))
-    launch(1, *common, one, *fill)
-    launch(2, *common, two, *fill)
-    side_by_side = [begin(1, *common, both, *fill) for _ in range(2)]
-    for process in side_by_side:
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+    run_group(*common, one, *fill)
+    run_group(*common, two, *fill, processes=2)
+    argv = list(map(str, [*common, both, *fill]))
+    with Group(program, argv) as first, Group(program, argv) as second:
+        assert first.wait() == second.wait() == [0], first.err + second.err
     expected = contents(one)
     assert len(expected) == 4
     assert contents(two).keys() == contents(both).keys() == expected.keys()
@@ -199,69 +185,56 @@ def test_two_processes_and_two_runs_at_once_fill_one_store(runs_folder):
             a, b = (np.frombuffer(found, np.float32) for found in (content, other[name]))
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
-    done = launch(2, *common, one, "--output_dir", runs_folder / "cached")
+    done = run_group(*common, one, "--output_dir", runs_folder / "cached", processes=2)
     assert "the teacher is not loaded" in done
     without_cache = [*common[: common.index("--teacher_cache_dtype")], "--output_dir"]
-    launch(2, *without_cache, runs_folder / "online")
+    run_group(*without_cache, runs_folder / "online", processes=2)
     cached, online = (read_log(runs_folder / name) for name in ("cached", "online"))
     for a, b in zip(cached, online, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-SOLO = """
-import sys
-import datasets, main, utils
-from data.sources import ImageSource
-from runtime import signals
-from training import checkpoints
-
-{patch}
-signals.stop_on_signals()
-sys.exit(main.main())
-"""
 ENDLESS = "--device cpu --num_workers 0 --model cifar_resnet8 --batch_size 8 --epochs 1000".split()
-RAISES = """
-def save(*args):
-    raise KeyError('cause')
-checkpoints.save_checkpoint = save  # on rank 0 alone; the other ranks train on
-"""
-OTHER_DATA = """
-import os
-digits = datasets.digits
-def fewer(is_train):
-    found = digits(is_train)
-    count = 40 + int(os.environ["RANK"])
-    return ImageSource(found.load, found.targets[:count], found.classes)
-datasets.digits = fewer
-"""
 
 
-def end_of_group(tmp_path: Path, patch: str, *argv: object) -> tuple[str, str]:
-    """Run two processes of a patched main.py that end with an error; returns what they print."""
-    script = tmp_path / "patched.py"
-    script.write_text(SOLO.format(patch=patch))
-    process = begin(2, script, *ENDLESS, "--output_dir", tmp_path / "out", *argv)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    return out, err
+def run_that_cannot_save(argv: list[str]) -> int:
+    def save(*args: object) -> None:
+        raise KeyError("cause")
+
+    checkpoints.save_checkpoint = save  # on rank 0 alone; the other ranks train on
+    return program(argv)
 
 
-def test_an_error_of_one_process_ends_both_and_is_told_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    _, err = end_of_group(tmp_path, RAISES, "--train_samples", 32)
-    ours, _, _ = err.partition("failed (exitcode")
-    assert ours.count("KeyError: 'cause'") == 1 and ours.count("Traceback") == 1, err
+def run_with_other_images(argv: list[str]) -> int:
+    def fewer(digits: ImageSource) -> ImageSource:
+        count = 40 + int(os.environ["RANK"])
+        return ImageSource(digits.load, digits.targets[:count], digits.classes)
+
+    whole = datasets.digits
+    datasets.digits = lambda is_train: fewer(whole(is_train))
+    return program(argv)
 
 
-def test_processes_with_other_images_do_not_begin(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    out, err = end_of_group(tmp_path, OTHER_DATA)
-    assert "process 0 has training images 40, but process 1 has 41" in err and "Model" not in out
+def test_an_error_of_one_process_ends_both_within_seconds_and_is_reported_once(tmp_path):
+    argv = [*ENDLESS, "--train_samples", "32", "--output_dir", str(tmp_path)]
+    with Group(run_that_cannot_save, argv, processes=2) as group:
+        assert group.wait(30) == [1, 1]
+        assert group.err.count("KeyError: 'cause'") == 1, group.err
+        assert group.err.count("Traceback") == 1, group.err
+
+
+def test_processes_with_other_images_do_not_begin(tmp_path):
+    argv = [*ENDLESS, "--output_dir", str(tmp_path / "out")]
+    with Group(run_with_other_images, argv, processes=2) as group:
+        assert group.wait(30) == [2, 2]
+        assert "process 0 has training images 40, but process 1 has 41" in group.err
+        assert "Model" not in group.out
 
 
 def test_a_killed_process_ends_the_other_within_seconds(tmp_path):
     """Here torchrun may start both again once."""
-    process = begin(2, "main.py", *ENDLESS, "--output_dir", tmp_path, restarts=1)
+    argv = [*torchrun(2, restarts=1), "main.py", *ENDLESS, "--output_dir", str(tmp_path)]
+    process = start(argv, stderr=subprocess.PIPE)
     for awaited in ("Epoch   1 ", "Resumed from"):
         assert any(awaited in line for line in process.stdout)
         began = time.monotonic()
