@@ -3,10 +3,11 @@
     python export.py student/checkpoint-best.pth --format onnx --out student.onnx
 
 The file is loaded back and compared with the checkpoint's network on validation images, or on noise
-where there are none. Where the two differ by more than rounding, nothing is left at --out.
+if there are none. If the two differ by more than rounding, nothing is left at --out.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import signal
@@ -54,7 +55,7 @@ from evaluation import evaluation_args, open_scored
 from models.weights import local_file, weight_keys
 from reporting.tables import table
 from runtime.distributed import log
-from utils import UserError, flags_for
+from utils import UserError, exit_code, flags_for
 
 ENDING = {"onnx": ".onnx", "pt2": ".pt2"}
 CALIBRATION = 256  # training images that INT8 takes the ranges of activations from
@@ -71,57 +72,46 @@ def get_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
+    switch = functools.partial(add, type=str2bool, nargs="?", const=True, default=False)
     add("checkpoint", help="a checkpoint that main.py wrote")
     add(
         "--format",
         required=True,
         choices=("timm", "onnx", "pt2"),
-        help="timm: a folder for timm.create_model('local-dir:PATH', pretrained=True); onnx: a "
-        "file for onnxruntime and others; pt2: a file for torch.export.load",
+        help="output format: a folder for timm.create_model('local-dir:PATH', pretrained=True) "
+        "(timm), a file for onnxruntime and others (onnx) or for torch.export.load (pt2)",
     )
-    add("--out", required=True, type=Path, help="the file or folder to write; must not exist")
+    add("--out", required=True, type=Path, help="file or folder to write; must not exist")
     add(
         "--use_ema",
         default="auto",
         choices=("auto", "true", "false"),
-        help="which weights to export: the better ones by their recorded accuracy, else the EMA "
-        "(auto), the EMA (true) or the raw weights (false)",
+        help="weights to export: those with the better recorded accuracy, else the EMA (auto), the "
+        "EMA (true) or the raw weights (false)",
     )
-    add(
+    switch(
         "--with_preprocessing",
-        type=str2bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="put normalization and softmax into the file: it takes RGB pixels (B, H, W, 3) uint8 "
-        "and returns probabilities; onnx and pt2",
+        help="include normalization and softmax: the file takes RGB pixels (B, H, W, 3) uint8 and "
+        "returns probabilities; onnx and pt2",
     )
-    add(
+    switch(
         "--half",
-        type=str2bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="store the weights in float16, and compute in it (onnx, pt2); input and output stay "
+        help="store weights in float16 and compute in float16 (onnx, pt2); input and output stay "
         "float32",
     )
-    add(
+    switch(
         "--int8",
-        type=str2bool,
-        nargs="?",
-        const=True,
-        default=False,
         help="quantize weights and activations to 8 bits with onnxruntime, calibrated on training "
         "images; onnx",
     )
     add("--data_set", help="data set to compare on (default: that of the checkpoint)")
     add("--data_path", help="folder of the images to compare on (default: that of the checkpoint)")
-    add("--eval_data_path", help="folder of the validation images, as for main.py (default: none)")
+    add("--eval_data_path", help="folder of validation images, as for main.py (default: none)")
     add(
         "--compare_images",
         type=int,
         default=512,
-        help="most validation images to compare on, spread evenly over all of them",
+        help="maximum number of validation images to compare on, spread evenly over all",
     )
     return parser
 
@@ -129,24 +119,13 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Export a checkpoint; returns the exit code."""
     args = get_parser().parse_args(argv)
-    try:
-        export(args)
-    except UserError as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # of `export.py … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a shell says of SIGPIPE
-    except KeyboardInterrupt:
-        print("export.py: stopped; nothing was written", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code("export.py", lambda: export(args), stopped="stopped; nothing was written")
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write an export to a temporary name, compare it, and give it its name.
+    """Write an export under a temporary name, compare it, and rename it.
 
-    Raises: UserError for whatever the user can correct, and where the export differs.
+    Raises: UserError for whatever the user can correct, and for an export that differs.
     """
     check_flags(args)
     with flags_for(use_ema="--use_ema"):
@@ -205,16 +184,16 @@ def check_flags(args: argparse.Namespace) -> None:
         for flag in ("with_preprocessing", "int8"):
             if getattr(args, flag):
                 raise UserError(
-                    f"--{flag} true: a folder of timm holds only the network; pass --format onnx"
+                    f"--{flag} true: --format timm holds only the network; pass --format onnx"
                     f"{' or pt2' if flag == 'with_preprocessing' else ''}, or remove the flag"
                 )
     elif args.out.suffix != ENDING[args.format]:
         raise UserError(
-            f"--out {args.out}: must end in {ENDING[args.format]} for --format {args.format}, by "
-            "which predict.py knows the file"
+            f"--out {args.out}: must end in {ENDING[args.format]} for --format {args.format}: "
+            "predict.py knows a file by its ending"
         )
     if args.int8 and args.format != "onnx":
-        raise UserError("--int8 true: onnxruntime does the quantization; pass --format onnx")
+        raise UserError("--int8 true: onnxruntime quantizes; pass --format onnx")
     if args.int8 and args.half:
         raise UserError("--int8 true --half true: pass one of them")
     for path in (args.out, sidecar(args.out)) if args.format != "timm" else (args.out,):
@@ -227,7 +206,7 @@ def check_flags(args: argparse.Namespace) -> None:
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"--format onnx: needs more packages ({error}); {ONNX_PACKAGES}"
+                f"--format onnx: packages are missing ({error}); {ONNX_PACKAGES}"
             ) from error
 
 
@@ -236,9 +215,9 @@ def check_architecture(args: argparse.Namespace, card: ModelCard) -> None:
     if args.format != "timm" or models.is_in_timm(card.architecture):
         return
     is_own = is_own_module(card.architecture)
-    where = "a network of your own" if is_own else "an architecture of this repository"
+    kind = "a network of your own" if is_own else "an architecture of this repository"
     raise UserError(
-        f"--format timm: {card.architecture} is {where}, which timm alone cannot build; pass "
+        f"--format timm: {card.architecture} is {kind}, which timm alone cannot build; pass "
         "--format onnx or pt2, whose files hold the network itself"
     )
 
@@ -246,7 +225,7 @@ def check_architecture(args: argparse.Namespace, card: ModelCard) -> None:
 def open_images(
     args: argparse.Namespace, checkpoint: Any, card: ModelCard
 ) -> tuple[Images, argparse.Namespace]:
-    """Validation images as an evaluation shows them, or noise where there are none.
+    """Validation images as in an evaluation, or noise if there are none.
 
     Returns: the images, and the arguments that opened them.
     Raises: UserError for data that flags name, and for --int8 without any.
@@ -275,19 +254,19 @@ def load_pixels(source: Source, most: int, card: ModelCard) -> tuple[torch.Tenso
     transform = eval_transform(card.config)
     if isinstance(source, ImageSource):
         chosen = evenly(len(source), most)
-        found = [(source.load(i), source.targets[i]) for i in chosen.tolist()]
+        pairs = [(source.load(i), source.targets[i]) for i in chosen.tolist()]
     else:
         source.stream.transform = pictures.decode_of_stream
-        found = [pair for pair, _ in zip(source.stream, range(most), strict=False)]
-    pixels = np.stack([transform(image)[0] for image, _ in found])
-    return torch.from_numpy(pixels), torch.tensor([int(target) for _, target in found])
+        pairs = [pair for pair, _ in zip(source.stream, range(most), strict=False)]
+    pixels = np.stack([transform(image)[0] for image, _ in pairs])
+    return torch.from_numpy(pixels), torch.tensor([int(target) for _, target in pairs])
 
 
 def calibration_batches(data: argparse.Namespace, card: ModelCard) -> Iterator[torch.Tensor]:
-    """Pixels (1, H, W, 3) of training images, with which INT8 chooses its ranges.
+    """Pixels (1, H, W, 3) of training images, from which INT8 takes the ranges of activations.
 
-    One at a time, since onnxruntime keeps every activation: a ResNet-50 at 224 pixels took 1.5 GB
-    and 0.25 s per image, and in batches of 24 the same time and 3.4 GB.
+    One image at a time, since onnxruntime keeps every activation: a ResNet-50 at 224 pixels took
+    0.25 s per image and 1.5 GB, against 3.4 GB and no time saved with batches of 24.
     """
     train_only = vars(data) | {"disable_eval": True, "teacher_eval": False}
     train, _ = datasets.open_splits(argparse.Namespace(**train_only))
@@ -299,7 +278,7 @@ def calibration_batches(data: argparse.Namespace, card: ModelCard) -> Iterator[t
 
 @contextmanager
 def temporary_folder(out: Path) -> Iterator[Path]:
-    """A folder beside --out, so that what is in it can be renamed; removed at the end."""
+    """A folder beside --out, so that its content can be renamed; removed at the end."""
     with flags_for(folder="--out"):
         utils.make_folder(out.parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -310,9 +289,9 @@ def temporary_folder(out: Path) -> Iterator[Path]:
 
 
 def publish(path: Path, out: Path, card: str) -> None:
-    """Give a finished export its name, and write its card beside it unless that is ''."""
+    """Rename a finished export to --out, and write its card beside it unless the card is ''."""
     if os.path.lexists(out):
-        raise UserError(f"--out {out}: another program wrote it meanwhile; pass another name")
+        raise UserError(f"--out {out}: another program has just written it; pass another name")
     with saving(out):
         if card:
             sidecar(path).write_text(card + "\n", encoding="utf-8")
@@ -326,6 +305,6 @@ def publish(path: Path, out: Path, card: str) -> None:
 
 
 if __name__ == "__main__":
-    # As for Ctrl-C, what was written so far is removed.
+    # As after Ctrl-C, what was written so far is removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

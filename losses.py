@@ -1,4 +1,4 @@
-"""Divergences between student and teacher logits, weights of classes; each with its source."""
+"""Divergences between student and teacher logits, and class weights, each with its source."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 def kl_per_image(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """`kl_divergence` of each image, (B,) float32; their mean is that of the batch."""
+    """`kl_divergence` per image, (B,) float32; the mean is the divergence of the batch."""
     divergence = F.kl_div(
         F.log_softmax(student_logits.float() / temperature, dim=-1),
         F.log_softmax(teacher_logits.float() / temperature, dim=-1),
@@ -23,7 +23,7 @@ def kl_divergence(
 ) -> torch.Tensor:
     """T^2 * KL(softmax(teacher/T) || softmax(student/T)), summed over classes, mean over the batch.
 
-    T^2 keeps the size of the gradient the same for every temperature. Hinton, Vinyals and Dean,
+    T^2 keeps the size of the gradient independent of the temperature. Hinton, Vinyals and Dean,
     'Distilling the Knowledge in a Neural Network', 2015, section 2.1.
 
     Args:
@@ -41,11 +41,11 @@ def kl_divergence(
 
 
 def balanced_weights(targets: np.ndarray, classes: int) -> torch.Tensor:
-    """N / (K * n_c) for a class with n_c of N images, where K classes have any; else 0.
+    """N / (K * n_c) for a class with n_c of N images, if K classes have images; 0 without images.
 
-    So every class has the same sum of weights over the images, whose mean weight is 1. It is
-    'balanced' of scikit-learn's compute_class_weight, after King and Zeng, 'Logistic regression in
-    rare events data', 2001.
+    The weights of all images then have the mean 1 and the same sum in every class: 'balanced' in
+    scikit-learn's compute_class_weight, after King and Zeng, 'Logistic regression in rare events
+    data', 2001.
 
     Args:
         targets: (N,) class indices.

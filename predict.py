@@ -2,8 +2,8 @@
 
     python predict.py student.onnx photo.jpg folder 'more/**/*.png' --format csv > classes.csv
 
-The images are shown as in an evaluation. Those that cannot be read are left out and named at the
-end; the exit code is then 1. It is 2 where the command itself cannot work.
+Images are decoded, cropped and normalized as in an evaluation. Images that cannot be read are named
+at the end, and the exit code is then 1; it is 2 if the command itself cannot work.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import csv
 import glob
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -29,7 +28,7 @@ from data.transforms import eval_transform
 from deploy.model import Model, open_model
 from runtime import signals
 from runtime.device import default_device, find_device
-from utils import UserError, few, flags_for
+from utils import UserError, exit_code, few, flags_for
 
 LONG = 256  # images for which starting loader workers pays
 PATIENCE = 5  # seconds before progress is shown
@@ -45,31 +44,31 @@ def get_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", help="a checkpoint, a folder of timm's, an .onnx or a .pt2 file")
-    add("images", nargs="+", help="files, folders (with the folders below them) and globs")
+    add("model", help="a checkpoint, a folder of --format timm, an .onnx or a .pt2 file")
+    add("images", nargs="+", help="files, folders (searched recursively) and globs")
     add(
         "--format",
         default="table",
         choices=tuple(WRITERS),
-        help="how to print: an aligned table, CSV, or a JSON object per line",
+        help="output format: an aligned table, CSV, or one JSON object per line",
     )
-    add("--top_k", type=int, default=5, help="classes per image, most probable first")
-    add("--batch_size", type=int, default=32, help="images that the network sees at once")
+    add("--top_k", type=int, default=5, help="classes to print per image, most probable first")
+    add("--batch_size", type=int, default=32, help="images per batch")
     add(
         "--device",
-        help="cpu, cuda, cuda:1, mps (default: cuda or mps where there is one; cpu for .onnx)",
+        help="device: cpu, cuda, cuda:1 or mps (default: a GPU if there is one; cpu for .onnx)",
     )
     add(
         "--use_ema",
         default="auto",
         choices=("auto", "true", "false"),
-        help="which weights of a checkpoint to use: the better ones by their recorded accuracy, "
-        "else the EMA (auto), the EMA (true) or the raw weights (false)",
+        help="weights of a checkpoint: those with the better recorded accuracy, else the EMA "
+        "(auto), the EMA (true) or the raw weights (false)",
     )
     add(
         "--num_workers",
         type=int,
-        help=f"processes that load images (default: 0 for up to {LONG} images, else one per core)",
+        help=f"image-loading processes (default: 0 for up to {LONG} images, else one per core)",
     )
     return parser
 
@@ -80,23 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name of a file need not be text; see runtime.log
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    try:
-        broken = predict(args)
-    except UserError as error:
-        print(f"predict.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("predict.py: stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # of `predict.py … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as a shell says of SIGPIPE
-    return 1 if broken else 0
+    return exit_code("predict.py", lambda: predict(args))
 
 
-def predict(args: argparse.Namespace) -> list[str]:
-    """Print the classes of every image; returns why some images could not be read.
+def predict(args: argparse.Namespace) -> int:
+    """Print the classes of every image.
 
+    Returns: the exit code, 1 if some images could not be read.
     Raises: UserError for whatever the user can correct.
     """
     for flag, least in (("top_k", 1), ("batch_size", 1), ("num_workers", 0)):
@@ -114,17 +103,17 @@ def predict(args: argparse.Namespace) -> list[str]:
     writer = WRITERS[args.format](files, model.card.classes, top_k)
     broken = []
     with tqdm(total=len(files), unit=" images", delay=PATIENCE, mininterval=1) as progress:
-        for path, found in predictions(model, files, args.batch_size, args.num_workers):
-            if isinstance(found, str):
-                broken.append(found)
+        for path, result in predictions(model, files, args.batch_size, args.num_workers):
+            if isinstance(result, str):
+                broken.append(result)
             else:
-                writer.write(path, top_classes(found, model.card.classes, top_k))
+                writer.write(path, top_classes(result, model.card.classes, top_k))
             progress.update()
     sys.stdout.flush()
     if broken:
         print(f"{len(broken)} of {len(files)} images could not be read:", file=sys.stderr)
         print("\n".join(broken), file=sys.stderr)
-    return broken
+    return int(bool(broken))
 
 
 # ------------------------------------------------------------------------------------- images
@@ -135,7 +124,7 @@ def find_images(words: Sequence[str]) -> list[str]:
 
     Raises: UserError for a word that names no image.
     """
-    found: dict[str, None] = {}
+    images: dict[str, None] = {}
     for word in words:
         matches = [word] if os.path.lexists(word) else sorted(glob.glob(word, recursive=True))
         if not matches:
@@ -148,31 +137,31 @@ def find_images(words: Sequence[str]) -> list[str]:
                     f"{word}: holds no image ({', '.join(IMG_EXTENSIONS)}), nor do the folders "
                     "below it; pass another folder, or the files themselves"
                 )
-            found.update(dict.fromkeys(below))
-    if not found:
+            images.update(dict.fromkeys(below))
+    if not images:
         raise UserError(f"{few(words)}: only folders without images match; pass images")
-    return list(found)
+    return list(images)
 
 
 def images_below(folder: str) -> list[str]:
     """The image files of a folder and of those below it, by their endings; sorted."""
-    found, seen, others = [], set(), 0
+    paths, visited, others = [], set(), 0
     for parent, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
+        if (real := os.path.realpath(parent)) in visited:
             folders.clear()  # a link that leads back
             continue
-        seen.add(real)
+        visited.add(real)
         folders.sort()
         images = [name for name in files if has_file_allowed_extension(name, IMG_EXTENSIONS)]
         others += len(files) - len(images)
-        found += [os.path.join(parent, name) for name in sorted(images)]
-    if others and found:
-        print(f"{folder}: left out {others} files that are no images by ending", file=sys.stderr)
-    return found
+        paths += [os.path.join(parent, name) for name in sorted(images)]
+    if others and paths:
+        print(f"{folder}: left out {others} files without an image ending", file=sys.stderr)
+    return paths
 
 
 class ImageFiles(Dataset):
-    """Image files as an evaluation shows them, or why they cannot be read."""
+    """Image files, cropped as in an evaluation, or why they cannot be read."""
 
     def __init__(self, files: Sequence[str], config: dict[str, Any]) -> None:
         self.files, self.transform = np.array(files, dtype=object), eval_transform(config)
@@ -194,9 +183,9 @@ class ImageFiles(Dataset):
 def predictions(
     model: Model, files: Sequence[str], batch_size: int, num_workers: int
 ) -> Iterator[tuple[str, torch.Tensor | str]]:
-    """Each file with its probabilities (C,), or with a message where it cannot be read.
+    """Each file with its probabilities (C,), or with a message if it cannot be read.
 
-    Raises: UserError where the network returns NaN or Inf.
+    Raises: UserError if the network returns NaN or Inf.
     """
     loader = DataLoader(
         ImageFiles(files, model.card.config),
@@ -253,8 +242,8 @@ class Table:
 
     def write(self, path: str, guesses: Sequence[Guess]) -> None:
         """Print a line."""
-        told = [f"{g.name.ljust(self.name)} {100 * g.probability:6.2f} %" for g in guesses]
-        print("  ".join([path.ljust(self.path), *told]))
+        cells = [f"{g.name.ljust(self.name)} {100 * g.probability:6.2f} %" for g in guesses]
+        print("  ".join([path.ljust(self.path), *cells]))
 
 
 class Csv:
@@ -280,8 +269,8 @@ class JsonLines:
 
     def write(self, path: str, guesses: Sequence[Guess]) -> None:
         """Print a line."""
-        found = [{"name": g.name, "probability": float(f"{g.probability:.8g}")} for g in guesses]
-        print(json.dumps({"image": path, "classes": found}, ensure_ascii=False))
+        classes = [{"name": g.name, "probability": float(f"{g.probability:.8g}")} for g in guesses]
+        print(json.dumps({"image": path, "classes": classes}, ensure_ascii=False))
 
 
 WRITERS: dict[str, type[Writer]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}

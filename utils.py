@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +39,32 @@ def flags_for(**flags: str) -> Iterator[None]:
         if error.subject not in flags:
             raise
         raise UserError(f"{flags[error.subject]} {error}") from error
+
+
+def exit_code(program: str, command: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Run a command, print what went wrong in one line on stderr, and return the exit code.
+
+    The code is that of the command, 2 for an error that the user can correct or an output that
+    cannot be written, 130 after Ctrl-C, and 141 if the reader of a pipe (`| head`) has ended.
+    """
+    try:
+        code = command()
+        print(end="", flush=True)  # here at the latest a full disk is noticed
+        return code or 0
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: {stopped}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if error.filename is not None:  # the output has no name
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        if isinstance(error, BrokenPipeError):
+            return 141  # 128 + SIGPIPE
+        print(f"{program}: error: cannot write the output ({error.strerror})", file=sys.stderr)
+        return 2
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Compares an export with the network that it was made from, on the same images."""
+"""Compares an export with the network of its checkpoint, on the same images."""
 
 import statistics
 import time
@@ -12,15 +12,15 @@ import torch
 from deploy.model import Model, ModelCard
 from utils import UserError
 
-# Largest difference from the checkpoint's outputs, as a part of the largest of these.
+# Largest difference from the checkpoint's outputs, as a part of the largest output.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
-LEAST_AGREEMENT = 95.0  # percent of images that INT8 has to put into the same class
+LEAST_AGREEMENT = 95.0  # percent of images whose class INT8 must not change
 BATCH = 32
-LATENCIES, ROUNDS = 30, 5  # of which the median is told; from network to network
+LATENCIES, ROUNDS = 30, 5  # timed runs per network, spread over rounds; the median is reported
 
 
 def sidecar(out: Path) -> Path:
-    """The file beside an export that says its classes and its input."""
+    """The path of the card beside an export."""
     return out.with_name(f"{out.name}.json")
 
 
@@ -28,13 +28,13 @@ def sidecar(out: Path) -> Path:
 
 
 class Images(NamedTuple):
-    """What both networks are shown.
+    """What both networks are given.
 
     Attributes:
         pixels: (N, H, W, 3) uint8, as the evaluation crops them.
         targets: (N,) classes, or None for noise.
         positions: see evaluation.Scored.
-        words: what they are.
+        words: what they are, for messages.
     """
 
     pixels: torch.Tensor
@@ -48,19 +48,19 @@ class Images(NamedTuple):
 
 @dataclass
 class Row:
-    """A network and how it does, as the table tells it."""
+    """A network and its line of the table."""
 
     name: str
     model: Model
     megabytes: float
     accuracy: float | None = None  # percent
-    agreement: float | None = None  # percent of images in the class that the checkpoint gives
+    agreement: float | None = None  # percent of images with the class that the checkpoint gives
     difference: float | None = None  # from the checkpoint, as a part of its largest output
     latency: float = 0.0  # milliseconds at batch size 1
 
     @property
     def cells(self) -> list[str]:
-        """What the table shows."""
+        """The cells of the table, under HEADS."""
         of_100 = ["" if v is None else f"{v:.2f}" for v in (self.accuracy, self.agreement)]
         part = "" if self.difference is None else f"{self.difference:.1e}"
         return [self.name, *of_100, part, f"{self.latency:.2f}", f"{self.megabytes:.2f}"]
@@ -75,18 +75,21 @@ def size_of(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def check_card(found: ModelCard, wanted: ModelCard) -> None:
-    """Raise UserError where a file does not say what was written into it."""
-    names = ["classes", *wanted.config]
-    if other := [name for name in names if getattr(found, name) != getattr(wanted, name)]:
-        raise UserError(
-            f"the file says {other[0]} {getattr(found, other[0])}, but the checkpoint "
-            f"{getattr(wanted, other[0])}; nothing was written. Please report this"
-        )
+def check_card(exported: ModelCard, card: ModelCard) -> None:
+    """Raise UserError if a file does not hold the card that was written into it."""
+    for name in ("classes", *card.config):
+        if getattr(exported, name) != getattr(card, name):
+            raise UserError(
+                f"the file says {name} {getattr(exported, name)}, but the checkpoint "
+                f"{getattr(card, name)}; nothing was written. Please report this"
+            )
 
 
 def compare(rows: Sequence[Row], images: Images) -> None:
-    """Fill in what each network computes of the images, next to the first one, and how fast."""
+    """Fill in the accuracy and latency of each row, and its difference from the first row.
+
+    Raises: UserError if the logits of the first row hold NaN or Inf.
+    """
     reference: torch.Tensor | None = None
     for row in rows:
         # The first image by itself: the batch size is free.
@@ -111,32 +114,32 @@ def compare(rows: Sequence[Row], images: Images) -> None:
     times: list[list[float]] = [[] for _ in rows]
     with torch.inference_mode():
         for _ in range(ROUNDS):  # in turn, so that a busy machine slows all of them
-            for row, image, found in zip(rows, one, times, strict=True):
+            for row, image, measured in zip(rows, one, times, strict=True):
                 row.model.run(image)  # the first run waits for memory
                 for _ in range(LATENCIES // ROUNDS):
                     start = time.perf_counter()
                     row.model.run(image)
-                    found.append(1000 * (time.perf_counter() - start))
-    for row, found in zip(rows, times, strict=True):
-        row.latency = statistics.median(found)
+                    measured.append(1000 * (time.perf_counter() - start))
+    for row, measured in zip(rows, times, strict=True):
+        row.latency = statistics.median(measured)
 
 
 def check_difference(row: Row, dtype: str, out: Path, images: Images) -> None:
-    """Raise UserError where an export is not what the checkpoint is."""
+    """Raise UserError if an export differs from the checkpoint by more than its dtype explains."""
     assert row.difference is not None and row.agreement is not None
     if dtype == "int8":
         if row.agreement >= LEAST_AGREEMENT:
             return
         raise UserError(
-            f"--int8 true: {row.agreement:.2f} % of {images.words} get the class that the "
-            f"checkpoint gives, and {LEAST_AGREEMENT:g} % are needed; nothing was written. Remove "
-            "the flag, or pass --half true"
+            f"--int8 true: {row.agreement:.2f} % of {images.words} keep the class that the "
+            f"checkpoint gives, but {LEAST_AGREEMENT:g} % are required; nothing was written. "
+            "Remove the flag, or pass --half true"
         )
     if row.difference <= TOLERANCE[dtype]:  # false for NaN as well
         return
     remedy = "--half false" if dtype == "float16" else "another --format"
     raise UserError(
         f"--out {out}: the export differs from the checkpoint by {row.difference:.1e} of the "
-        f"largest output on {images.words}, and {TOLERANCE[dtype]:.0e} are allowed; nothing was "
+        f"largest output on {images.words}, but {TOLERANCE[dtype]:.0e} is allowed; nothing was "
         f"written. Pass {remedy}"
     )

@@ -19,12 +19,12 @@ from deploy.model import CARD, CPU, Model, ModelCard, open_onnx
 from models.fusion import fuse_layers
 from utils import UserError, first_line
 
-OPSET = 18  # of ONNX; the one that torch's exporter writes without converting
+OPSET = 18  # of ONNX; torch's exporter writes this version without converting
 
 
 @contextmanager
 def saving(path: Path, action: str = "written") -> Iterator[None]:
-    """Raise UserError where a library cannot write a file; each has errors of its own for it."""
+    """Turn whatever a library raises while it writes a file into a UserError."""
     try:
         yield
     except Exception as error:
@@ -37,14 +37,14 @@ def saving(path: Path, action: str = "written") -> Iterator[None]:
 
 
 def write_timm(network: nn.Module, card: ModelCard, folder: Path) -> None:
-    """config.json and model.safetensors, as timm uploads them to the hub."""
+    """Write config.json and model.safetensors, as timm uploads them to the hub."""
     if card.dtype == "float16":
         network = copy.deepcopy(network).half()
     config = card.config | {"input_size": (3, card.input_size, card.input_size)}
-    # timm would keep the name and the license of the weights that it has of this architecture.
-    told = {"label_names": card.classes, "pretrained_cfg": {"tag": "", "license": None}}
+    # Without these, timm names its own weights for this architecture, and their license.
+    extra = {"label_names": card.classes, "pretrained_cfg": {"tag": "", "license": None}}
     with saving(folder):
-        save_for_hf(network, str(folder), told, safe_serialization=True, data_config=config)
+        save_for_hf(network, str(folder), extra, safe_serialization=True, data_config=config)
 
 
 class Preprocessed(nn.Module):
@@ -79,7 +79,7 @@ class Half(nn.Module):
 
 
 def write_program(network: nn.Module, card: ModelCard, path: Path) -> None:
-    """An .onnx or .pt2 file for any batch size, with BatchNorms fused and the card inside.
+    """Write an .onnx or .pt2 file for any batch size, with BatchNorms fused and the card inside.
 
     Raises: UserError for a network that cannot be traced or converted.
     """
@@ -97,8 +97,8 @@ def write_program(network: nn.Module, card: ModelCard, path: Path) -> None:
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(fused.eval(), (example,), dynamic_shapes=({0: batch},))
-    except Exception as error:  # of any layer of the network, or of the tracer
-        remedy = "keep what depends on the images' values or number out of its forward method"
+    except Exception as error:  # from any layer of the network, or from the tracer
+        remedy = "let no branch of its forward method depend on the values or number of images"
         if not is_own_module(card.architecture):
             remedy = "pass --format timm"
         raise UserError(
@@ -106,7 +106,7 @@ def write_program(network: nn.Module, card: ModelCard, path: Path) -> None:
             f"batch size ({explain(error)}); {remedy}"
         ) from error
     if path.suffix == ".pt2":
-        content = io.BytesIO()  # torch's own writer ends the process where a disk is full
+        content = io.BytesIO()  # torch's own writer kills the process if the disk is full
         with quiet():
             torch.export.save(program, content, extra_files={CARD: card.to_json()})
         with saving(path):
@@ -135,13 +135,13 @@ def write_program(network: nn.Module, card: ModelCard, path: Path) -> None:
 
 
 def input_name(card: ModelCard) -> str:
-    """What an ONNX file calls its input."""
+    """The name of an ONNX file's input."""
     return "pixels" if card.with_preprocessing else "images"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the pages that exporters print, most of all on errors, off the terminal."""
+    """Keep the pages that exporters print, above all on errors, off the terminal."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -157,22 +157,22 @@ def explain(error: BaseException) -> str:
     while cause := error.__cause__ or error.__context__:
         error = cause
         texts.append(str(error))
-    told = [first_line(error)]
-    if found := re.search(r"(?:OpOverload\(op='|torch\.ops\.)(\w+[.:]+\w+)", "\n".join(texts)):
-        told.insert(0, f"operator {found[1]}")
+    parts = [first_line(error)]
+    if operator := re.search(r"(?:OpOverload\(op='|torch\.ops\.)(\w+[.:]+\w+)", "\n".join(texts)):
+        parts.insert(0, f"operator {operator[1]}")
     elif places := re.findall(r'File "(.+)", line (\d+), in forward', "\n".join(texts)):
-        told.insert(0, "{}, line {}".format(*places[-1]))
-    return ": ".join(told)
+        parts.insert(0, "{}, line {}".format(*places[-1]))
+    return ": ".join(parts)
 
 
 class Calibration:
-    """Calibration images as onnxruntime asks for them."""
+    """Calibration images in the form that onnxruntime asks for."""
 
     def __init__(self, model: Model, batches: Iterator[torch.Tensor]) -> None:
         self.model, self.batches = model, batches
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """The input of one batch by its name; None after the last one."""
+        """The input of one batch by its name; None after the last batch."""
         pixels = next(self.batches, None)
         if pixels is None:
             return None
@@ -181,15 +181,17 @@ class Calibration:
 
 
 def quantize(path: Path, card: ModelCard, batches: Iterator[torch.Tensor]) -> Path:
-    """A float32 .onnx file -> one of the same name, in a folder beside it, that computes in INT8.
+    """Quantize a float32 .onnx file to INT8.
 
     onnxruntime's static quantization of convolutions and matrix products, weights per channel.
-    Everything else stays in float32: 8 bits of additions and of softmax cost a ViT accuracy, and
-    saved no time (docs/export.md). Weights use 7 of their 8 bits, since CPUs without VNNI would
-    saturate with more, so that the file would compute something else there than it does here.
+    Everything else stays in float32: 8-bit additions and softmax cost a ViT accuracy and saved no
+    time (docs/export.md). Weights use 7 of 8 bits, since CPUs without VNNI saturate with 8: the
+    file would compute something else there than what was compared here.
 
     Args:
         batches: pixels (1, H, W, 3) uint8, from which the ranges of activations are taken.
+    Returns: the path of the INT8 file, of the same name in a folder beside the float32 file.
+    Raises: UserError if onnxruntime cannot quantize or the file cannot be written.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_static

@@ -261,9 +261,9 @@ def test_an_export_that_exists_is_left_as_it_is(checkpoint, run_export):
     ("kind", "flags", "name", "message"),
     [
         ("onnx", [], "student", "--out * must end in .onnx"),
-        ("timm", ["--with_preprocessing"], "", "--with_preprocessing true: a folder of timm"),
-        ("timm", ["--int8"], "", "--int8 true: a folder of timm holds only the network"),
-        ("pt2", ["--int8"], "", "--int8 true: onnxruntime does the quantization"),
+        ("timm", ["--with_preprocessing"], "", "--with_preprocessing true: --format timm"),
+        ("timm", ["--int8"], "", "--int8 true: --format timm holds only the network"),
+        ("pt2", ["--int8"], "", "--int8 true: onnxruntime quantizes"),
         ("onnx", ["--int8", "--half"], "", "--int8 true --half true: pass one of them"),
         ("pt2", ["--compare_images", "0"], "", "--compare_images 0: must be at least 1"),
     ],
@@ -343,8 +343,8 @@ def with_branch(num_classes: int) -> nn.Module:
     ("factory", "kind", "messages"),
     [
         (with_bessel, "onnx", ["operator prims.bessel_j0", "pass --format pt2"]),
-        (with_branch, "onnx", ["test_export.py, line", "out of its forward method"]),
-        (with_branch, "pt2", ["test_export.py, line", "out of its forward method"]),
+        (with_branch, "onnx", ["test_export.py, line", "let no branch of its forward"]),
+        (with_branch, "pt2", ["test_export.py, line", "let no branch of its forward"]),
         (with_branch, "timm", ["a network of your own", "pass --format onnx or pt2"]),
     ],
 )

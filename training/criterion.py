@@ -27,7 +27,7 @@ def make_loss(args: argparse.Namespace, data: Data) -> DistillationLoss:
 
 
 def class_weights(args: argparse.Namespace, train: Source) -> torch.Tensor | None:
-    """The weight of each class in the label loss; None where all are the same.
+    """The weight of each class in the label loss; None if all weights are equal.
 
     Raises: UserError for a stream, whose labels are not known.
     """
@@ -35,8 +35,8 @@ def class_weights(args: argparse.Namespace, train: Source) -> torch.Tensor | Non
         return None
     if not isinstance(train, ImageSource):
         raise UserError(
-            f"--class_weights {args.class_weights}: the images of each class must be counted, and "
-            f"the stream {args.data_set} does not tell its labels; use a folder, or remove the flag"
+            f"--class_weights {args.class_weights}: the stream {args.data_set} cannot be counted "
+            "per class before training; use a folder, or remove the flag"
         )
     labeled = train.targets[train.targets < len(train.classes)]
     return losses.balanced_weights(labeled, len(train.classes))
