@@ -6,7 +6,6 @@ import itertools
 import math
 import os
 import random
-import subprocess
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, QUICK, evaluation_images, start, teacher_flags, torchrun, write_images
+from forked import Group, program
+from helpers import CPU, QUICK, evaluation_images, teacher_flags, write_images
 from PIL import ExifTags, Image, ImageOps
 from timm.data import IterableImageDataset
 from timm.data import mixup as timm_mixup
@@ -776,15 +776,14 @@ def test_check_data_passes_sound_images_and_an_evaluation_checks_its_own(run_mai
     assert run.code == 2 and "1 of 9 images" in run.err and str(bad) in run.err
 
 
-def test_under_torchrun_check_data_divides_the_images_and_reports_once(imnet):
+def test_two_processes_check_the_data_of_each_image_once_and_report_once(imnet):
     bad = spoil(imnet, "train/ant/1.jpg", "train/ant/2.jpg", "train/cat/7.jpg", "val/bee/0.jpg")
     flags = ["--data_path", imnet, *SMALL_RUN, "--num_workers", 1, "--check_data", "true"]
-    argv = [*torchrun(2), "main.py", *QUICK, *map(str, flags)]
-    process = start(argv, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and "Model" not in out
-    assert err.count("main.py: error") == 1 and "4 of 33 images cannot be read" in err
-    assert "exitcode: 2" in err and all(err.count(f"{path} (") == 1 for path in bad)
+    with Group(program, [*QUICK, *map(str, flags)], processes=2) as group:
+        assert group.wait() == [2, 2] and "Model" not in group.out
+        assert group.err.count("main.py: error") == 1
+        assert "4 of 33 images cannot be read" in group.err
+        assert all(group.err.count(f"{path} (") == 1 for path in bad)
 
 
 def test_a_bad_validation_image_is_found_before_the_first_epoch(run_main, imnet):

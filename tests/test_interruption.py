@@ -3,14 +3,13 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, RECORDS, ROOT, children_of, is_same, read_log, start, torchrun
+from forked import Group, program, run_group
+from helpers import CPU, RECORDS, children_of, is_same, read_log, start, torchrun
 
 from runtime import distributed, signals
 from training.checkpoints import INSIDE_EPOCH
@@ -20,55 +19,47 @@ LONG = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 640
 --epochs 3 --print_seconds 0"""
 
 
-def train(folder: Path, processes: int = 1) -> subprocess.Popen:
-    python = torchrun(processes) if processes > 1 else [sys.executable, "-u"]
-    return start([*python, "main.py", *LONG.split(), "--output_dir", str(folder)])
-
-
-def wait_for(process: subprocess.Popen, text: str) -> str:
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if text in line:
-            return seen
-    raise AssertionError(f"'{text}' never came:\n{seen}")
+def train(folder: Path) -> Group:
+    return Group(program, [*LONG.split(), "--output_dir", str(folder)])
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    process = train(folder)
-    assert process.communicate() and process.returncode == 0
+    run_group(*LONG.split(), "--output_dir", folder)
     return folder
 
 
-def assert_same(alone: Path, other: Path) -> None:
+def assert_same(
+    alone: Path, other: Path, names: str = "2", parts: str = "model optimizer best scores"
+) -> None:
     assert (alone / "log.txt").read_bytes() == (other / "log.txt").read_bytes()
-    a, b = (torch.load(folder / "checkpoint-2.pth", weights_only=True) for folder in (alone, other))
-    for part in ("model", "optimizer", "best", "scores"):
-        assert is_same(a[part], b[part]), part
+    for name in names.split():
+        path = f"checkpoint-{name}.pth"
+        a, b = (torch.load(folder / path, weights_only=True) for folder in (alone, other))
+        for part in parts.split():
+            assert is_same(a[part], b[part]), f"{part} of {path}"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_stops_after_a_step_and_the_same_command_goes_on(alone, tmp_path, name):
-    process = train(tmp_path)
-    wait_for(process, "Epoch 1 [20/80]")
-    # As a scheduler or a terminal does it: to the whole group, loader workers included.
-    os.killpg(process.pid, getattr(signal, name))
-    out = process.stdout.read()
-    assert process.wait() == 128 + getattr(signal, name)
-    assert f"Stopped: {name} after step" in out and "run the same command to resume" in out
-    assert "Traceback" not in out
-    again = train(tmp_path)
-    out = again.stdout.read()
-    assert again.wait() == 0 and "steps of the next" in out
+    number = getattr(signal, name)
+    with train(tmp_path) as group:
+        group.wait_for("Epoch 1 [20/80]")
+        # As a scheduler or a terminal does it: to the whole group, loader workers included.
+        group.signal(number)
+        assert group.wait() == [128 + number]
+        assert f"Stopped: {name} after step" in group.out
+        assert "run the same command to resume" in group.out and not group.err
+    with train(tmp_path) as again:
+        assert again.wait() == [0] and "steps of the next" in again.out
     assert_same(alone, tmp_path)
     assert not (tmp_path / INSIDE_EPOCH).exists()
 
 
-def test_a_signal_to_one_process_stops_both(tmp_path):
-    process = train(tmp_path, processes=2)
-    wait_for(process, "Epoch 1 [20/40]")
+def test_a_signal_to_one_process_of_torchrun_stops_both(tmp_path):
+    process = start([*torchrun(2), "main.py", *LONG.split(), "--output_dir", str(tmp_path)])
+    assert any("Epoch 1 [20/40]" in line for line in process.stdout)
     os.kill(children_of(process.pid)[-1], signal.SIGTERM)
     out = process.stdout.read()
     process.wait()
@@ -77,16 +68,22 @@ def test_a_signal_to_one_process_stops_both(tmp_path):
     assert saved["epoch"] == 0 and 20 <= saved["progress"]["updates"] < 40
 
 
-def test_kills_leave_no_trace(tmp_path):
-    """The short form of tools/kill_test.py."""
-    done = subprocess.run(
-        [sys.executable, "tools/kill_test.py", "--kills", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "every run identical" in done.stdout
+EVERYTHING = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 96 --batch_size 8
+--update_freq 2 --epochs 3 --save_ckpt_steps 1 --model_ema true --model_ema_eval true
+--print_seconds 0"""
+
+
+def test_a_kill_leaves_no_trace(kd, tmp_path):
+    """Inside an epoch; tools/kill_test.py kills at any moment, and more often."""
+    flags = [*EVERYTHING.split(), *kd, "--output_dir"]
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    run_group(*flags, alone)
+    with Group(program, list(map(str, [*flags, killed]))) as group:
+        group.wait_for("Epoch 1 [3/6]")
+        group.signal(signal.SIGKILL)
+        assert group.wait() == [-signal.SIGKILL]
+    assert "epoch 0 is done and" in run_group(*flags, killed)
+    assert_same(alone, killed, "2 best best-ema", "model model_ema optimizer epoch best scores")
 
 
 def test_another_global_batch_inside_an_epoch_is_refused(run_main, short, tmp_path, monkeypatch):
@@ -106,16 +103,13 @@ def test_another_global_batch_inside_an_epoch_is_refused(run_main, short, tmp_pa
 
 
 def test_another_number_of_processes_goes_on_with_the_same_steps(tmp_path):
-    flags = "--mixup 0 --cutmix 0 --model convnext_atto --input_size 32 --train_samples 64"
+    flags = "--mixup 0 --cutmix 0 --model test_convnext --input_size 32 --train_samples 64"
     flags = f"{flags} --opt sgd --lr 0.02 --num_workers 0 --device cpu".split()
 
     def run(processes: int, batch_size: int, epochs: int, folder: Path) -> str:
-        argv = [*torchrun(processes), "main.py", *flags, "--epochs", str(epochs)]
-        argv += ["--batch_size", str(batch_size), "--output_dir", str(folder)]
-        argv += ["--warmup_epochs", "0", "--min_lr", "0.02"]  # a constant rate: epochs may differ
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        argv = [*flags, "--epochs", epochs, "--batch_size", batch_size, "--output_dir", folder]
+        argv += ["--warmup_epochs", 0, "--min_lr", 0.02]  # a constant rate: epochs may differ
+        return run_group(*argv, processes=processes)
 
     run(2, 8, 2, tmp_path / "two")
     run(2, 8, 1, tmp_path / "changed")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CPU, QUICK, start, teacher_flags, torchrun, write_images
+from forked import run_group
+from helpers import CPU, QUICK, teacher_flags, write_images
 
 import datasets
 import losses
@@ -355,8 +356,6 @@ def test_a_fifth_of_labeled_images_is_held_out(run_main, flat, tmp_path):
     file.write_text("\n".join(lines(range(8))))
     flags = [*QUICK, *SMALL, "--data_path", flat, "--labels", file, "--batch_size", 4]
     flags += ["--epochs", 1, "--output_dir", tmp_path / "out"]
-    run = start([*torchrun(2), "main.py", *map(str, flags)])
-    out, _ = run.communicate()
-    assert run.returncode == 0 and out.count("4 of its 24 images") == 1, out
+    assert run_group(*flags, processes=2).count("4 of its 24 images") == 1
     scored = run_main("--eval", "true", "--resume", tmp_path / "out" / "checkpoint-0.pth")
     assert scored.code == 0 and ": 4 held-out images, 3 classes" in scored.out, scored.err
