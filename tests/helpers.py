@@ -174,7 +174,7 @@ def images_of(photos: Path) -> torch.Tensor:
 
 def network_of(path: Path, arch: str, key: str = "model") -> torch.nn.Module:
     """The network of a checkpoint, built by timm."""
-    sizes = {"img_size": 32} if arch.startswith("vit") else {}
+    sizes = {"img_size": 32} if "vit" in arch else {}
     network = timm.create_model(arch, num_classes=len(CLASSES), **sizes)
     network.load_state_dict(torch.load(path, weights_only=True)[key])
     return network.eval()

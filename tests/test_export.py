@@ -23,7 +23,7 @@ from deploy.comparison import sidecar
 from deploy.model import ModelCard
 from deploy.writers import Preprocessed
 
-FAMILIES = ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "cifar_resnet8"]
+FAMILIES = ["test_resnet", "test_convnext", "test_vit", "cifar_resnet8"]
 
 
 def needs_onnx() -> None:
@@ -171,14 +171,14 @@ class TestInt8:
 
     def test_weights_take_a_quarter_and_classes_stay(self, checkpoint, run_export, photos):
         needs_onnx()
-        path = checkpoint("test_resnet")
+        path = checkpoint("resnet18")
         code, out, err, exported = run_export(path, "onnx", "--int8", "true")
         assert code == 0, err
         assert out.count("student.onnx ") >= 1 and "float32 .onnx" in out
         assert exported.stat().st_size < 0.35 * path.stat().st_size
         images = images_of(photos)
         with torch.inference_mode():
-            wanted = network_of(path, "test_resnet")(images)
+            wanted = network_of(path, "resnet18")(images)
         found = run_file(exported, images)
         assert 0 < (found - wanted).abs().max() < 0.2 * wanted.abs().max()
         assert json.loads(sidecar(exported).read_text())["dtype"] == "int8"
