@@ -63,7 +63,7 @@ from data.sources import (
     subset,
 )
 from data.transforms import ToNetwork, collate
-from models.weights import class_names, read_checkpoint
+from models.weights import read_checkpoint
 from runtime import distributed, signals
 from runtime.distributed import log
 from utils import UserError, flags_for
@@ -298,7 +298,7 @@ def _classes_of_teacher(args: argparse.Namespace) -> list[str]:
             return utils.read_lines(args.teacher_classes)
     path = teachers_of(args)[0].path
     with flags_for(checkpoint="--teacher_path"):
-        names = None if path == PRETRAINED else class_names(read_checkpoint(path))
+        names = None if path == PRETRAINED else read_checkpoint(path).classes
     if names is None:
         raise UserError(
             f"--data_path {args.data_path}: the images have no labels, and the teacher {path} does "

@@ -6,6 +6,7 @@ Hinton, Vinyals and Dean, 'Distilling the Knowledge in a Neural Network', 2015.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from arguments.derived import PRETRAINED, is_own_module
 from losses import kl_divergence, kl_per_image
 from models.classes import match_outputs, pretrained_classes
 from models.fusion import fuse_layers
-from models.weights import class_names, find_weights, load_weights, read_checkpoint, weight_keys
+from models.weights import Checkpoint, load_weights, read_checkpoint
 from runtime.device import send
 from runtime.distributed import unwrap
 from utils import UserError, few
@@ -199,7 +200,7 @@ class TeacherAdapter(nn.Module):
     """A frozen network that takes the student's input and returns logits of the student's classes.
 
     Args:
-        network: from `load_teacher`; its `data_config` and `class_index` say what to convert.
+        network: from `load_teacher`; its `info` says what to convert.
         source: the data configuration of the images that the adapter will be given.
         dtype: of weights and computation; smaller types save memory.
     """
@@ -208,13 +209,13 @@ class TeacherAdapter(nn.Module):
         self, network: Any, source: dict[str, Any], dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        config, index = network.data_config, network.class_index
-        self.is_ema = getattr(network, "is_ema", False)
+        self.info: TeacherInfo = network.info
+        config = self.info.data_config
         self.expected_acc1: float | None = None  # on the validation images, where its file says
         self.parameters_before_fusing = sum(p.numel() for p in network.parameters())
         network = fuse_layers(network, config["input_size"])
         network = network.to(dtype).to(memory_format=torch.channels_last)
-        self.network = SelectClasses(network, index)
+        self.network = SelectClasses(network, self.info.class_index)
         self.convert = InputConversion(source, config).to(next(network.parameters()).device)
 
     def train(self, mode: bool = True) -> "TeacherAdapter":
@@ -324,6 +325,29 @@ class StudentWithDistillation(nn.Module):
         return student.no_sync() if isinstance(student, DistributedDataParallel) else nullcontext()
 
 
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What is known of a teacher besides its weights.
+
+    Attributes:
+        data_config: mean and std (of RGB in 0…1) and input_size (pixels) of its training.
+        class_index: which of its outputs stand for the data's classes; None for all in order.
+        origin: a line that says what was loaded.
+        is_ema: whether EMA weights were loaded.
+        args: the arguments in its file, by name.
+        images: what identifies its training images, if a run of this project wrote the file.
+        recorded_acc1: the accuracy in % that the file records of these weights.
+    """
+
+    data_config: dict[str, Any]
+    class_index: list[int] | None = None
+    origin: str = ""
+    is_ema: bool = False
+    args: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
+    recorded_acc1: float | None = None
+
+
 def load_teacher(
     arch: str,
     path: str,
@@ -353,67 +377,63 @@ def load_teacher(
         default_config: the same, where neither the file nor a network of the user's own says.
         use_ema: 'true' for the EMA weights in the file, 'false' for the raw weights, 'auto' for
             those with the better recorded accuracy, else the EMA.
-    Returns: the network in eval mode, its parameters without gradient, with seven more attributes:
-        `data_config` (mean, std and input_size that it was trained with), `class_index` (which of
-        its outputs stand for the data's classes, None for all in order), `is_ema` (whether EMA
-        weights were loaded), `training_args` (the arguments in the file, by name),
-        `training_images` (what a file of this project knows of its images, else empty),
-        `recorded_acc1` (the accuracy in % that the file records of these weights, or None) and
-        `origin` (a line that says what was loaded).
+    Returns: the network in eval mode, its parameters without gradient, with a TeacherInfo as its
+        attribute `info`.
     Raises: UserError for an unknown architecture, for a file that does not fit it or the data, and
         for weights that are not finite.
     """
     models.check_architecture(arch)
-    checkpoint: Any = {} if path == PRETRAINED else read_checkpoint(path)
-    teacher: Any
-    names: Sequence[str] | None
+    weights, names = None, teacher_classes
     if path == PRETRAINED:
-        description, is_ema = "timm's pre-trained weights", False
-        names = list(teacher_classes or pretrained_classes(arch, classes or []))
+        checkpoint = Checkpoint(path, {})
+        names = list(names or pretrained_classes(arch, classes or []))
         outputs = len(names)
     else:
-        keys, reason = weight_keys(checkpoint, use_ema)
-        weights = find_weights(checkpoint, path, keys)
-        description, is_ema = f"{weights.description}{reason}", "ema" in weights.key
-        names = teacher_classes or class_names(checkpoint)
+        checkpoint = read_checkpoint(path)
+        weights = checkpoint.weights(use_ema)
+        names = names or checkpoint.classes
         outputs = len(names) if names and classes else num_classes
     config, config_from = _data_config(arch, checkpoint, default_config)
     if input_config:
         config, config_from = config | dict(input_config), f"{config_from}, except the given values"
-    size = config["input_size"]
-    teacher = models.create_model(arch, outputs, size, pretrained=path == PRETRAINED)
-    if path != PRETRAINED:
+    teacher: Any = models.create_model(
+        arch, outputs, config["input_size"], pretrained=weights is None
+    )
+    if weights:
+        name_outputs = "name each of its outputs in teacher_classes"
+        other_teacher = (
+            "use a teacher of the same classes, name the classes of this teacher with "
+            "teacher_classes, or fine-tune the teacher on this data first"
+        )
         load_weights(
             teacher,
             weights,
             remedy=f"{arch} is not the architecture that the file was trained as",
-            classes_remedy="name each of its outputs in teacher_classes"
-            if teacher_classes
-            else "use a teacher of the same classes, name the classes of this teacher with "
-            "teacher_classes, or fine-tune the teacher on this data first",
+            classes_remedy=name_outputs if teacher_classes else other_teacher,
         )
     _check_finite(teacher, path)
     teacher.requires_grad_(False).eval().to(device)
-    teacher.data_config, teacher.is_ema = config, is_ema
-    teacher.training_args = _saved_args(checkpoint)
-    images = checkpoint.get("images")
-    teacher.training_images = images if isinstance(images, dict) else {}
-    scores = checkpoint.get("scores")
-    score = "test_acc1_ema" if is_ema else "test_acc1"
-    teacher.recorded_acc1 = scores.get(score) if isinstance(scores, dict) else None
-    teacher.class_index, order = match_outputs(names, classes, path)
+    index, order = match_outputs(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))
-    teacher.origin = (
+    description = weights.description if weights else "timm's pre-trained weights"
+    is_ema = weights is not None and weights.is_ema
+    teacher.info = TeacherInfo(
+        config,
+        index,
         f"Teacher {arch} from {path}: {description}, {parameters:,} parameters, "
         f"{outputs} classes ({order}), {config['input_size']} px, mean {mean}, std {std} "
-        f"(input from {config_from})"
+        f"(input from {config_from})",
+        is_ema,
+        checkpoint.args,
+        checkpoint.images,
+        checkpoint.scores.get("test_acc1_ema" if is_ema else "test_acc1"),
     )
     return teacher
 
 
 def _data_config(
-    arch: str, checkpoint: dict[str, Any], default: Mapping[str, Any] | None
+    arch: str, checkpoint: Checkpoint, default: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], str]:
     """What the teacher was trained to see, and where that is known from."""
     native = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
@@ -421,9 +441,9 @@ def _data_config(
     config |= {name: default[name] for name in config if default and name in default}
     config |= models.input_config(arch)
     source = "the network, else the student" if is_own_module(arch) else "timm's pretrained_cfg"
-    if isinstance(saved := checkpoint.get("data"), dict):  # this project's
-        return config | {name: saved[name] for name in config}, "the checkpoint"
-    args = _saved_args(checkpoint)
+    if checkpoint.is_ours:
+        return config | {name: checkpoint.data[name] for name in config}, "the checkpoint"
+    args = checkpoint.args
     if isinstance(args.get("imagenet_default_mean_and_std"), bool):  # the ConvNeXt script's
         is_imagenet = args["imagenet_default_mean_and_std"]
         config["mean"] = list(IMAGENET_DEFAULT_MEAN if is_imagenet else IMAGENET_INCEPTION_MEAN)
@@ -437,11 +457,6 @@ def _data_config(
         if args.get(name):
             config[name] = list(args[name])
     return config, "the checkpoint's arguments" if is_told else source
-
-
-def _saved_args(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    args = checkpoint.get("args")
-    return args if isinstance(args, dict) else vars(args) if args is not None else {}
 
 
 def _check_finite(teacher: nn.Module, path: str) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from datasets import build_eval_loader, data_config
 from distillation import SelectClasses
 from engine import evaluate
 from models.classes import match_classes
-from models.weights import EMA_KEYS, RAW_KEYS, load_network, saved_args
+from models.weights import Checkpoint, load_network
 from reporting import metrics, summary
 from reporting.terminal import MANY_CLASSES
 from runtime.distributed import log
@@ -48,23 +48,23 @@ class Scored(NamedTuple):
     saved: dict[str, Any]
 
 
-def evaluation_args(checkpoint: Any, path: str, flags: Sequence[str] = ()) -> argparse.Namespace:
-    """The arguments with which `main.py --eval true --resume PATH` and these flags would score.
+def evaluation_args(checkpoint: Checkpoint, flags: Sequence[str] = ()) -> argparse.Namespace:
+    """The arguments with which `main.py --eval true --resume FILE` and these flags would score.
 
     Raises: UserError for flags that cannot work.
     """
-    argv = ["--eval", "true", "--resume", path, "--device", "cpu", *flags]
+    argv = ["--eval", "true", "--resume", checkpoint.path, "--device", "cpu", *flags]
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
             given = given_flags(argv)
-            saved = follow_checkpoint(saved_args(checkpoint), given, is_eval=True)
+            saved = follow_checkpoint(checkpoint.run_args, given, is_eval=True)
             return parse_args(argv, saved)
     except SystemExit as stop:
         raise UserError(told.getvalue().partition("error: ")[2].strip()) from stop
 
 
-def open_scored(args: argparse.Namespace, checkpoint: Any) -> Scored:
+def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
     """Open the images that score the checkpoint of --resume.
 
     Classes are matched by name; data that has only some of the classes is scored on those.
@@ -73,8 +73,7 @@ def open_scored(args: argparse.Namespace, checkpoint: Any) -> Scored:
         args: of an evaluation; `holdout` is set where the training held images out.
     Raises: UserError for data that is missing, of other classes, or that training has seen.
     """
-    saved = checkpoint.get("data") if isinstance(checkpoint, dict) else None
-    saved = saved if isinstance(saved, dict) else {}
+    saved = checkpoint.data
     if not saved and not {"data_set", "data_path"} & set(args.given):
         raise UserError(
             f"--eval true: {args.resume} does not say what it was trained on; pass --data_path"
@@ -84,32 +83,32 @@ def open_scored(args: argparse.Namespace, checkpoint: Any) -> Scored:
         require_other_images(args)
         args.holdout = None  # of the checkpoint: those images are for the temperature
     if must_hold_out(args):
-        args.holdout = saved_args(checkpoint).get("holdout")
+        args.holdout = checkpoint.run_args.get("holdout")
         if not args.holdout:
             raise UserError(
                 f"{data_flag(args)}: holds no folder val; pass the folder that holds it, "
                 "or --data_set image_folder --eval_data_path FOLDER to score all images of class "
                 f"folders ({args.resume} held out none of its training images)"
             )
-    val = datasets.open_validation(args, saved.get("classes"))
+    val = datasets.open_validation(args, checkpoint.classes)
     check_held_out(args, checkpoint, val)
-    classes = saved.get("classes") or val.classes
+    classes = checkpoint.classes or val.classes
     with flags_for(classes=f"{data_flag(args)}:"):
         positions = match_classes(val.classes, classes)
     return Scored(config, val, classes, positions, saved)
 
 
-def check_held_out(args: argparse.Namespace, checkpoint: Mapping[str, Any], val: Source) -> None:
+def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source) -> None:
     """See to it that held-out images are not scored by a network that was trained on them.
 
     With --holdout on the command line, which may mean other data, a warning is enough. Collective.
 
     Raises: UserError where the checkpoint's training held out other images.
     """
-    was = saved_args(checkpoint)
+    was = checkpoint.run_args
     if not args.holdout or not was:
         return
-    held_out = checkpoint.get("images", {}).get("held_out")
+    held_out = checkpoint.images.get("held_out")
     is_by_flag = "holdout" in args.given
     if held_out is None:  # not noted by earlier versions
         is_other = {"data_set", "data_path"} & set(args.given)
@@ -143,17 +142,17 @@ def require_other_images(args: argparse.Namespace) -> None:
         )
 
 
-def images_to_calibrate(args: argparse.Namespace, checkpoint: Mapping[str, Any]) -> Source:
+def images_to_calibrate(args: argparse.Namespace, checkpoint: Checkpoint) -> Source:
     """The training images that the training of a checkpoint held out; UserError without any."""
-    holdout = saved_args(checkpoint).get("holdout")
+    holdout = checkpoint.run_args.get("holdout")
     if not holdout:
         raise UserError(
             f"--calibrate true: the training of {args.resume} held out no images, on which a "
             "temperature could be fitted; train with --holdout N"
         )
     args = argparse.Namespace(**{**vars(args), "holdout": holdout})
-    held_out = datasets.open_validation(args, checkpoint["data"]["classes"])
-    if checkpoint.get("images", {}).get("held_out") != held_out_identity(held_out):
+    held_out = datasets.open_validation(args, checkpoint.classes)
+    if checkpoint.images.get("held_out") != held_out_identity(held_out):
         raise UserError(
             f"--calibrate true: {data_flag(args)} does not have the images that the "
             f"training of {args.resume} held out; pass the data of the training"
@@ -186,7 +185,9 @@ class Tempered(nn.Module):
         return self.network(images) / self.temperature
 
 
-def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.device) -> None:
+def score_checkpoint(
+    args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device
+) -> None:
     """`--eval true`: score the weights of a checkpoint as the checkpoint says.
 
     Model, data, normalization and crop are those of the training run where no flag says otherwise.
@@ -214,12 +215,11 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
     student = make_student(args, device, classes)
     network = SelectClasses(student, positions)
     reports = {}
-    for suffix, keys in (("", RAW_KEYS), ("_ema", EMA_KEYS)):
-        is_ema, is_there = bool(suffix), any(checkpoint.get(key) for key in keys)
-        if args.use_ema == str(not is_ema).lower() or (is_ema and not is_there):
-            continue
-        with flags_for(checkpoint="--resume"):
-            load_network(checkpoint, args.resume, student, keys)
+    both = ["false", "true"] if checkpoint.has_ema else ["false"]
+    for use_ema in both if args.use_ema == "auto" else [args.use_ema]:
+        name, suffix = ("ema", "_ema") if use_ema == "true" else ("student", "")
+        with flags_for(checkpoint="--resume", use_ema="--use_ema"):
+            load_network(student, checkpoint, use_ema)
         answers: list[metrics.Answers] = []
         scores = evaluate(loader, network, settings, args.dist_eval, answers=answers)
         found = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
@@ -230,10 +230,10 @@ def score_checkpoint(args: argparse.Namespace, checkpoint: Any, device: torch.de
             scores |= {f"{name}_calibrated": scaled[name] for name in ("loss", "ece")}
             found |= {"nll_calibrated": scaled["loss"], "ece_calibrated": scaled["ece"]}
             log(f"temperature{suffix} {temperature:.4f}")
-        for name, value in scores.items():
-            if name != "acc5" or len(val.classes) > MANY_CLASSES:
-                log(f"test_{name}{suffix} {value:.4f}")
-        reports["ema" if is_ema else "student"] = found
+        for score, value in scores.items():
+            if score != "acc5" or len(val.classes) > MANY_CLASSES:
+                log(f"test_{score}{suffix} {value:.4f}")
+        reports[name] = found
         log("\n".join(metrics.report_lines(found)))
     with flags_for(output="--report"):
         summary.write_report(args.report, reports)

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ from deploy.model import (
 )
 from deploy.writers import OPSET, quantize, saving, write_program, write_timm
 from evaluation import evaluation_args, open_scored
-from models.weights import local_file, weight_keys
+from models.weights import Checkpoint, local_file
 from reporting.tables import table
 from runtime.distributed import log
 from utils import UserError, exit_code, flags_for
@@ -132,7 +131,7 @@ def export(args: argparse.Namespace) -> None:
         network, card, checkpoint = network_from_checkpoint(args.checkpoint, args.use_ema)
     check_architecture(args, card)
     images, data = open_images(args, checkpoint, card)
-    _, reason = weight_keys(checkpoint, args.use_ema)
+    reason = checkpoint.weights(args.use_ema).reason
     log(
         f"{args.checkpoint}: {card.architecture}, {len(card.classes)} classes, {card.input_size} "
         f"pixels, {card.weights} weights{reason}"
@@ -223,7 +222,7 @@ def check_architecture(args: argparse.Namespace, card: ModelCard) -> None:
 
 
 def open_images(
-    args: argparse.Namespace, checkpoint: Any, card: ModelCard
+    args: argparse.Namespace, checkpoint: Checkpoint, card: ModelCard
 ) -> tuple[Images, argparse.Namespace]:
     """Validation images as in an evaluation, or noise if there are none.
 
@@ -233,7 +232,7 @@ def open_images(
     names = ("data_set", "data_path", "eval_data_path")
     given = [w for n in names if getattr(args, n) for w in (f"--{n}", getattr(args, n))]
     try:
-        data = evaluation_args(checkpoint, args.checkpoint, given)
+        data = evaluation_args(checkpoint, given)
         scored = open_scored(data, checkpoint)
         pixels, targets = load_pixels(scored.images, args.compare_images, card)
     except UserError as error:

@@ -48,7 +48,7 @@ from datasets import Data, build_data
 from distillation import StudentWithDistillation
 from engine import TrainedModel, evaluate, train_one_epoch
 from evaluation import score_checkpoint
-from models.weights import read_checkpoint, saved_args
+from models.weights import read_checkpoint
 from reporting import metrics, summary
 from reporting.recorder import Recorder
 from reporting.summary import (
@@ -130,7 +130,7 @@ def run(argv: list[str] | None) -> None:
     if args.resume:
         with flags_for(checkpoint="--resume"):
             checkpoint = read_checkpoint(args.resume)
-        args = parse_args(argv, follow_checkpoint(saved_args(checkpoint), args.given, args.eval))
+        args = parse_args(argv, follow_checkpoint(checkpoint.run_args, args.given, args.eval))
     with flags_for(architecture="--model"):
         models.check_architecture(args.model)
     with flags_for(architecture="--teacher_arch"):

@@ -162,7 +162,7 @@ def test_checkpoint_holds_no_teacher() -> None:
         state = checkpoints.RunState(student, None, optimizer, scaler, {"output_dir": folder}, {})
         state.finish_epoch(0, {})
         state.save(improved=[], is_due=True, keep=1)
-        saved = read_checkpoint(f"{folder}/checkpoint-0.pth")
+        saved = read_checkpoint(f"{folder}/checkpoint-0.pth").content
     assert saved["model"].keys() == student.state_dict().keys()
     stored = sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
     assert stored == len(list(student.parameters())), "the optimizer holds more than the student"

@@ -37,7 +37,7 @@ import engine
 from arguments.parsing import parse_args
 from data import loaders
 from data.loaders import Batch
-from distillation import DistillationLoss, StudentWithDistillation, TeacherAdapter
+from distillation import DistillationLoss, StudentWithDistillation, TeacherAdapter, TeacherInfo
 from examples import digits_demo
 from runtime.device import keep_freed_memory
 from teacher.logit_store import LogitStore, RowFormat, StoredTeacher
@@ -163,8 +163,8 @@ class Runner:
         student = student.to(device).to(memory_format=layout)
         network = network.to(device).to(memory_format=layout).eval().requires_grad_(False)
         cfg = student.pretrained_cfg
-        network.data_config = {"mean": cfg["mean"], "std": cfg["std"], "input_size": pair.pixels}
-        network.class_index = None
+        config = {"mean": cfg["mean"], "std": cfg["std"], "input_size": pair.pixels}
+        network.info = TeacherInfo(config)
         self.loader: loaders.Loader
         if pair.steps:
             self.loader = MemoryLoader(pair, pair.steps, device, layout)
@@ -186,9 +186,9 @@ class Runner:
             self.model = StudentWithDistillation(student, None)
             self.loss = DistillationLoss(SoftTargetCrossEntropy(), 0.0, TEMPERATURE)
         elif variant == "teacher, fused":
-            self.teacher = TeacherAdapter(network, network.data_config)
+            self.teacher = TeacherAdapter(network, network.info.data_config)
         elif variant != "teacher":
-            teacher: Any = TeacherAdapter(network, network.data_config)
+            teacher: Any = TeacherAdapter(network, network.info.data_config)
             if variant == "cached":
                 teacher = self._cached(teacher, pair, folder)
             self.model = StudentWithDistillation(student, teacher)

@@ -16,16 +16,7 @@ from torch.export.passes import move_to_device_pass
 
 import models
 from data.transforms import HostBatch, ToNetwork
-from datasets import data_config
-from evaluation import evaluation_args
-from models.weights import (
-    EMA_KEYS,
-    class_names,
-    load_network,
-    read_checkpoint,
-    saved_args,
-    weight_keys,
-)
+from models.weights import Checkpoint, load_network, read_checkpoint
 from runtime.device import send
 from utils import UserError, few, first_line
 
@@ -135,34 +126,37 @@ class Model:
 # ---------------------------------------------------------------------------- from a checkpoint
 
 
-def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCard, Any]:
+def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCard, Checkpoint]:
     """The network of a checkpoint of main.py in eval mode on the CPU, its card, and the checkpoint.
 
     Args:
-        use_ema: 'true', 'false' or 'auto', see checkpoints.weight_keys.
+        use_ema: 'true', 'false' or 'auto', see Checkpoint.weights.
     Returns: for images (B, 3, H, W) of the card's input_size -> logits (B, C); the card; the file.
     Raises: UserError for a file that is not a checkpoint of main.py, or has no such weights.
     """
     checkpoint = read_checkpoint(path)
-    saved, classes = saved_args(checkpoint), class_names(checkpoint)
-    if not saved or not classes:
-        known = f" (its keys: {few(checkpoint)})" if isinstance(checkpoint, dict) else ""
+    classes, data = checkpoint.classes, checkpoint.data
+    if not checkpoint.run_args or not classes:
         raise UserError(
-            f"{path}: does not say which classes and which input its network has{known}; pass a "
-            "checkpoint that main.py wrote into --output_dir",
+            f"{path}: does not say which classes and which input its network has (its keys: "
+            f"{few(checkpoint.content)}); pass a checkpoint that main.py wrote into --output_dir",
             "checkpoint",
         )
-    # The data set plays no part in these, and its folder need not be on this machine.
-    args = evaluation_args(checkpoint, path, ["--data_set", "DIGITS"])
-    config = data_config(args, checkpoint["data"])
-    network = models.create_model(args.model, len(classes), config["input_size"])
-    keys, _ = weight_keys(checkpoint, use_ema)
-    has_ema = any(isinstance(checkpoint.get(key), dict) for key in EMA_KEYS)
-    if use_ema == "true" and not has_ema:
-        raise UserError(f"true: {path} holds no EMA weights; pass auto or false", "use_ema")
-    load_network(checkpoint, path, network, keys)
-    is_ema = "ema" in next(key for key in keys if isinstance(checkpoint.get(key), dict))
-    card = ModelCard(args.model, classes, **config, weights="EMA" if is_ema else "raw")
+    architecture, size = checkpoint.run_args["model"], data["input_size"]
+    network = models.create_model(architecture, len(classes), size)
+    weights = load_network(network, checkpoint, use_ema)
+    card = ModelCard(
+        architecture,
+        classes,
+        size,
+        data["mean"],
+        data["std"],
+        data["crop_pct"],
+        # Early versions did not record these two.
+        data.get("crop_mode", "squash" if size >= 384 else "center"),
+        data.get("interpolation", "bicubic"),
+        weights="EMA" if weights.is_ema else "raw",
+    )
     return network.eval(), card, checkpoint
 
 

@@ -52,7 +52,7 @@ def local_file(path: str) -> str:
     return str(cached)
 
 
-def read_checkpoint(path: str) -> Any:
+def read_checkpoint(path: str) -> "Checkpoint":
     """Read a checkpoint file (local or http) to the CPU without running any code in it.
 
     `torch.load(weights_only=True)` accepts tensors and plain types. One more type is allowed,
@@ -60,9 +60,17 @@ def read_checkpoint(path: str) -> Any:
 
     Args:
         path: a `.safetensors` file or anything that torch.save wrote.
-    Raises: UserError for a file that is missing, unreadable or would run code.
+    Raises: UserError for a file that is missing, unreadable or would run code, or that holds no
+        dict.
     """
-    path = local_file(path)
+    content = _read(local_file(path))
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"{path}: holds a {kind}, not a dict of weights", "checkpoint")
+    return Checkpoint(path, content)
+
+
+def _read(path: str) -> Any:
     damaged = f"{path}: not a readable checkpoint, perhaps cut short"
     try:
         if path.endswith(".safetensors"):
@@ -99,57 +107,170 @@ def _refused_names(path: str, error: pickle.UnpicklingError) -> list[str]:
 
 # ------------------------------------------- from a checkpoint's weights to a model's weights
 
+RAW_KEYS = ("model", "state_dict")
+EMA_KEYS = ("model_ema", "state_dict_ema")
 
-@dataclass
+
+@dataclass(frozen=True)
 class Weights:
     """A state_dict that was found in a checkpoint.
 
     Args:
         state: tensors by name, without the prefixes of wrappers.
-        key: where in the checkpoint it was; '' for a bare state_dict.
+        key: the key in the checkpoint; '' for a bare state_dict.
         source: the file, for messages.
+        reason: why these, if there was a choice; continues a sentence.
     """
 
     state: dict[str, torch.Tensor]
     key: str
     source: str
+    reason: str = ""
+
+    @property
+    def is_ema(self) -> bool:
+        return "ema" in self.key
 
     @property
     def description(self) -> str:
         if not self.key:
             return "weights of a bare state_dict"
-        return f"weights '{self.key}'{' (EMA)' if 'ema' in self.key else ''}"
+        return f"weights '{self.key}'{' (EMA)' if self.is_ema else ''}{self.reason}"
 
 
-def find_weights(checkpoint: Any, source: str, keys: tuple[str, ...], prefix: str = "") -> Weights:
-    """Find the weights in a checkpoint and remove the prefixes of wrappers from their names.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights holds, whoever wrote it; see `read_checkpoint`.
+
+    Whatever the file does not say is empty or None here.
 
     Args:
-        checkpoint: from `read_checkpoint`.
-        source: the file, for messages.
-        keys: where to look, best first; a bare state_dict is found without any.
-        prefix: take only the weights with this prefix, and remove it.
-    Raises: UserError where there are no weights.
+        path: the file or its address, for messages.
+        content: the whole file: its entries by key, or the weights of a bare state_dict by name.
     """
-    if not isinstance(checkpoint, dict):
-        found = type(checkpoint).__name__
-        raise UserError(f"{source}: holds a {found}, not a dict of weights", "checkpoint")
-    key = next((key for key in keys if isinstance(checkpoint.get(key), dict)), "")
-    state = checkpoint[key] if key else checkpoint
-    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if prefix:
-        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-    if not state:
-        below = f" with the prefix '{prefix}'" if prefix else ""
-        raise UserError(
-            f"{source}: holds no weights under {', '.join(keys)}{below} (its keys: "
-            f"{few(checkpoint)}); pass a model checkpoint",
-            "checkpoint",
-        )
-    wrappers = ("module.", "_orig_mod.", "model.", "student.")
-    while wrapper := next((w for w in wrappers if all(n.startswith(w) for n in state)), ""):
-        state = {name.removeprefix(wrapper): value for name, value in state.items()}
-    return Weights(state, key, source)
+
+    path: str
+    content: dict[str, Any]
+
+    def _dict(self, key: str) -> dict[str, Any]:
+        value = self.content.get(key)
+        return value if isinstance(value, dict) else {}
+
+    def _key(self, keys: tuple[str, ...]) -> str:
+        """The first of these keys that holds weights; '' without any."""
+        return next((key for key in keys if self._dict(key)), "")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a run of this project wrote the file."""
+        return isinstance(self.content.get("data"), dict)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What the network is fed, see datasets.data_config, and its classes; of ours only."""
+        return self._dict("data")
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the network's outputs, in order; of ours only."""
+        return self.data.get("classes")
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The arguments of whatever script wrote the file, by name."""
+        args = self.content.get("args")
+        return vars(args) if isinstance(args, argparse.Namespace) else self._dict("args")
+
+    @property
+    def run_args(self) -> dict[str, Any]:
+        """`args` if a run of this project wrote the file, else empty."""
+        return self.args if self.is_ours else {}
+
+    @property
+    def images(self) -> dict[str, Any]:
+        """What identifies the training images (ImageSource.identity); of ours only."""
+        return self._dict("images")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Recorded scores such as test_acc1 and test_acc1_ema, in %; of ours only."""
+        return self._dict("scores")
+
+    @property
+    def epoch(self) -> int | None:
+        """The last finished epoch; None if the file holds no run that could go on."""
+        epoch = self.content.get("epoch")
+        # The ConvNeXt script's best checkpoint has the word 'best' for its epoch.
+        return epoch if "optimizer" in self.content and isinstance(epoch, int) else None
+
+    @property
+    def format(self) -> int:
+        return self.content.get("format", 0) if self.is_ours else 0
+
+    @property
+    def has_ema(self) -> bool:
+        return bool(self._key(EMA_KEYS))
+
+    def weights(
+        self, use_ema: str = "auto", keys: tuple[str, ...] = (), prefix: str = ""
+    ) -> Weights:
+        """The network's weights, with the prefixes of wrappers removed from their names.
+
+        A bare state_dict is found without a key.
+
+        Args:
+            use_ema: 'true' for the EMA, 'false' for the raw weights, 'auto' for those with the
+                better recorded accuracy: if only the raw weights have one, the raw weights, else
+                the EMA.
+            keys: where to look instead, best first.
+            prefix: take only the weights with this prefix, and remove it.
+        Raises: UserError if there are no such weights, and for a file of a newer version.
+        """
+        if self.format > FORMAT:
+            raise UserError(
+                f"{self.path}: written by a newer version (format {self.format}; this version "
+                f"reads up to {FORMAT}); update this code",
+                "checkpoint",
+            )
+        reason = ""
+        if not keys:
+            if use_ema == "true" and not self.has_ema:
+                raise UserError(
+                    f"true: {self.path} holds no EMA weights; pass auto or false", "use_ema"
+                )
+            keys, reason = self._choose(use_ema)
+        key = self._key(keys)
+        state = self._dict(key) if key else self.content
+        state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        if prefix:
+            state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        if not state:
+            below = f" with the prefix '{prefix}'" if prefix else ""
+            raise UserError(
+                f"{self.path}: holds no weights under {', '.join(keys)}{below} (its keys: "
+                f"{few(self.content)}); pass a model checkpoint",
+                "checkpoint",
+            )
+        wrappers = ("module.", "_orig_mod.", "model.", "student.")
+        while wrapper := next((w for w in wrappers if all(n.startswith(w) for n in state)), ""):
+            state = {name.removeprefix(wrapper): value for name, value in state.items()}
+        return Weights(state, key, self.path, reason)
+
+    def _choose(self, use_ema: str) -> tuple[tuple[str, ...], str]:
+        """Under which keys to look, best first, and why, if there was a choice."""
+        if use_ema != "auto":
+            return (EMA_KEYS if use_ema == "true" else RAW_KEYS), ""
+        raw, ema = self.scores.get("test_acc1"), self.scores.get("test_acc1_ema")
+        if not (self.has_ema and self._key(RAW_KEYS)):
+            return EMA_KEYS + RAW_KEYS, ""
+        if raw is None and ema is None:
+            return EMA_KEYS, ", chosen without recorded accuracies"
+        other = "that of the {} {:.2f} %".format
+        if ema is None or (raw is not None and raw > ema):
+            rest = "none of the EMA" if ema is None else other("EMA", ema)
+            return RAW_KEYS, f", recorded accuracy {raw:.2f} %, {rest}"
+        rest = "none of the raw weights" if raw is None else other("raw weights", raw)
+        return EMA_KEYS, f", recorded accuracy {ema:.2f} %, {rest}"
 
 
 def load_weights(
@@ -236,43 +357,6 @@ def classifier_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is classifier), None)
 
 
-RAW_KEYS = ("model", "state_dict")
-EMA_KEYS = ("model_ema", "state_dict_ema")
-
-
-def weight_keys(checkpoint: Any, use_ema: str = "auto") -> tuple[tuple[str, ...], str]:
-    """Where to look for a network's weights, best first, and why where there was a choice.
-
-    Args:
-        use_ema: 'true' for the EMA, 'false' for the raw weights, 'auto' for those with the better
-            recorded accuracy: where only the raw weights have one, the raw weights, else the EMA.
-    """
-    if use_ema != "auto":
-        return (EMA_KEYS if use_ema == "true" else RAW_KEYS), ""
-    saved: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
-    has_both = any(isinstance(saved.get(key), dict) for key in EMA_KEYS) and any(
-        isinstance(saved.get(key), dict) for key in RAW_KEYS
-    )
-    scores = saved.get("scores") or {}
-    raw, ema = scores.get("test_acc1"), scores.get("test_acc1_ema")
-    if not has_both:
-        return EMA_KEYS + RAW_KEYS, ""
-    if raw is None and ema is None:
-        return EMA_KEYS, ", chosen without recorded accuracies"
-    other = "that of the {} {:.2f} %".format
-    if ema is None or (raw is not None and raw > ema):
-        rest = "none of the EMA" if ema is None else other("EMA", ema)
-        return RAW_KEYS, f", recorded accuracy {raw:.2f} %, {rest}"
-    rest = "none of the raw weights" if raw is None else other("raw weights", raw)
-    return EMA_KEYS, f", recorded accuracy {ema:.2f} %, {rest}"
-
-
-def class_names(checkpoint: Any) -> list[str] | None:
-    """The class names in a checkpoint of this project; None for any other file."""
-    saved = checkpoint.get("data") if isinstance(checkpoint, dict) else None
-    return saved.get("classes") if isinstance(saved, dict) else None
-
-
 def load_finetune(
     model: nn.Module, path: str, keys: str, prefix: str, classes: Sequence[str]
 ) -> str:
@@ -288,8 +372,8 @@ def load_finetune(
     Raises: UserError where no weight, or only part of the network, fits.
     """
     checkpoint = read_checkpoint(path)
-    weights = find_weights(checkpoint, path, (*keys.split("|"), "state_dict"), prefix)
-    names = class_names(checkpoint)
+    weights = checkpoint.weights(keys=(*keys.split("|"), "state_dict"), prefix=prefix)
+    names = checkpoint.classes
     if names:
         _order_classifier(model, weights.state, names, classes)
     remedy = "pass the architecture that the file was trained as"
@@ -324,31 +408,17 @@ def _order_classifier(
 
 
 def load_network(
-    checkpoint: Any,
-    path: str,
-    network: nn.Module,
-    keys: tuple[str, ...] = RAW_KEYS,
-    other: str = "",
-) -> None:
-    """Load the weights of a run's checkpoint into a network of the same architecture.
+    network: nn.Module, checkpoint: Checkpoint, use_ema: str = "false", other: str = ""
+) -> Weights:
+    """Load a checkpoint of a run into a network of the same architecture.
 
     Args:
+        use_ema: see Checkpoint.weights.
         other: what else to do about a checkpoint of another model, such as ', or …'.
+    Returns: the weights that were loaded.
     Raises: UserError for a checkpoint of another model or from a newer version of this project.
     """
-    weights = find_weights(checkpoint, path, keys)
-    if checkpoint.get("format", 0) > FORMAT:
-        raise UserError(
-            f"{path}: written by a newer version (format {checkpoint['format']}; this version "
-            f"reads up to {FORMAT}); update this code",
-            "checkpoint",
-        )
+    weights = checkpoint.weights(use_ema)
     remedy = f"the checkpoint is of another model: pass its --model{other}"
     load_weights(network, weights, remedy=remedy)
-
-
-def saved_args(checkpoint: Any) -> dict[str, Any]:
-    """The arguments in a checkpoint of this project; none for any other file."""
-    is_ours = isinstance(checkpoint, dict) and isinstance(checkpoint.get("data"), dict)
-    args = checkpoint.get("args") if is_ours else None
-    return args if isinstance(args, dict) else {}
+    return weights

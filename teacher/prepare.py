@@ -17,7 +17,7 @@ from data.loaders import DeviceLoader
 from data.order import EpochBatches
 from data.sources import ImageSource, Source, evenly, subset
 from datasets import Data, build_eval_loader
-from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
+from distillation import TeacherAdapter, TeacherEnsemble, TeacherInfo, load_teacher
 from engine import LogitsByPlaces, evaluate
 from reporting.timing import Stopwatch
 from runtime import distributed, signals
@@ -156,13 +156,13 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
                 default_config=data.config,
                 use_ema=args.use_ema,
             )
-        log(network.origin)
-        _warn_if_trained_on_holdout(args, network, data.images.get("held_out"), path)
+        log(network.info.origin)
+        _warn_if_trained_on_holdout(args, network.info, data.images.get("held_out"), path)
         dtype = getattr(torch, args.teacher_dtype)
         adapter = TeacherAdapter(network, data.config, dtype)
-        trained = network.training_args
+        trained = network.info.args
         if all(trained.get(name) == getattr(args, name) for name in SCORED_BY):
-            adapter.expected_acc1 = network.recorded_acc1
+            adapter.expected_acc1 = network.info.recorded_acc1
         networks.append(adapter)
         weights.append(weight)
     teacher = networks[0]
@@ -174,18 +174,17 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
 
 
 def _warn_if_trained_on_holdout(
-    args: argparse.Namespace, network: Any, now_held_out: str | None, path: str
+    args: argparse.Namespace, info: TeacherInfo, now_held_out: str | None, path: str
 ) -> None:
     """Warn where the teacher's file says that it was trained on images that are held out now.
 
     Args:
-        network: from `load_teacher`.
         now_held_out: which images this run holds out (datasets.held_out_identity).
     """
-    trained = network.training_args
+    trained = info.args
     if not args.holdout or trained.get("data_set") != args.data_set or "holdout" not in trained:
         return
-    count, held_out = trained["holdout"], network.training_images.get("held_out", now_held_out)
+    count, held_out = trained["holdout"], info.images.get("held_out", now_held_out)
     if count == args.holdout and held_out == now_held_out:
         return
     how = f"--holdout {count}" if count else "no image held out"
@@ -312,7 +311,7 @@ def is_near_chance(correct: int, images: int, chance: float) -> bool:
 def _causes(source: object) -> str:
     """What may be wrong with a teacher that scores badly."""
     networks = source.modules() if isinstance(source, nn.Module) else ()
-    is_ema = any(getattr(network, "is_ema", False) for network in networks)
+    is_ema = any(isinstance(n, TeacherAdapter) and n.info.is_ema for n in networks)
     return f"{CAUSES}; or {EMA_CAUSE}" if is_ema else CAUSES
 
 

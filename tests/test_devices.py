@@ -57,4 +57,4 @@ def test_an_address_is_downloaded_once_per_machine(tmp_path, monkeypatch):
             files = set(pool.map(local_file, [address] * 4))
         server.shutdown()
     assert len(files) == 1 and asked == ["GET /teacher.pth HTTP/1.1"]
-    assert torch.equal(read_checkpoint(files.pop())["model"]["a"], torch.ones(2))
+    assert torch.equal(read_checkpoint(files.pop()).content["model"]["a"], torch.ones(2))

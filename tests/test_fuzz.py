@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 
 from data import pictures
-from models.weights import find_weights, read_checkpoint
+from models.weights import read_checkpoint
 from utils import UserError
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -78,7 +78,7 @@ def read_or_refused(data: bytes, name: str, read: Callable[[str], object]) -> ob
 @given(data=damaged(CHECKPOINTS))
 def test_a_damaged_checkpoint_is_refused_by_name_or_read(data):
     def read(path: str) -> None:
-        find_weights(read_checkpoint(path), path, ("model",))
+        read_checkpoint(path).weights("false")
 
     read_or_refused(data, "c.pth", read)
 
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_or_read(data):
 @MANY
 @given(data=damaged([save_tensors(WEIGHTS["model"])]))
 def test_a_damaged_safetensors_file_is_refused_by_name_or_read(data):
-    state = read_or_refused(data, "c.safetensors", read_checkpoint)
+    state = read_or_refused(data, "c.safetensors", lambda path: read_checkpoint(path).content)
     assert state is None or all(isinstance(value, torch.Tensor) for value in state.values())
 
 

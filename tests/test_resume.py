@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, is_same, teacher_flags, write_images
 
-from models.weights import EMA_KEYS, RAW_KEYS, weight_keys
+from models.weights import Checkpoint
 
 FOLDER = ["--input_size", 32, "--batch_size", 8]
 
@@ -145,7 +145,7 @@ def test_fewer_epochs_than_are_done_do_not_make_a_finished_run(run_main, short, 
     shutil.copyfile(tmp_path / "whole" / "checkpoint-2.pth", tmp_path / "cut" / "checkpoint-2.pth")
     for epochs in (2, 3):
         run = run_main(*short, "--epochs", epochs, output_dir=tmp_path / "cut")
-        assert run.code == 2 and "3 of 4 epochs are done, so --epochs" in run.err
+        assert run.code == 2 and "3 of 4 epochs are done, so there is nothing left" in run.err
         assert "finished" not in run.out + run.err
 
 
@@ -256,20 +256,24 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(run_mai
 
 
 @pytest.mark.parametrize(
-    ("scores", "use_ema", "first"),
+    ("scores", "use_ema", "chosen"),
     [
-        ({"test_acc1": 27.0, "test_acc1_ema": 25.0}, "auto", RAW_KEYS),
-        ({"test_acc1": 27.0, "test_acc1_ema": 28.0}, "auto", EMA_KEYS),
-        ({"test_acc1": 27.0}, "auto", RAW_KEYS),
-        ({}, "auto", EMA_KEYS),
-        ({"test_acc1": 27.0, "test_acc1_ema": 25.0}, "true", EMA_KEYS),
-        ({}, "false", RAW_KEYS),
+        ({"test_acc1": 27.0, "test_acc1_ema": 25.0}, "auto", "model"),
+        ({"test_acc1": 27.0, "test_acc1_ema": 28.0}, "auto", "model_ema"),
+        ({"test_acc1": 27.0}, "auto", "model"),
+        ({}, "auto", "model_ema"),
+        ({"test_acc1": 27.0, "test_acc1_ema": 25.0}, "true", "model_ema"),
+        ({}, "false", "model"),
     ],
 )
-def test_the_better_weights_of_a_file_are_chosen_by_their_recorded_accuracy(scores, use_ema, first):
-    checkpoint = {"model": {"w": 1}, "model_ema": {"w": 1}, "scores": scores}
-    keys, reason = weight_keys(checkpoint, use_ema)
-    assert keys == first and ("recorded accurac" in reason) == (use_ema == "auto")
+def test_the_better_weights_of_a_file_are_chosen_by_their_recorded_accuracy(
+    scores, use_ema, chosen
+):
+    state = {"w": torch.ones(1)}
+    content = {"model": state, "model_ema": state, "scores": scores}
+    weights = Checkpoint("c.pth", content).weights(use_ema)
+    assert weights.key == chosen
+    assert ("recorded accurac" in weights.description) == (use_ema == "auto")
 
 
 def test_a_poor_average_does_not_teach(run_main, short, tmp_path):

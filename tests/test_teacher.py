@@ -61,7 +61,7 @@ def test_the_right_weights_are_found_in_every_kind_of_file(kind, tmp_path):
     torch.save(FILES[kind], tmp_path / "t.pth")
     teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
     assert_is(teacher, network(seed=1))
-    assert ("(EMA)" in teacher.origin) == ("EMA" in kind)
+    assert ("(EMA)" in teacher.info.origin) == ("EMA" in kind)
 
 
 def test_safetensors(tmp_path):
@@ -90,7 +90,7 @@ def test_a_released_deit(tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "t.pth")
     teacher = load_teacher("deit_tiny_patch16_224", str(tmp_path / "t.pth"), 10, "cpu")
     assert_is(teacher, model, torch.randn(1, 3, 224, 224))
-    assert teacher.data_config["mean"] == [0.485, 0.456, 0.406]
+    assert teacher.info.data_config["mean"] == [0.485, 0.456, 0.406]
 
 
 def test_a_missing_or_unexpected_weight_is_an_error_that_lists_it(tmp_path):
@@ -104,7 +104,7 @@ def test_what_the_teacher_was_trained_on_is_taken_from_the_best_source(tmp_path)
     def config(checkpoint: dict, **keywords) -> tuple:
         torch.save(checkpoint, tmp_path / "t.pth")
         teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu", **keywords)
-        return teacher.data_config["mean"][0], teacher.data_config["input_size"]
+        return teacher.info.data_config["mean"][0], teacher.info.data_config["input_size"]
 
     data = {"mean": [0.1] * 3, "std": [0.2] * 3, "input_size": 16}
     assert config({"model": GOOD}) == (0.5071, 32)  # the architecture's
@@ -114,10 +114,10 @@ def test_what_the_teacher_was_trained_on_is_taken_from_the_best_source(tmp_path)
     trained = argparse.Namespace(mean=[0.3] * 3, std=[0.2] * 3, img_size=40)
     assert config({"state_dict": GOOD, "args": trained}) == (0.3, 40)  # timm's train.py
     teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
-    assert "input from the checkpoint's arguments" in teacher.origin
+    assert "input from the checkpoint's arguments" in teacher.info.origin
     torch.save({"model": GOOD, "args": argparse.Namespace(lr=1.0)}, tmp_path / "t.pth")
     teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
-    assert "input from timm's pretrained_cfg" in teacher.origin
+    assert "input from timm's pretrained_cfg" in teacher.info.origin
     by_hand = {"mean": [0.4] * 3, "input_size": 8}
     assert config({"model": GOOD, "data": data}, input_config=by_hand) == (0.4, 8)
 
@@ -235,7 +235,7 @@ def test_classes_in_another_order_are_matched_by_name(tmp_path):
     loaded = load_teacher(
         "cifar_resnet8", str(tmp_path / "t.pth"), 3, "cpu", classes=["ant", "bee", "cat"]
     )
-    assert "3 matched by name" in loaded.origin
+    assert "3 matched by name" in loaded.info.origin
     with torch.no_grad():
         torch.testing.assert_close(
             TeacherAdapter(loaded, config)(IMAGES), model(IMAGES)[:, [1, 2, 0]]

@@ -7,7 +7,13 @@ from torch import nn
 from torchvision import transforms
 
 import models  # noqa: F401
-from distillation import InputConversion, StudentWithDistillation, TeacherAdapter, load_teacher
+from distillation import (
+    InputConversion,
+    StudentWithDistillation,
+    TeacherAdapter,
+    TeacherInfo,
+    load_teacher,
+)
 from teacher.logit_store import StoredTeacher
 
 
@@ -97,7 +103,7 @@ def test_the_teacher_sees_the_normalization_it_was_trained_with():
     for_student = transforms.Normalize(student_config["mean"], student_config["std"])(pixels)
     for_teacher = transforms.Normalize(teacher_config["mean"], teacher_config["std"])(pixels)
     network = Mean()
-    network.data_config, network.class_index = teacher_config, None
+    network.info = TeacherInfo(teacher_config)
     model = StudentWithDistillation(nn.Identity(), TeacherAdapter(network, student_config)).train()
     torch.testing.assert_close(model(for_student)[1], network(for_teacher), rtol=1e-5, atol=1e-5)
 

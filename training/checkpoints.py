@@ -1,11 +1,11 @@
 """The files of a run, from which it resumes exactly."""
 
-import math
+import itertools
 import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import nn
 
 import utils
 from arguments.flags import DATA_FLAGS, NOT_RECIPE, as_typed
-from models.weights import FORMAT, load_network, read_checkpoint, saved_args
+from models.weights import FORMAT, Checkpoint, load_network, read_checkpoint
 from reporting.recorder import scores_of
 from runtime import distributed
 from runtime.distributed import is_main_process, log, world_size
@@ -86,31 +86,59 @@ def _epoch_of(path: Path) -> int:
 
 def newest_checkpoint(folder: Path) -> str:
     """The path of the newest complete checkpoint of a folder; '' without any."""
-    newest, its_epoch = "", -math.inf
+    newest, its_epoch = "", 0
     candidates = [p for p in (folder / INSIDE_EPOCH,) if p.exists()] + epoch_checkpoints(folder)
     for path in candidates:
         try:
-            checkpoint = read_checkpoint(str(path))
+            epoch = read_checkpoint(str(path)).epoch or 0
         except UserError as error:
             log(f"Warning: {error}; trying the checkpoint before it")
             continue
-        if checkpoint["epoch"] > its_epoch:
-            newest, its_epoch = str(path), checkpoint["epoch"]
+        if not newest or epoch > its_epoch:
+            newest, its_epoch = str(path), epoch
         if path.name != INSIDE_EPOCH:
             break  # the others are older
     return newest
 
 
-def _can_resume(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint holds a run, and not only weights as releases do."""
-    # The ConvNeXt script's best checkpoint has the word 'best' for its epoch.
-    return "optimizer" in checkpoint and isinstance(checkpoint.get("epoch"), int)
-
-
-def list_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+def list_changes(changes: "Changes") -> str:
     """'--lr 0.001 → 0.002, --seed 0 → 1'"""
     told = ((name, as_typed(old), as_typed(new)) for name, (old, new) in changes.items())
     return ", ".join(f"--{name} {old} → {new}" for name, old, new in told)
+
+
+Changes = Mapping[str, tuple[Any, Any]]  # name -> (old, new), see utils.changes
+
+
+def _data_differences(data: Changes) -> Iterator[str]:
+    """How what the network is fed differs; continues 'was trained'."""
+    if "classes" in data:
+        old, new = data["classes"]
+        yield f"on other classes ({few(sorted(set(old) ^ set(new)) or new)})"
+    for name, (old, new) in data.items():
+        yield f"with {name} {old}, but this run uses {new}"
+
+
+def _run_differences(recipe: Changes) -> Iterator[str]:
+    """How flags differ without which a run cannot go on; continues 'was trained'."""
+    for name in ("model", "kd", "opt", "linear_probe"):
+        if name in recipe:
+            old, new = map(as_typed, recipe[name])
+            yield f"with --{name} {old}, but this run uses {new}"
+
+
+def _image_differences(images: Changes, recipe: Changes) -> Iterator[str]:
+    """How the training images differ; continues 'was trained'."""
+    if not images:
+        return
+    old, new = images.get("images", ("", ""))
+    how = f"{old} images, now {new}" if old != new else "as many, but not the same"
+    if images.keys() <= {"image_sizes", "pixels"}:
+        how = "the same names and labels, but other contents"
+    elif images.keys() == {"held_out"}:
+        how = "other images were held out"
+    flags = f"; these flags differ: {list_changes(recipe)}" if recipe else ""
+    yield f"on other images ({how}){flags}"
 
 
 class RunState:
@@ -156,46 +184,46 @@ class RunState:
                 "checkpoint",
             )
         if path:
-            start_epoch = self._restore(read_checkpoint(path), path, start_epoch)
+            start_epoch = self._restore(read_checkpoint(path), start_epoch)
         updates = self.progress.updates if self.progress else 0
         distributed.require_same({"first_epoch": start_epoch, "steps_done_in_it": updates})
         return start_epoch
 
-    def _restore(self, checkpoint: Any, path: str, start_epoch: int) -> int:
-        self._compare(checkpoint, path)
-        load_network(checkpoint, path, self.student, other=", or another --output_dir")
+    def _restore(self, checkpoint: Checkpoint, start_epoch: int) -> int:
+        self._compare(checkpoint)
+        path, saved = checkpoint.path, checkpoint.content
+        load_network(self.student, checkpoint, other=", or another --output_dir")
         if self.ema is not None:
-            saved = checkpoint.get("model_ema") or self.student.state_dict()
-            self.ema.module.load_state_dict(saved)
-        if not _can_resume(checkpoint):
+            load_network(self.ema.module, checkpoint, "true" if checkpoint.has_ema else "false")
+        if checkpoint.epoch is None:
             log(
                 f"Weights of {path}: no optimizer state or epoch in the file; the schedule starts "
                 "from the beginning"
             )
             return start_epoch
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.load_state_dict(saved["optimizer"])
         except ValueError as error:
             raise UserError(
                 f"{path}: its optimizer state does not fit ({error}); pass the --opt, "
                 "--weight_decay and --layer_decay it was saved with, or --finetune it",
                 "checkpoint",
             ) from error
-        if checkpoint.get("scaler") and self.scaler.is_enabled():
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch = checkpoint["epoch"]
-        self.best = dict(checkpoint.get("best", {}))
-        self.scores = dict(checkpoint.get("scores", {}))
-        self.progress = Progress.from_saved(checkpoint.get("progress"))
-        if checkpoint.get("format", 0) < FORMAT:
+        if saved.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        self.epoch = checkpoint.epoch
+        self.best = dict(saved.get("best", {}))
+        self.scores = dict(checkpoint.scores)
+        self.progress = Progress.from_saved(saved.get("progress"))
+        if checkpoint.format < FORMAT:
             log(
                 f"Warning: {path}: written by an earlier version, which showed images in another "
                 "order; the resumed run will not match an uninterrupted one"
             )
-        self._check_global_batch(checkpoint.get("global_batch"), path)
-        if checkpoint.get("world_size", world_size()) != world_size():
+        self._check_global_batch(saved.get("global_batch"), path)
+        if saved.get("world_size", world_size()) != world_size():
             log(
-                f"{path}: saved by {checkpoint['world_size']} process(es), now {world_size()}; "
+                f"{path}: saved by {saved['world_size']} process(es), now {world_size()}; "
                 "dropout, mixup and BatchNorm statistics will differ from here on"
             )
         inside = f" and {self.progress.updates} steps of the next" if self.progress else ""
@@ -203,69 +231,55 @@ class RunState:
         log(f"Resumed from {path}: epoch {self.epoch} is done{inside}; best so far: {scores}")
         return self.epoch + 1
 
-    def _compare(self, checkpoint: Any, path: str) -> None:
-        """Refuse a checkpoint of other data or another model; report another recipe once.
+    def _compare(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint of different data or another model; report another recipe once.
 
         A finished run is refused under another recipe, since its scores belong to the old recipe.
         """
-        was = saved_args(checkpoint)
-        if not was:
+        if not checkpoint.run_args:
             return  # a release, or a file of another project
-        remedy = "pass the same as before, or another --output_dir to start from the beginning"
-        data = utils.changes(checkpoint["data"], self.data_config)
-        if "classes" in data:
-            old, new = data["classes"]
-            other = sorted(set(old) ^ set(new)) or new
-            what = f"was trained on other classes ({few(other)})"
-            raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
-        for name, (old, new) in data.items():
-            what = f"was trained with {name} {old}, but this run uses {new}"
-            raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
-        recipe = utils.changes(was, self.args)
-        for name in ("model", "kd", "opt", "linear_probe"):
-            if name in recipe:
-                old, new = recipe[name]
-                what = f"was trained with --{name} {as_typed(old)}, but this run uses "
-                what += as_typed(new)
-                raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
+        path, recipe = checkpoint.path, utils.changes(checkpoint.args, self.args)
         skipped = NOT_RECIPE | set(DATA_FLAGS)
         self.changes = {name: change for name, change in recipe.items() if name not in skipped}
-        if images := utils.changes(checkpoint.get("images", {}), self.images):
-            old, new = images.get("images", ("", ""))
-            how = f"{old} images, now {new}" if old != new else "as many, but not the same"
-            if images.keys() <= {"image_sizes", "pixels"}:
-                how = "the same names and labels, but other contents"
-            elif images.keys() == {"held_out"}:
-                how = "other images were held out"
-            what = f"was trained on other images ({how})"
-            if self.changes:
-                what += f"; these flags differ: {list_changes(self.changes)}"
-            raise UserError(f"{path}: {what}; {remedy}", "checkpoint")
-        if not _can_resume(checkpoint):
-            return
-        epochs, asked, planned = checkpoint["epoch"] + 1, self.args["epochs"], was.get("epochs", 0)
-        if asked <= epochs < planned:
+        differences = itertools.chain(
+            _data_differences(utils.changes(checkpoint.data, self.data_config)),
+            _run_differences(recipe),
+            _image_differences(utils.changes(checkpoint.images, self.images), self.changes),
+        )
+        if difference := next(differences, ""):
             raise UserError(
-                f"{path}: {epochs} of {planned} epochs are done, so --epochs {asked} leaves "
-                "nothing to train; pass a larger --epochs, or another --output_dir to start from "
-                "the beginning",
+                f"{path}: was trained {difference}; pass the same as before, or another "
+                "--output_dir to start from the beginning",
                 "checkpoint",
             )
-        is_finished = epochs >= asked
-        if is_finished and self.changes:
+        if checkpoint.epoch is not None:
+            self._compare_length(path, checkpoint.epoch + 1, checkpoint.args.get("epochs", 0))
+
+    def _compare_length(self, path: str, done: int, planned: int) -> None:
+        """See whether anything is left to train of a run with `done` of its `planned` epochs."""
+        asked = self.args["epochs"]
+        if asked <= done < planned:
             raise UserError(
-                f"{path}: this run is finished ({epochs} epochs) and was trained with another "
+                f"{path}: {done} of {planned} epochs are done, so there is nothing left to train "
+                f"with --epochs {asked}; pass a larger --epochs, or another --output_dir to start "
+                "from the beginning",
+                "checkpoint",
+            )
+        if done < asked:
+            if self.changes:
+                log(f"Warning: resumed with another recipe: {list_changes(self.changes)}")
+            return
+        if self.changes:
+            raise UserError(
+                f"{path}: this run is finished ({done} epochs) and was trained with another "
                 f"recipe ({list_changes(self.changes)}); pass another --output_dir, or the same "
                 "recipe",
                 "checkpoint",
             )
-        if is_finished:
-            log(
-                f"This run was finished already ({epochs} epochs). To train again, pass another "
-                "--output_dir; to train longer, pass a larger --epochs"
-            )
-        elif self.changes:
-            log(f"Warning: resumed with another recipe: {list_changes(self.changes)}")
+        log(
+            f"This run was finished already ({done} epochs). To train again, pass another "
+            "--output_dir; to train longer, pass a larger --epochs"
+        )
 
     def _check_global_batch(self, saved: int | None, path: str) -> None:
         if saved in (None, self.global_batch):
