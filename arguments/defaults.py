@@ -25,7 +25,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
         is_small = (args.input_size or native_size) < SMALL
         args.model = "cifar_resnet20" if is_small else "convnext_tiny"
     if args.input_size is None:
-        args.input_size = native_size if args.model.startswith("cifar_") else 224
+        args.input_size = native_size if args.model.startswith(("cifar_", "mnist_")) else 224
     if args.hflip is None:
         args.hflip = 0.0 if args.data_set in MIRRORED_CHANGES_MEANING else 0.5
     if args.warmup_epochs is None:

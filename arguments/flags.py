@@ -242,7 +242,7 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
         "--input_size",
         type=int,
         help="side of the input images in pixels "
-        "(default: 224, or the size of the data set's images for cifar_* models)",
+        "(default: 224, or the size of the data set's images for cifar_* and mnist_* models)",
     )
     add(
         "--pretrained",

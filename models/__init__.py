@@ -16,7 +16,7 @@ from torch import nn
 from arguments.derived import is_own_module
 from utils import UserError, few, first_line
 
-from . import cifar_resnet  # noqa: F401
+from . import cifar, mnist  # noqa: F401
 from .own import make_network, own_cfg
 
 

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+import torchvision
 from timm.optim import create_optimizer_v2
+from torch import nn
 
 import models
 from utils import UserError
@@ -21,25 +24,139 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(name):
     assert {key: list(value.shape) for key, value in state.items()} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", timm.list_models("cifar_*"))
+@pytest.mark.parametrize("name", timm.list_models(["cifar_*", "mnist_*"]))
 def test_timms_interface(name):
+    is_mlp = name.startswith("mnist")
     model = timm.create_model(name, num_classes=7, in_chans=1).eval()
-    for size in (8, 13, 32):
+    for size in (28,) if is_mlp else (8, 13, 64):
         assert model(torch.zeros(2, 1, size, size)).shape == (2, 7)
-    features = model.forward_features(torch.zeros(2, 1, 32, 32))
-    assert features.shape == (2, model.num_features, 8, 8)
+    images = torch.randn(2, 1, 28, 28)
+    features = model.forward_features(images)
     assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
-    assert model.pretrained_cfg["classifier"] == "fc" and model.get_classifier() is model.fc
+    assert torch.equal(model.forward_head(features), model(images))
+    assert model.get_submodule(model.pretrained_cfg["classifier"]) is model.get_classifier()
+    assert isinstance(model.get_submodule(model.pretrained_cfg["first_conv"]).weight, nn.Parameter)
     model.reset_classifier(3)
-    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
-
-
-def test_layer_decay_gives_lower_rates_to_lower_layers():
-    model = timm.create_model("cifar_resnet20", num_classes=10)
+    assert model(images).shape == (2, 3)
     optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
-    scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
-    rates = [scale[id(m.weight)] for m in (model.conv1, model.layer2[0].conv1, model.fc)]
-    assert rates[0] < rates[1] < rates[2] == 1.0
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    rates = [scale[id(p)] for p in model.parameters() if p.ndim > 1]
+    assert rates == sorted(rates) and rates[0] < rates[-1] == 1.0
+
+
+# What the published networks compute, written with functions alone, in float64.
+
+
+def norm(state: dict, name: str, x: torch.Tensor) -> torch.Tensor:
+    values = [state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+    return F.batch_norm(x, *values)
+
+
+def conv(state: dict, name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    weight = state[f"{name}.weight"]
+    groups = x.shape[1] // weight.shape[1]
+    return F.conv2d(x, weight, state.get(f"{name}.bias"), stride, weight.shape[2] // 2, 1, groups)
+
+
+def vgg11(state: dict, x: torch.Tensor) -> torch.Tensor:
+    side = x.shape[2]
+    for block, layers in enumerate((1, 1, 2, 2, 2)):
+        for layer in range(0, 3 * layers, 3):
+            x = norm(state, f"block{block}.{layer + 1}", conv(state, f"block{block}.{layer}", x))
+            x = x.clamp(min=0)
+        if block < 3 or (block == 3 and side == 64):
+            x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax(dim=(4, 5))
+    return F.linear(x.mean(dim=(2, 3)), state["classifier.weight"], state["classifier.bias"])
+
+
+def wrn_16_2(state: dict, x: torch.Tensor) -> torch.Tensor:
+    x = conv(state, "conv1", x)
+    for block in (1, 2, 3):
+        for layer in (0, 1):
+            name, stride = f"block{block}.layer.{layer}", 2 if block > 1 and layer == 0 else 1
+            first = norm(state, f"{name}.bn1", x).clamp(min=0)
+            shortcut = conv(state, f"{name}.convShortcut", first, stride) if layer == 0 else x
+            second = norm(state, f"{name}.bn2", conv(state, f"{name}.conv1", first, stride))
+            x = shortcut + conv(state, f"{name}.conv2", second.clamp(min=0))
+    x = norm(state, "bn1", x).clamp(min=0).mean(dim=(2, 3))
+    return F.linear(x, state["fc.weight"], state["fc.bias"])
+
+
+def mobilenetv2(state: dict, x: torch.Tensor) -> torch.Tensor:
+    x = norm(state, "conv1.1", conv(state, "conv1.0", x, 2)).clamp(min=0)
+    for stage, (blocks, first) in enumerate(
+        ((1, 1), (2, 1), (3, 2), (4, 2), (3, 1), (3, 2), (1, 1))
+    ):
+        for block in range(blocks):
+            name, stride = f"blocks.{stage}.{block}.conv", first if block == 0 else 1
+            y = norm(state, f"{name}.1", conv(state, f"{name}.0", x)).clamp(min=0)
+            y = norm(state, f"{name}.4", conv(state, f"{name}.3", y, stride)).clamp(min=0)
+            y = norm(state, f"{name}.7", conv(state, f"{name}.6", y))
+            x = x + y if stride == 1 and x.shape == y.shape else y
+    x = norm(state, "conv2.1", conv(state, "conv2.0", x)).clamp(min=0).mean(dim=(2, 3))
+    return F.linear(x, state["classifier.0.weight"], state["classifier.0.bias"])
+
+
+def shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def shufflenetv1(state: dict, x: torch.Tensor) -> torch.Tensor:
+    x = norm(state, "bn1", conv(state, "conv1", x)).clamp(min=0)
+    for stage, blocks in ((1, 4), (2, 8), (3, 4)):
+        for block in range(blocks):
+            name, stride = f"layer{stage}.{block}", 1 if block else 2
+            y = norm(state, f"{name}.bn1", conv(state, f"{name}.conv1", x)).clamp(min=0)
+            y = shuffle(y, 1 if stage == 1 and block == 0 else 3)
+            y = norm(state, f"{name}.bn2", conv(state, f"{name}.conv2", y, stride)).clamp(min=0)
+            y = norm(state, f"{name}.bn3", conv(state, f"{name}.conv3", y))
+            x = torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1) if stride == 2 else y + x
+            x = x.clamp(min=0)
+    return F.linear(x.mean(dim=(2, 3)), state["linear.weight"], state["linear.bias"])
+
+
+def resnet50(state: dict, x: torch.Tensor) -> torch.Tensor:
+    """timm's, with the stem of the small one; its tensors come in the same order."""
+    network = timm.create_model("resnet50", num_classes=100)
+    network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return loaded_in_order(network, state)(x)
+
+
+def shufflenetv2(state: dict, x: torch.Tensor) -> torch.Tensor:
+    """torchvision's, with the stem of the small one; its tensors come in the same order."""
+    network = torchvision.models.ShuffleNetV2([4, 8, 4], [24, 116, 232, 464, 1024], 100)
+    network.conv1[0], network.maxpool = nn.Conv2d(3, 24, 1, bias=False), nn.Identity()
+    return loaded_in_order(network, state)(x)
+
+
+def loaded_in_order(network: nn.Module, state: dict) -> nn.Module:
+    names = list(network.double().state_dict())
+    network.load_state_dict(dict(zip(names, state.values(), strict=True)))
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("cifar_vgg11", vgg11),
+        ("cifar_wrn_16_2", wrn_16_2),
+        ("cifar_mobilenetv2_half", mobilenetv2),
+        ("cifar_shufflenetv1", shufflenetv1),
+        ("cifar_shufflenetv2", shufflenetv2),
+        ("cifar_resnet50", resnet50),
+    ],
+)
+def test_a_published_checkpoint_computes_what_it_computed_there(name, reference):
+    network = timm.create_model(name, num_classes=100).double()
+    generator = torch.Generator().manual_seed(0)
+    for key, value in network.state_dict().items():
+        if "running" in key or value.ndim == 1:  # not 0 and 1, with which an error would not show
+            value.copy_(torch.rand(value.shape, generator=generator, dtype=value.dtype) + 0.5)
+    for size in (32, 64) if name == "cifar_vgg11" else (32,):  # which pools once more at 64 pixels
+        images = torch.randn(2, 3, size, size, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            expected = reference(network.state_dict(), images)
+            torch.testing.assert_close(network.eval()(images), expected)
 
 
 def test_near_names_are_told_for_an_unknown_architecture():
