@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, is_same, teacher_flags, write_images
 
+from deploy.model import network_from_checkpoint
 from models.weights import Checkpoint
 
 FOLDER = ["--input_size", 32, "--batch_size", 8]
@@ -292,3 +293,37 @@ def test_a_poor_average_does_not_teach(run_main, short, tmp_path):
     scored = run_main("--eval", "true", "--resume", path, "--use_ema", "false")
     assert "test_acc1_ema" not in scored.out
     assert score(scored.out) == pytest.approx(scores["test_acc1"], abs=1e-4)
+
+
+# ------------------------------------------------------------- files of an earlier commit
+
+EARLIER = Path(__file__).parent / "earlier"  # written by commit 6fca50f; see network.py there
+OF_EARLIER = ["--model", "earlier.network:make", "--input_size", 8, "--epochs", 1, "--lr", "1e-2"]
+OF_EARLIER += ["--train_samples", 32, "--batch_size", 16, "--aa", "none"]
+
+
+def test_a_checkpoint_of_an_earlier_commit_is_scored_resumed_and_exported_as_then(
+    run_main, tmp_path
+):
+    file = EARLIER / "teacher.pth"
+    scored = run_main("--eval", "true", "--resume", file, *OF_EARLIER[:2])
+    assert scored.code == 0 and "Warning" not in scored.out, scored.err
+    assert score(scored.out, "test_loss") == pytest.approx(2.323681, abs=1e-4)
+    assert score(scored.out, "test_loss_ema") == pytest.approx(2.324366, abs=1e-4)
+    resumed = run_main(*OF_EARLIER, "--epochs", 2, "--resume", file, output_dir=tmp_path / "out")
+    assert resumed.code == 0 and "epoch 0 is done; best so far: best 9.72 %" in resumed.out
+    assert [line["epoch"] for line in resumed.log] == [1], resumed.err
+    network, card, _ = network_from_checkpoint(str(file), "false")
+    assert torch.equal(network.fc.weight, torch.load(file)["model"]["fc.weight"])
+    assert (card.input_size, card.crop_pct, card.weights) == (8, 1.0, "raw")
+
+
+def test_a_teacher_cache_of_an_earlier_commit_stands_in_for_its_teacher(run_main, tmp_path):
+    shutil.copytree(EARLIER / "cache", tmp_path / "cache")
+    flags = [*OF_EARLIER, "--kd", "true", "--teacher_arch", "earlier.network:make"]
+    flags += ["--teacher_path", EARLIER / "teacher.pth", "--teacher_cache", tmp_path / "cache"]
+    run = run_main(*flags, output_dir=tmp_path / "out")
+    assert run.code == 0 and "the teacher is not loaded" in run.out, run.err
+    # The run that filled this cache: its log.txt. float16 rows, so not to the last digit.
+    assert run.log[0]["train_loss"] == pytest.approx(0.697992, abs=1e-4)
+    assert run.log[0]["teacher_loss"] == pytest.approx(2.324366, abs=1e-4)
