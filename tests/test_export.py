@@ -207,8 +207,7 @@ def wrong_order(network: nn.Module, card: ModelCard) -> nn.Module:
 WELL_PREPROCESSED = Preprocessed
 
 
-@pytest.mark.parametrize("kind", ["pt2", "onnx"])
-@pytest.mark.parametrize("wrong", [wrong_weights, wrong_order])
+@pytest.mark.parametrize(("kind", "wrong"), [("pt2", wrong_weights), ("onnx", wrong_order)])
 def test_an_export_that_differs_is_an_error_and_leaves_no_file(
     checkpoint, run_export, monkeypatch, kind, wrong
 ):
