@@ -65,6 +65,7 @@ from data.sources import (
 from data.transforms import ToNetwork, collate
 from models.weights import read_checkpoint
 from runtime import distributed, signals
+from runtime.device import has_streams, local_rank
 from runtime.distributed import log
 from utils import UserError, flags_for
 
@@ -314,7 +315,7 @@ def _same_images(source: Source, name: str) -> dict[str, Any]:
     processes of a machine share. Collective; the run ends where they differ.
     """
     values: dict[str, Any] = {"images": len(source)}
-    if isinstance(source, ImageSource) and distributed.local_rank() == 0:
+    if isinstance(source, ImageSource) and local_rank() == 0:
         values |= source.identity()
     same = distributed.require_same(values, f"{name} ")
     return same if isinstance(source, ImageSource) else {}
@@ -324,7 +325,7 @@ def _loader_keywords(args: argparse.Namespace, device: torch.device) -> dict[str
     _check_shared_memory(args)
     return {
         "num_workers": args.num_workers,
-        "pin_memory": args.pin_mem and device.type == "cuda",
+        "pin_memory": args.pin_mem and has_streams(device),
         "persistent_workers": args.num_workers > 0,
         "worker_init_fn": signals.leave_signals_to_the_trainer,
         "collate_fn": collate,

@@ -122,7 +122,7 @@ def run(argv: list[str] | None) -> None:
     args = parse_args(argv)
     with flags_for(device="--device"):
         device = find_device(args.device or default_device())
-    distributed.init_process(device, args.dist_url)
+        distributed.init_process(device, args.dist_url)
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda" and args.fast_cuda:

@@ -10,7 +10,6 @@ command goes on where an earlier one was stopped: finished runs are skipped, oth
 import argparse
 import itertools
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import utils
 from arguments.flags import (
     AUGMENTATION,
     MIXING,
@@ -237,9 +237,7 @@ def write_record(out: Path, finished: dict[str, list[str]]) -> None:
     """Add finished runs to RECORD, which is always the old or the new file."""
     path = out / RECORD
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    temporary = out / f".{RECORD}.tmp"
-    temporary.write_text(json.dumps(earlier | finished, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    utils.write_whole(path, json.dumps(earlier | finished, indent=1))
 
 
 def run(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""What every other file may use: errors and small files. Imports neither torch nor timm."""
+"""Errors and small files, for every other module; imports neither torch nor timm."""
 
 import os
 import shutil
@@ -8,9 +8,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, get_args
 
 # ------------------------------------------------------------------------------------- errors
+
+
+# What the value at fault is, for the code that knows which flag it was read from.
+Subject = Literal[
+    "", "architecture", "cache", "checkpoint", "classes", "device", "folder", "labels", "log",
+    "model", "names", "output", "text", "use_ema",
+]  # fmt: skip
 
 
 class UserError(Exception):
@@ -18,21 +25,23 @@ class UserError(Exception):
 
     Args:
         message: the value at fault, what is wrong with it, and what to do, in that order.
-        subject: what the value is, such as 'checkpoint' or 'folder'; see `name_flags`.
+        subject: what the value is; see `flags_for`.
     """
 
-    def __init__(self, message: str, subject: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, message: str, subject: Subject = "") -> None:
+        # torch raises the error of a loader worker again, with a whole traceback for its message.
+        super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
         self.subject = subject
 
 
 @contextmanager
 def flags_for(**flags: str) -> Iterator[None]:
-    """Put a flag in front of a UserError that is raised inside and has that flag's subject.
+    """Put the flag of its subject in front of a UserError that is raised inside.
 
     Most functions may be called from Python, where nobody typed a flag; so flags are named only by
-    the code that read them: `with name_flags(checkpoint="--resume"): read_checkpoint(args.resume)`.
+    the code that read them: `with flags_for(checkpoint="--resume"): read_checkpoint(args.resume)`.
     """
+    assert flags.keys() <= set(get_args(Subject)), flags
     try:
         yield
     except UserError as error:
@@ -68,15 +77,15 @@ def exit_code(program: str, command: Callable[[], int | None], stopped: str = "s
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two sets of plain values: name -> (old, new).
+    """The values that differ between two sets of plain values: name -> (old, new).
 
-    Names that only `was` holds are left out, since an older or newer version wrote them.
+    Names that only one set holds are left out, since an older or newer version wrote them.
     """
     return {name: (was[name], now[name]) for name in now if name in was and was[name] != now[name]}
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; libraries often append pages of advice."""
+    """The first line of an error's text, since libraries often append pages of advice."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -106,7 +115,7 @@ def read_lines(path: str) -> list[str]:
 def make_folder(folder: str | Path) -> None:
     """Create a folder and prove that files can be written to it.
 
-    Raises: UserError where they cannot.
+    Raises: UserError if they cannot.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -119,17 +128,7 @@ def make_folder(folder: str | Path) -> None:
         ) from error
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable (POSIX; elsewhere a folder cannot be opened)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def could_not_write(path: Path, error: Exception, subject: str = "output") -> UserError:
+def could_not_write(path: Path, error: Exception, subject: Subject = "output") -> UserError:
     """The error for a file of the run that the file system refuses."""
     free = shutil.disk_usage(path.parent).free / 2**20
     return UserError(
@@ -139,29 +138,43 @@ def could_not_write(path: Path, error: Exception, subject: str = "output") -> Us
     )
 
 
-# ---------------------------------------------------------------------- the files of a run
-
-
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, subject: Subject = "output") -> Iterator[Path]:
     """A temporary path for the new content of a file; `path` is always the old or the new file.
 
-    Raises: UserError where the file system refuses; every older file is left as it was.
+    The content is on the disk before it gets its name, so that also a power cut leaves one of both.
+
+    Raises: UserError if the file system refuses; the old file is then left as it was.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         # A kill may have left one, and it may be a second name of another checkpoint.
         temporary.unlink(missing_ok=True)
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                # Some FUSE and SMB mounts refuse this for folders; the file is whole all the same.
+                with suppress(OSError):
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
         temporary.unlink(missing_ok=True)
-        raise could_not_write(path, error) from error
+        raise could_not_write(path, error, subject) from error
+
+
+def write_whole(path: Path, text: str, subject: Subject = "output") -> None:
+    """Write a text file; see `replacing`."""
+    with replacing(path, subject) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line and flush it to the disk. Raises: UserError where the file system refuses."""
+    """Append a line and flush it to the disk. Raises: UserError if the file system refuses."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -171,24 +184,11 @@ def append_line(path: Path, line: str) -> None:
         raise could_not_write(path, error) from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is always the old or the new one.
-
-    Raises: UserError where the file system refuses.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise could_not_write(path, error) from error
-
-
 def lock(file: IO[bytes]) -> None:
     """Wait until no other process holds the lock of this file; hold it until the file is closed.
 
-    A process that is killed holds it no longer. Where there are no locks, on Windows and on some
-    network file systems, this does nothing.
+    A process that is killed holds it no longer. On Windows and on some network file systems, which
+    have no such locks, this does nothing.
     """
     with suppress(ImportError, OSError):
         import fcntl
@@ -202,8 +202,8 @@ def is_url(path: str) -> bool:
 
 
 def missing_file(path: str) -> str:
-    """What is wrong with the path of a checkpoint file; '' where the file exists."""
+    """What is wrong with the path of a checkpoint file; '' if the file exists."""
     if os.path.isfile(path):
         return ""
-    found = "is a folder" if os.path.isdir(path) else "no such file"
-    return f"{path}: {found}; pass the path of a checkpoint file"
+    problem = "is a folder" if os.path.isdir(path) else "no such file"
+    return f"{path}: {problem}; pass the path of a checkpoint file"

@@ -181,11 +181,9 @@ class DeviceLoader:
         try:
             yield from self.host_batches
         except UserError as error:
-            # A worker hands its error over as a whole traceback, whose last line is the message.
-            message = str(error).rsplit("UserError: ", 1)[-1].strip()
             is_stream = isinstance(self.host_batches, Stream)
             hint = "" if is_stream else "; --check_data true lists all such images"
-            raise UserError(message + hint) from error
+            raise UserError(f"{error}{hint}") from error
         self.is_read = True
 
 

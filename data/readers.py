@@ -32,6 +32,7 @@ from data.sources import (
     file_source,
 )
 from runtime import distributed
+from runtime.device import local_rank
 from runtime.distributed import log
 from utils import UserError, few, first_line
 
@@ -70,7 +71,7 @@ def open_torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
     data_set = getattr(torchvision.datasets, class_name)
     try:
         # One process per machine downloads; the others wait and find the files.
-        if distributed.local_rank() == 0:
+        if local_rank() == 0:
             data_set(folder, train=is_train, download=True)
         distributed.barrier()
         data = data_set(folder, train=is_train)

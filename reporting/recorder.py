@@ -27,7 +27,7 @@ from reporting.tensorboard import (
 )
 from reporting.terminal import MANY_CLASSES, Terminal
 from runtime import distributed
-from runtime.device import peak_memory
+from runtime.device import has_streams, peak_memory
 from utils import append_line, write_whole
 
 # ------------------------------------------------------------------------- after each epoch
@@ -198,14 +198,14 @@ def drop_lines_from(path: Path, epoch: int) -> None:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a run ran on, in plain values: command, versions, commit, device, processes, threads."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
-    is_cuda = device.type == "cuda"
+    gpu = torch.get_device_module(device) if has_streams(device) else None
     return {
         "command": shlex.join(sys.argv),
         "commit": _commit(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "machine": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if is_cuda else str(device),
+        "device": gpu.get_device_name(device) if gpu else str(device),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
     }

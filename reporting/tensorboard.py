@@ -115,7 +115,7 @@ def board_folder(log_dir: str | None, output_dir: str, is_resumed: bool) -> Path
         number += 1
         folder = Path(log_dir) / f"run-{number}"
     utils.make_folder(folder)
-    (folder / OWNER).write_text(owner, "utf-8")
+    utils.write_whole(folder / OWNER, owner, "log")
     return folder
 
 

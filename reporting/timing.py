@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from data.loaders import Batch, Loader
+from runtime.device import has_streams, synchronize
 
 
 class Stopwatch:
@@ -38,7 +39,7 @@ class TimeSplit:
         self.device = device
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
-        self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.events: list[tuple[str, torch.Event, torch.Event]] = []
 
     @contextmanager
     def spent_on(self, what: str) -> Iterator[None]:
@@ -52,11 +53,11 @@ class TimeSplit:
     @contextmanager
     def on_device(self, what: str) -> Iterator[None]:
         """The same for what the device computes, without waiting for it."""
-        if self.device.type != "cuda":
+        if not has_streams(self.device):
             with self.spent_on(what):
                 yield
             return
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.Event(self.device, enable_timing=True) for _ in range(2))
         start.record()
         yield
         end.record()
@@ -70,7 +71,7 @@ class TimeSplit:
     def parts(self) -> dict[str, float]:
         """Seconds by name; they add up to the time since this was made."""
         if self.events:
-            torch.cuda.synchronize(self.device)
+            synchronize(self.device)
             self._collect()
         rest = time.perf_counter() - self.started - sum(self.seconds.values())
         return {"student": max(0.0, rest)} | self.seconds

@@ -1,4 +1,4 @@
-"""The device that a run computes on: chosen, tuned, measured."""
+"""The device that a run computes on: chosen, tuned and measured."""
 
 import ctypes
 import os
@@ -6,7 +6,6 @@ import sys
 
 import torch
 
-from runtime.distributed import local_rank
 from utils import UserError, first_line
 
 DEFAULT_THREADS = torch.get_num_threads()  # torch's own choice: one per core
@@ -18,7 +17,7 @@ def keep_freed_memory() -> None:
 
     By default glibc returns large blocks to the system, which then has to clear every page of the
     next block: ten thousand or more page faults per step, 4 to 15 % of a training step on the CPU.
-    See mallopt(3). This changes the whole process; with another C library it does nothing.
+    See mallopt(3). This changes the whole process, and does nothing with a different C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -31,8 +30,8 @@ def keep_freed_memory() -> None:
 def choose_threads(pixels: int) -> int:
     """Give each CPU thread of torch a share of a batch that is worth waking the thread for.
 
-    A function of the command and the machine alone, since the last bits of a result depend on the
-    number of threads. Where OMP_NUM_THREADS or MKL_NUM_THREADS is set, nothing changes.
+    The number is a function of the command and the machine alone, since the last bits of a result
+    depend on it. If OMP_NUM_THREADS or MKL_NUM_THREADS is set, nothing changes.
 
     Args:
         pixels: images of a batch, times height, times width.
@@ -48,82 +47,88 @@ def choose_threads(pixels: int) -> int:
 def allow_fast_kernels() -> None:
     """Trade the last bits for speed on CUDA, in this process.
 
-    Matrix products of float32 use TF32 (10 bits of mantissa) where the GPU has it, and cuDNN tries
-    its kernels on the first batch of each shape and keeps the fastest, which may be another one in
-    the next run.
+    Matrix products of float32 use TF32 (10 bits of mantissa) if the GPU has it, and cuDNN tries
+    its kernels on the first batch of each shape and keeps the fastest, which may be a different one
+    in the next run.
     """
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
 
 
+def has_streams(device: torch.device) -> bool:
+    """Whether the device computes and copies beside the CPU, as CUDA, ROCm and XPU do.
+
+    Not MPS, where torch may read the source of a copy after it was freed (pytorch issue 189690).
+    """
+    return device.type not in ("cpu", "mps")
+
+
 def default_amp_dtype(device: torch.device) -> str:
-    """bfloat16 where the device computes in it, since it needs no loss scaling, else float16."""
+    """bfloat16 if the device computes in it, since it needs no loss scaling, else float16."""
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if has_bfloat16 else "float16"
-    return "bfloat16" if device.type == "cpu" else "float16"
+    return "float16" if device.type == "mps" else "bfloat16"
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine, as torchrun sets it; else 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name, tried out; plain 'cuda' is the GPU of this process.
+    """The device of that name, tried out; 'cuda' or 'xpu' alone is the GPU of this process.
 
-    Raises: UserError for a device that does not exist, and for one that several processes would
-        share.
+    Raises: UserError for a device that does not exist, or that several processes would share.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is not None and processes > 1:
-            remedy = "pass cuda, which gives each process a GPU of its own"
-            what = f"{processes} processes of this machine would share this GPU"
-            raise UserError(f"{name}: {what}; {remedy}", "device")
-        if device.type == "cuda" and device.index is None:
-            gpus = torch.cuda.device_count()
-            if 0 < gpus <= local_rank():
+        if has_streams(device):
+            gpus = torch.get_device_module(device).device_count()
+            if device.index is not None and processes > 1 and gpus != 1:
+                remedy = f"pass {device.type}, which gives each process a GPU of its own"
+                what = f"{processes} processes of this machine would share this GPU"
+                raise UserError(f"{name}: {what}; {remedy}", "device")
+            if 1 < gpus <= local_rank():
                 what = f"{processes} processes on this machine, which has {gpus} GPU(s)"
                 remedy = f"start torchrun with --nproc_per_node={gpus}"
                 raise UserError(f"{name}: {what}; {remedy}", "device")
-            device = torch.device("cuda", local_rank())
+            if device.index is None:
+                # A launcher may show each process one GPU, which is number 0 to all of them.
+                device = torch.device(device.type, local_rank() if gpus > 1 else 0)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         # torch lists every backend that it was ever built for; its first sentence is the reason.
         reason = first_line(error).partition(". ")[0].partition(", xpu")[0]
-        raise UserError(
-            f"{name}: {reason}; pass cpu, or cuda or mps where there is one", "device"
-        ) from error
+        raise UserError(f"{name}: {reason}; pass {default_device()}", "device") from error
     return device
 
 
 def default_device() -> str:
-    """CUDA where there is one, then MPS, then the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """The accelerator that this torch was built for (cuda, xpu, mps) if there is one, else cpu."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; on CUDA the copy runs beside what the CPU does next.
-
-    Not on MPS, where torch may read the source after it was freed (pytorch issue 189690).
-    """
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    """The tensor on the device; the copy runs beside what the CPU does next if it can."""
+    return tensor.to(device, non_blocking=has_streams(device))
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has computed what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    """Wait until a device has computed everything it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that were in use at once: of the GPU, else of this process's host memory.
+    """Most bytes in use at once: of the GPU, else of this process's host memory.
 
-    None on Windows, which does not tell the latter.
+    None on Windows, which does not count the latter.
     """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if has_streams(device):
+        return torch.get_device_module(device).max_memory_allocated(device)
     if os.name != "posix":
         return None
     import resource

@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from runtime.device import has_streams, local_rank
 from runtime.signals import Interrupted, received_signal
 from utils import UserError, changes, first_line
 
@@ -39,21 +40,22 @@ def init_process(device: torch.device, dist_url: str) -> None:
     Raises: UserError where a scheduler started several processes without torchrun.
     """
     _refuse_tasks_without_group()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if has_streams(device):
+        torch.accelerator.set_device_index(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        is_cuda = device.type == "cuda"
         attempt = _attempt()
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store, _, _ = next(rendezvous(dist_url, rank, world))
         store = dist.PrefixStore(attempt, store)
+        if has_streams(device):
+            _refuse_shared_gpu(store, device)
         dist.init_process_group(
-            backend="nccl" if is_cuda else "gloo",
+            backend=dist.get_default_backend_for_device(device),
             store=dist.PrefixStore("group", store),
             world_size=world,
             rank=rank,
             timeout=timedelta(minutes=30),
-            device_id=device if is_cuda else None,
+            device_id=device if has_streams(device) else None,
         )
         _stores.append(store)
         _start_following()
@@ -76,6 +78,19 @@ def _attempt() -> str:
             "torchrun on every machine, or leave --max_restarts out"
         )
     return f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+
+
+def _refuse_shared_gpu(store: dist.Store, device: torch.device) -> None:
+    """Raise UserError if two processes that see a single GPU each see the same one."""
+    gpu = torch.get_device_module(device)
+    if gpu.device_count() == 1:
+        uuid = getattr(gpu.get_device_properties(device), "uuid", None)
+        if uuid is not None and store.add(f"GPU {uuid}", 1) > 1:
+            raise UserError(
+                f"{device.type}: several processes would share the only GPU that they see; start "
+                "torchrun with --nproc_per_node=1",
+                "device",
+            )
 
 
 def _refuse_tasks_without_group() -> None:
@@ -102,11 +117,6 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process in the group; 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def local_rank() -> int:
-    """Number of this process among those of its machine, as torchrun tells it; else 0."""
-    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def is_main_process() -> bool:

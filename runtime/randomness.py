@@ -6,8 +6,6 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-# --------------------------------------------------------------------------------- randomness
-
 
 class RandomUse(IntEnum):
     """What random numbers are drawn for, and the key that follows it."""
@@ -37,7 +35,5 @@ def seed_rng(device: torch.device, use: RandomUse, *key: int) -> None:
     # torch.manual_seed would also queue a seed for every GPU, which costs a stack trace per call
     # where CUDA is not initialized, as in every loader worker.
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

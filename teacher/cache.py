@@ -4,9 +4,7 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import os
 import secrets
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,7 @@ from datasets import Data
 from models.own import code_file
 from models.weights import local_file
 from runtime import distributed
-from teacher.logit_store import LogitStore, RowFormat, cache_not_written, hash_of
+from teacher.logit_store import LogitStore, RowFormat, hash_of
 from utils import UserError, flags_for
 
 # ------------------------------------------------------------------------------ the cache
@@ -174,27 +172,21 @@ def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     Raises: UserError that names the first field that differs, both values and the remedy.
     """
     path = folder / "manifest.json"
+    manifest = {"format": FORMAT, "id": secrets.token_hex(16)} | manifest
     if not path.exists():  # a complete store may be on a read-only disk
         utils.make_folder(folder)
-        # The manifest is written first, so rows without one are not of another run at this moment.
-        if any(folder.glob("view-*.sums")) and not path.exists():
-            raise UserError(
-                f"{folder}: holds logits but no manifest.json, which says what they belong to; "
-                "restore that file, or pass another folder",
-                "cache",
-            )
-    manifest = {"format": FORMAT, "id": secrets.token_hex(16)} | manifest
-    try:
-        with open(path, "x", encoding="utf-8") as file:  # of several runs at once, one creates it
-            file.write(json.dumps(manifest, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        return manifest
-    except FileExistsError:
-        found = _read_manifest(path)
-    except OSError as error:
-        path.unlink(missing_ok=True)  # part of a manifest would look like a damaged cache
-        raise cache_not_written(path, error) from error
+        with open(folder / ".lock", "wb") as file:
+            utils.lock(file)  # of several runs at once, one creates the manifest
+            # The manifest is written first, so rows without one have lost it.
+            if any(folder.glob("view-*.sums")) and not path.exists():
+                raise UserError(
+                    f"{folder}: holds logits but no manifest.json, which says what they belong "
+                    "to; restore that file, or pass another folder",
+                    "cache",
+                )
+            if not path.exists():
+                utils.write_whole(path, json.dumps(manifest, indent=1), "cache")
+    found = _read_manifest(path)
     if found.get("format") != FORMAT:
         raise UserError(
             f"{folder}: holds a cache of format {found.get('format')}, but this version reads and "
@@ -230,16 +222,13 @@ def _difference(field: str, manifest: dict[str, Any], found: dict[str, Any]) -> 
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    for _ in range(20):  # another process may have created the file but not written it yet
-        text = path.read_text(encoding="utf-8")
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            time.sleep(0.25)
-    raise UserError(
-        f"{path}: is incomplete, perhaps cut short; remove this cache and fill it again",
-        "cache",
-    )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: is incomplete, perhaps cut short; remove this cache and fill it again",
+            "cache",
+        ) from error
 
 
 def _is_close(ours: Any, theirs: Any) -> bool:

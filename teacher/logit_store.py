@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -21,8 +20,7 @@ import torch
 import utils
 from data.loaders import Batch
 from data.order import BatchOrder
-from runtime.device import send
-from runtime.distributed import log
+from runtime.device import has_streams, send
 from utils import UserError, few
 
 PENDING_BYTES = 2**25  # logits waiting to be written; each write waits for the device
@@ -307,29 +305,6 @@ class LogitStore:
         sums = (read_sums(self._stem(view), self.images, self.format) for view in views)
         return sum(self.needed - int(np.count_nonzero(found[: self.needed])) for found in sums)
 
-    def check_space(self, views: range) -> int:
-        """Print how much these views take on disk and how much of that is cached.
-
-        Returns: how many of their rows are missing.
-        Raises: UserError where the disk is too small for them, or a file has another length.
-        """
-        missing = self.missing(views)
-        size, total = self.format.dtype.itemsize, len(views) * self.needed
-        free = shutil.disk_usage(self.folder).free
-        log(
-            f"Teacher cache {self.folder}: {len(views)} view(s) of {self.needed:,} images, "
-            f"{size:,} bytes per image, {_in_words(total * size)} in all; {total - missing:,} of "
-            f"{total:,} rows are cached"
-        )
-        if missing * size > free:
-            raise UserError(
-                f"{self.folder}: needs {_in_words(missing * size)} more, but only "
-                f"{_in_words(free)} are free; pass fewer --teacher_views, a small "
-                "--teacher_cache_topk, or another folder",
-                "cache",
-            )
-        return missing
-
     def put(self, view: int, places: range, logits: torch.Tensor) -> None:
         """Take logits (N, C) to be written by a later flush()."""
         self.file_of(view)
@@ -410,7 +385,7 @@ class StoredTeacher:
         logits = self.store.file_of(view).read(places)
         if logits is not None:
             # Only a copy from page-locked memory does not wait for the GPU.
-            logits = logits.pin_memory() if images.is_cuda else logits
+            logits = logits.pin_memory() if has_streams(images.device) else logits
             return send(logits, images.device)
         if self.teacher is None:
             raise UserError(
@@ -426,11 +401,3 @@ class StoredTeacher:
 def hash_of(value: object) -> str:
     """16 hexadecimal digits that stand for a plain value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _in_words(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} TB"

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
         return RunTeacher(network, None, scores, logits if is_indexable else None)
 
     store = open_teacher_cache(args, data, settings.amp_dtype)
-    missing = distributed.from_main(lambda: store.check_space(views_of(args)))
+    missing = distributed.from_main(lambda: _check_space(store, views_of(args)))
     cached = None
     if loader is not None and isinstance(data.val, ImageSource):
         prints = distributed.from_main(data.val.fingerprint)
@@ -122,6 +123,36 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     if source is not None:
         _report_confidence(args, settings, data, source, known)
     return teacher
+
+
+def _check_space(store: LogitStore, views: range) -> int:
+    """Print how much these views take on disk and how much of that is cached.
+
+    Returns: how many of their rows are missing.
+    Raises: UserError if the disk is too small for them, or a file has a different length.
+    """
+    missing, total = store.missing(views), len(views) * store.needed
+    size, free = store.format.dtype.itemsize, shutil.disk_usage(store.folder).free
+    log(
+        f"Teacher cache {store.folder}: {len(views)} view(s) of {store.needed:,} images, "
+        f"{size:,} bytes per image, {_in_words(total * size)} in all; {total - missing:,} of "
+        f"{total:,} rows are cached"
+    )
+    if missing * size > free:
+        raise UserError(
+            f"{store.folder}: needs {_in_words(missing * size)} more, but only {_in_words(free)} "
+            "are free; pass fewer --teacher_views, a small --teacher_cache_topk, or another folder",
+            "cache",
+        )
+    return missing
+
+
+def _in_words(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
 
 
 def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> nn.Module:

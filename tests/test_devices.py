@@ -1,4 +1,4 @@
-"""What is asked of devices that are not here: copies, dtypes and kernels, with stand-ins."""
+"""What devices that are not here are asked for: copies, dtypes and kernels, with stand-ins."""
 
 import http.server
 import threading
@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from models.weights import local_file, read_checkpoint
-from runtime.device import default_amp_dtype, send
+from runtime.device import default_amp_dtype, default_device, find_device, peak_memory, send
+from runtime.distributed import _refuse_shared_gpu
+from runtime.randomness import RandomUse, seed_rng
+from utils import UserError
+
+XPU = torch.device("xpu", 0)
 
 
 class Copied:
@@ -18,9 +23,46 @@ class Copied:
         return device.type, non_blocking
 
 
-@pytest.mark.parametrize(("device", "is_beside"), [("cuda", True), ("mps", False), ("cpu", False)])
-def test_copies_run_beside_the_cpu_on_cuda_alone(device, is_beside):
+@pytest.mark.parametrize(
+    ("device", "is_beside"), [("cuda", True), ("xpu", True), ("mps", False), ("cpu", False)]
+)
+def test_copies_run_beside_the_cpu_on_gpus_with_streams(device, is_beside):
     assert send(Copied(), torch.device(device)) == (device, is_beside)
+
+
+def test_an_xpu_is_seeded_measured_and_chosen(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.xpu, "manual_seed", seeds.append)
+    monkeypatch.setattr(torch.xpu, "max_memory_allocated", lambda device: 5 if device == XPU else 0)
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu")
+    )
+    seed_rng(XPU, RandomUse.STEP, 0, 1, 2, 3)
+    assert seeds == [torch.initial_seed()]
+    assert (peak_memory(XPU), default_amp_dtype(XPU), default_device()) == (5, "bfloat16", "xpu")
+
+
+@pytest.mark.parametrize(("visible", "index"), [(4, 3), (1, 0)])
+def test_each_process_finds_its_gpu_also_if_it_sees_no_other(monkeypatch, visible, index):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    assert find_device("cuda") == torch.device("cuda", index)
+
+
+def test_processes_that_see_the_same_single_gpu_are_refused(monkeypatch):
+    class Properties:
+        uuid = "GPU-1"
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    store, device = torch.distributed.HashStore(), torch.device("cuda", 0)
+    _refuse_shared_gpu(store, device)
+    Properties.uuid = "GPU-2"
+    _refuse_shared_gpu(store, device)
+    with pytest.raises(UserError, match="cuda: several processes would share"):
+        _refuse_shared_gpu(store, device)
 
 
 @pytest.mark.parametrize("is_supported", [True, False])

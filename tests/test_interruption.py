@@ -3,7 +3,9 @@
 import os
 import re
 import signal
+import stat
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ from forked import Group, program, run_group
 from helpers import CPU, RECORDS, children_of, is_same, read_log, start, torchrun
 
 from runtime import distributed, signals
-from training.checkpoints import INSIDE_EPOCH
-from utils import UserError
+from training.checkpoints import INSIDE_EPOCH, save_checkpoint
+from utils import UserError, append_line, flags_for, write_whole
 
 LONG = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 640 --batch_size 8
 --epochs 3 --print_seconds 0"""
@@ -138,3 +140,41 @@ def test_a_run_waits_no_longer_than_its_step_for_a_signal():
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
     assert distributed.stop_requested(CPU) == 0
+
+
+@pytest.mark.parametrize("write", [write_whole, append_line])
+def test_records_are_on_the_disk_before_they_count(tmp_path, monkeypatch, write):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (done.append(n), r(*a))[1])
+    write(tmp_path / "log.txt", "{}")
+    assert done == (["fsync", "replace", "fsync"] if write is write_whole else ["fsync"])
+
+
+def test_a_folder_whose_fsync_is_refused_can_be_saved_to(tmp_path, monkeypatch):
+    """As on some FUSE and SMB mounts."""
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    save_checkpoint({"epoch": 0}, tmp_path / "a.pth")
+    assert torch.load(tmp_path / "a.pth", weights_only=True) == {"epoch": 0}
+
+
+def test_an_error_of_a_worker_is_shown_without_its_traceback():
+    try:
+        raise UserError("a.jpg: cannot be read", "folder")
+    except UserError:
+        text = traceback.format_exc()
+    assert str(UserError(text)) == "a.jpg: cannot be read"  # as torch raises it again
+
+
+def test_a_misspelt_subject_is_an_error_of_the_program():
+    """Else the error of a user would silently lose the name of its flag."""
+    with pytest.raises(AssertionError), flags_for(chekpoint="--resume"):
+        pass

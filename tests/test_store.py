@@ -22,7 +22,7 @@ from data import readers
 from data.order import view_order
 from data.readers import DIGITS_FILE, digits
 from data.sources import stratified
-from teacher import cache, logit_store, prepare
+from teacher import logit_store, prepare
 from teacher.logit_store import LogitFile, RowFormat
 from utils import UserError
 
@@ -513,16 +513,15 @@ def test_a_class_folder_whose_name_is_not_text_can_be_cached(run_main, photos, p
     assert run.code == 0, run.err
 
 
-def test_a_manifest_cut_short_is_told(run_main, kd, tmp_path, monkeypatch):
+def test_a_manifest_cut_short_is_refused(run_main, kd, tmp_path):
     (tmp_path / "manifest.json").write_text('{"seed": ')
-    monkeypatch.setattr(cache.time, "sleep", lambda seconds: None)
     run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path)
     assert run.code == 2 and "manifest.json: is incomplete" in run.err
 
 
 def test_a_disk_too_small_is_told_before_anything_is_computed(run_main, kd, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2000)
-    monkeypatch.setattr(logit_store.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path / "cache")
     assert run.code == 2 and "needs 2.56 kB more, but only 2 kB are free" in run.err
     assert "Teacher cifar_resnet8" not in run.out

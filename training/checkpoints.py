@@ -34,8 +34,6 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def link_checkpoint(existing: Path, path: Path) -> None:
@@ -49,8 +47,6 @@ def link_checkpoint(existing: Path, path: Path) -> None:
             os.link(existing, temporary)
         except OSError:
             shutil.copyfile(existing, temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
 
 
 def files_of_run(folder: Path) -> list[Path]:

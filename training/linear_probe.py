@@ -20,7 +20,7 @@ from data.sources import ImageSource
 from datasets import Data
 from models import classifier_of
 from runtime import distributed
-from runtime.device import send
+from runtime.device import has_streams, send
 from runtime.distributed import log
 from training.settings import LoopSettings
 from utils import UserError
@@ -247,8 +247,8 @@ def _check_finite(features: Sequence[torch.Tensor]) -> None:
 
 def _check_memory(images: int, val_images: int, width: int, device: torch.device) -> None:
     """Raise UserError where the features of the processes of this machine do not fit."""
-    if device.type == "cuda":
-        free: int | None = torch.cuda.mem_get_info(device)[0]
+    if has_streams(device):
+        free: int | None = torch.get_device_module(device).mem_get_info(device)[0]
         processes = 1
     else:
         free, processes = free_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -15,6 +15,7 @@ import models
 from models.classes import names_of_weights
 from models.weights import load_finetune
 from runtime import distributed
+from runtime.device import has_streams
 from runtime.distributed import log
 from runtime.randomness import RandomUse, seed_rng
 from training import linear_probe
@@ -28,7 +29,7 @@ def exchange_gradients(student: nn.Module, device: torch.device) -> DistributedD
     them sent, and `evaluate_all` and the checkpoints hand these to all ranks.
     """
     keywords: dict[str, Any] = {"gradient_as_bucket_view": True}
-    if device.type == "cuda":
+    if has_streams(device):
         keywords["device_ids"] = [device]
     # Newer than the oldest torch that we support.
     known = inspect.signature(DistributedDataParallel).parameters
