@@ -79,20 +79,20 @@ def test_stratified_samples_follow_the_seed_alone():
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_global_batch_holds_the_same_images_at_any_world_size(world, monkeypatch):
-    monkeypatch.setattr("data.order.PLACES_AT_ONCE", 50)  # so that batches are computed in parts
+    """More images than are put into order at once."""
     steps = {}
     for rank in range(world):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: world)
-        batches = EpochBatches(100, 24 // world, seed=7)
+        batches = EpochBatches(10_000, 240 // world, seed=7)
         batches.set_epoch(3)
         for step, keys in enumerate(batches):
             assert all(view == 3 for view, _ in keys)
             steps.setdefault(step, []).extend(index for _, index in keys)
-    order = view_order(7, 3, 100)
-    assert len(steps) == 4
+    order = view_order(7, 3, 10_000)
+    assert len(steps) == 41
     for step, indices in steps.items():
-        assert sorted(indices) == sorted(order[24 * step : 24 * (step + 1)].tolist())
+        assert sorted(indices) == sorted(order[240 * step : 240 * (step + 1)].tolist())
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(90, 50), (99, 50), (7, 4), (64, 16), (65, 33)])

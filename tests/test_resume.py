@@ -2,17 +2,17 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, is_same, teacher_flags, write_images
+from forked import Group, program
+from helpers import QUICK, is_same, teacher_flags, write_images
 
 from deploy.model import network_from_checkpoint
 from models.weights import Checkpoint
+from training.checkpoints import lock_folder
 
 FOLDER = ["--input_size", 32, "--batch_size", 8]
 
@@ -226,31 +226,23 @@ def test_a_file_that_the_run_reads_is_never_overwritten_by_it(run_main, short, t
     assert best.read_bytes() == before
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from training.checkpoints import lock_folder
-lock = lock_folder(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
+def hold(folder: Path) -> None:
+    lock = lock_folder(folder)
+    print("held", flush=True)
+    time.sleep(60)
+    lock.close()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fcntl")
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(run_main, short, tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert holder.stdout.readline() == "held\n"
-        run = run_main(*short, output_dir=tmp_path)
-        assert run.code == 2 and f"(process {holder.pid} on " in run.err
-        assert f"--output_dir {tmp_path}: another run is using this folder" in run.err
-        holder.send_signal(signal.SIGKILL)  # leaves its file behind, and no lock
-        holder.wait()
-        assert (tmp_path / ".lock").exists() and run_main(*short, output_dir=tmp_path).code == 0
-    finally:
-        holder.kill()
+    with Group(hold, tmp_path) as holder:
+        holder.wait_for("held")
+        with Group(program, [*QUICK, *short, "--output_dir", str(tmp_path)]) as second:
+            assert second.wait() == [2]
+            assert f"(process {holder.processes[0].pid} on " in second.err
+            assert f"--output_dir {tmp_path}: another run is using this folder" in second.err
+    # A killed run leaves its file behind, and no lock.
+    assert (tmp_path / ".lock").exists() and run_main(*short, output_dir=tmp_path).code == 0
 
 
 # --------------------------------------------------------------------------- which weights teach

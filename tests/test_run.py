@@ -2,14 +2,14 @@
 
 import json
 import platform
+import resource
 import statistics
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-from helpers import CPU, RECORDS, ROOT, is_same, teacher_flags
+from forked import Group
+from helpers import CPU, RECORDS, is_same, teacher_flags
 from torch import nn
 
 import engine
@@ -499,22 +499,21 @@ def test_the_log_does_not_depend_on_when_its_scalars_are_computed(
     assert together.log == one_by_one.log and len(together.log) == 2
 
 
+def fetch_and_free() -> None:
+    device.keep_freed_memory()
+    for _ in range(40):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MiB, 16,384 pages
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_on_the_cpu_freed_memory_is_kept_for_the_next_step():
-    faults = """
-import resource, sys, torch
-from runtime.device import keep_freed_memory
-keep_freed_memory()
-for turn in range(40):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)  # 64 MiB, 16,384 pages
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    argv = [sys.executable, "-c", faults]
-    out = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    counts = list(map(int, out.stdout.split()))
+    with Group(fetch_and_free) as group:
+        assert group.wait() == [0], group.err
+        counts = list(map(int, group.out.split()))
     # The heap grows for some turns until a freed block fits; then nothing is fetched any more.
-    assert len(counts) == 40 and statistics.median(counts[20:]) < 1000, out.stdout + out.stderr
+    assert len(counts) == 40 and statistics.median(counts[20:]) < 1000, counts
 
 
 def test_small_batches_take_one_thread_and_a_given_number_of_threads_is_kept(
