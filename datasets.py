@@ -1,11 +1,12 @@
 """From the flags to the images and the loaders of a run."""
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ from data.checks import (
     warn_of_validation_copies,
 )
 from data.loaders import DeviceLoader, Stream, TransformedImages
-from data.mixup import make_mixup
+from data.mixup import MixingSettings, make_mixup
 from data.order import EpochBatches, EvalBatches
 from data.readers import (
     digits,
@@ -54,18 +55,19 @@ from data.readers import (
 )
 from data.sources import (
     ImageSource,
+    Joined,
     Source,
     StreamSource,
+    Subset,
     forget_other_labels,
+    hash_of,
     held_out_identity,
-    join,
     stratified,
-    subset,
 )
-from data.transforms import ToNetwork, collate
+from data.transforms import Augmentation, ToNetwork, collate
 from models.weights import read_checkpoint
 from runtime import distributed, signals
-from runtime.device import has_streams, local_rank
+from runtime.device import default_amp_dtype, has_streams, local_rank
 from runtime.distributed import log
 from utils import UserError, flags_for
 
@@ -93,7 +95,9 @@ def open_split(
             if getattr(args, file):
                 return labeled_images(getattr(args, file), getattr(args, flag), classes)
             return image_folder(getattr(args, flag))
-    return open_timm(args.data_set, args, is_train)
+    batch_size = args.batch_size or 1  # not yet chosen
+    folder, seed, classes_of_stream = args.data_path, args.data_seed, args.nb_classes
+    return open_timm(args.data_set, folder, is_train, batch_size, seed, classes_of_stream)
 
 
 def has_validation(args: argparse.Namespace) -> bool:
@@ -108,28 +112,44 @@ def has_validation(args: argparse.Namespace) -> bool:
 # ----------------------------------------------------------------------------------- subsets
 
 
-def _hold_out(targets: np.ndarray, count: int) -> list[np.ndarray]:
-    """Positions to hold out, and all others; both ascending."""
-    # Fixed seed, so that a teacher and its students hold out the same images.
-    held_out = stratified(targets, count, seed=0)
-    is_other = np.ones(len(targets), bool)
-    is_other[held_out] = False
-    return [held_out, np.flatnonzero(is_other)]
+def hold_out(source: ImageSource, count: int) -> tuple[ImageSource, ImageSource]:
+    """The images of training, and so many that are held out of it for validation. Collective."""
+    check_at_most("--holdout", count, len(source) - 1)
+
+    def choose() -> list[np.ndarray]:
+        # Fixed seed, so that a teacher and its students hold out the same images.
+        held_out = stratified(source.targets, count, seed=0)
+        is_other = np.ones(len(source), bool)
+        is_other[held_out] = False
+        return [np.flatnonzero(is_other), held_out]
+
+    others, held_out = distributed.once_per_machine(choose)
+    return Subset(source, others), Subset(source, held_out)
 
 
-def open_validation(args: argparse.Namespace, classes: Sequence[str] | None = None) -> Source:
+def open_validation(
+    args: argparse.Namespace, classes: Sequence[str] | None = None, holdout: int | None = None
+) -> Source:
     """The validation images alone: the held-out training images with --holdout.
 
     Args:
-        classes: those of the model in their order, where it knows them.
+        classes: those of the model in their order, if it knows them.
+        holdout: number of held-out images; by default that of --holdout.
     Raises: UserError for images that are missing.
     """
-    if not args.holdout:
+    if not (holdout := holdout or args.holdout):
         return open_split(args, is_train=False, classes=classes)
-    args = argparse.Namespace(**{**vars(args), "train_samples": None, "unlabeled": ""})
-    _, val = open_splits(args)
-    assert val is not None  # with --holdout
-    return val
+    source = open_split(args, is_train=True)
+    if not isinstance(source, ImageSource):
+        raise _not_indexable(args)
+    return hold_out(source, holdout)[1]
+
+
+def _not_indexable(args: argparse.Namespace) -> UserError:
+    return UserError(
+        "--holdout, --train_samples and --unlabeled need an indexable data set; "
+        f"{args.data_set} is a stream"
+    )
 
 
 def is_flat(args: argparse.Namespace) -> bool:
@@ -146,97 +166,160 @@ def is_flat(args: argparse.Namespace) -> bool:
     return not is_split and any(has_file_allowed_extension(name, IMG_EXTENSIONS) for name in names)
 
 
-def _open_flat(
-    args: argparse.Namespace, teacher_classes: Callable[[], list[str]]
-) -> tuple[ImageSource, Source | None]:
-    """Images without labels, and validation images where there are any."""
-    if args.holdout:
-        raise UserError(f"--holdout {args.holdout}: the images have no labels; remove the flag")
-    if has_validation(args):
-        val = open_split(args, is_train=False)
-        return images_without_label(args.data_path, val.classes), val
-    log("No validation images: neither teacher nor student is scored")
-    args.disable_eval, args.teacher_eval = True, False
-    return images_without_label(args.data_path, teacher_classes()), None
+class Splits(NamedTuple):
+    """The images of a run.
+
+    Attributes:
+        val: None if neither student nor teacher is evaluated.
+        held_out: number of training images in `val`; None if `val` has images of its own.
+    """
+
+    train: Source
+    val: Source | None
+    held_out: int | None
 
 
 def open_splits(
-    args: argparse.Namespace, teacher_classes: Callable[[], list[str]] | None = None
-) -> tuple[Source, Source | None]:
-    """The training images and, where student or teacher is evaluated, the validation images.
+    args: argparse.Namespace,
+    teacher_classes: Callable[[], list[str]] | None = None,
+    with_validation: bool = True,
+) -> Splits:
+    """The training images and, if student or teacher is evaluated, the validation images.
 
     Args:
-        args: holdout is set to a fifth of the images where nothing says what to validate on.
         teacher_classes: returns the classes of a folder of images without labels that has no
             validation images, see `is_flat`.
+        with_validation: False to leave validation images of their own closed.
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
-    unlabeled = unlabeled_of(args)
-    train: Source
     val: Source | None = None
-    if is_flat(args) and teacher_classes is not None:
+    holdout = None
+    if teacher_classes is not None and is_flat(args):
         train, val = _open_flat(args, teacher_classes)
     else:
         train = open_split(args, is_train=True)
-    all_images = train
+        holdout = _choose_holdout(args, train)
+        if with_validation and not holdout:
+            val = _open_validation_of(args, train)
     if isinstance(train, ImageSource):
-        if must_hold_out(args) and not len(train.without_label()):
-            _choose_holdout(args, train)
-        if args.holdout:
-            check_at_most("--holdout", args.holdout, len(train) - 1)
-            choose = partial(_hold_out, train.targets, args.holdout)
-            held_out, others = distributed.once_per_machine(choose)
-            train, val = subset(train, others), subset(train, held_out)
-        if args.train_samples:
-            check_at_most("--train_samples", args.train_samples, len(train))
-            sample = partial(stratified, train.targets, args.train_samples, args.data_seed)
-            (chosen,) = distributed.once_per_machine(lambda: [sample()])
-            if unlabeled == "rest":
-                train = forget_other_labels(train, chosen)
-            else:
-                train = subset(train, chosen)
-        if unlabeled not in ("", "rest"):
-            with flags_for(folder="--unlabeled"):
-                train = join(train, images_without_label(unlabeled, train.classes))
-        if not args.eval and distributed.is_main_process() and not len(train.without_label()):
-            learns_labels = not args.teacher_cache_only and not (args.kd and args.kd_alpha == 1)
-            report_class_counts(train, learns_labels and args.class_weights == "none")
-    elif args.holdout or args.train_samples or unlabeled:
-        raise UserError(
-            "--holdout, --train_samples and --unlabeled need an indexable data set; "
-            f"{args.data_set} is a stream"
-        )
-    for_teacher = bool(teachers_of(args)) and args.teacher_eval and has_validation(args)
-    if val is None and (for_teacher or not args.disable_eval):
-        val = open_split(args, is_train=False, classes=train.classes)
-        check_same_classes(train.classes, val.classes)
-        if args.labels or args.eval_labels:
-            folder = args.eval_data_path or args.data_path
-            check_disjoint(all_images, val, os.path.relpath(folder, args.data_path))
-    are_to_compare = not args.eval and distributed.is_main_process()
-    if are_to_compare and isinstance(train, ImageSource) and isinstance(val, ImageSource):
-        warn_of_validation_copies(train, val)
+        if holdout:
+            train, val = hold_out(train, holdout)
+        train = _choose_training(args, train)
+    elif args.holdout or args.train_samples or unlabeled_of(args):
+        raise _not_indexable(args)
     if args.nb_classes and args.nb_classes != len(train.classes):
         raise UserError(
             f"--nb_classes {args.nb_classes}: the data has {len(train.classes)} classes; "
             "leave the flag out, since classes are counted"
         )
-    return train, val
+    return Splits(train, val, holdout)
 
 
-def _choose_holdout(args: argparse.Namespace, train: ImageSource) -> None:
-    """Set holdout to a fifth of the images. Raises: UserError for a single class."""
+def _open_flat(
+    args: argparse.Namespace, teacher_classes: Callable[[], list[str]]
+) -> tuple[Source, Source | None]:
+    """Images without labels, and validation images if there are any."""
+    if args.holdout:
+        raise UserError(f"--holdout {args.holdout}: the images have no labels; remove the flag")
+    val = open_split(args, is_train=False) if has_validation(args) else None
+    classes = val.classes if val is not None else teacher_classes()
+    return images_without_label(args.data_path, classes), val
+
+
+def _choose_holdout(args: argparse.Namespace, train: Source) -> int | None:
+    """--holdout, or a fifth of the images if nothing says which images are for validation.
+
+    Raises: UserError for a single class.
+    """
+    if not must_hold_out(args):
+        return args.holdout
     if len(train.classes) < 2:
         raise UserError(
             f"--data_path {args.data_path}: has a single class ({train.classes[0]}), so nothing "
             "can be learned; pass the folder that holds one folder of images per class"
         )
-    args.holdout = max(1, len(train) // 5)
+    count = max(1, len(train) // 5)
     log(
-        f"{args.data_path} holds no validation images; {args.holdout} of its {len(train)} images, "
-        "a fifth of each class, are held out for validation, the same ones in every run "
-        "(--holdout N for another number)"
+        f"{args.data_path} holds no validation images; {count} of its {len(train)} images, a fifth "
+        "of each class, are held out for validation, the same ones in every run (--holdout N for "
+        "another number)"
     )
+    return count
+
+
+def _open_validation_of(args: argparse.Namespace, train: Source) -> Source | None:
+    """The validation images that belong to the training images, if they are to be scored."""
+    for_teacher = bool(teachers_of(args)) and args.teacher_eval and has_validation(args)
+    if args.disable_eval and not for_teacher:
+        return None
+    val = open_split(args, is_train=False, classes=train.classes)
+    check_same_classes(train.classes, val.classes)
+    if args.labels or args.eval_labels:
+        folder = args.eval_data_path or args.data_path
+        check_disjoint(train, val, os.path.relpath(folder, args.data_path))
+    return val
+
+
+def _choose_training(args: argparse.Namespace, train: ImageSource) -> ImageSource:
+    """What --train_samples and --unlabeled make of the images of training. Collective."""
+    unlabeled = unlabeled_of(args)
+    if args.train_samples:
+        check_at_most("--train_samples", args.train_samples, len(train))
+        sample = partial(stratified, train.targets, args.train_samples, args.data_seed)
+        (chosen,) = distributed.once_per_machine(lambda: [sample()])
+        choose = forget_other_labels if unlabeled == "rest" else Subset
+        train = choose(train, chosen)
+    if unlabeled not in ("", "rest"):
+        with flags_for(folder="--unlabeled"):
+            train = Joined(train, images_without_label(unlabeled, train.classes))
+    return train
+
+
+def _report_splits(args: argparse.Namespace, splits: Splits) -> None:
+    """Print what a user should know of the images before they are trained on; on rank 0."""
+    train, val, _ = splits
+    if not isinstance(train, ImageSource) or not distributed.is_main_process():
+        return
+    if not len(train.without_label()):
+        learns_labels = not args.teacher_cache_only and not (args.kd and args.kd_alpha == 1)
+        report_class_counts(train, learns_labels and args.class_weights == "none")
+    if isinstance(val, ImageSource):
+        warn_of_validation_copies(train, val)
+
+
+def complete(args: argparse.Namespace, device: torch.device, splits: Splits | None = None) -> None:
+    """Choose what depends on the device, the network and the images; then args stays as it is.
+
+    `val_images`, which is no flag, becomes a hash of what tells the validation images from others.
+
+    Args:
+        splits: the images of a training run; None for an evaluation.
+    Raises: UserError for too few images.
+    """
+    if args.use_amp and not args.amp_dtype:
+        args.amp_dtype = default_amp_dtype(device)
+    if splits is None:
+        return
+    if follows_network(args) and not args.resume and "input_size" not in args.given:
+        with flags_for(architecture="--model"):
+            args.input_size = models.input_config(args.model).get("input_size", args.input_size)
+    args.holdout = splits.held_out
+    args.val_images = None
+    if splits.val is not None:
+        identity = _same_images(splits.val, "validation") or {"images": len(splits.val)}
+        args.val_images = hash_of(json.dumps(identity).encode())
+    elif not args.disable_eval:
+        log("No validation images: neither teacher nor student is scored")
+        args.disable_eval, args.teacher_eval = True, False
+    images = len(splits.train)
+    for line in fill_data_defaults(args, images):
+        log(line)
+    if not args.batch_size:
+        raise UserError(
+            f"{images} training image(s) are too few for {distributed.world_size()} process(es), "
+            f"each of which needs {2 if is_mixed(args) else 1}; add images, use fewer processes, "
+            "or pass --mixup 0 --cutmix 0"
+        )
 
 
 @dataclass
@@ -255,29 +338,25 @@ class Data:
     labeled_share: float = 1.0  # the part of the training images that has a label
 
 
-def build_data(
-    args: argparse.Namespace, device: torch.device, views: int | None = None, fill: bool = False
-) -> Data:
+def build_data(args: argparse.Namespace, device: torch.device) -> Data:
     """Open both splits, check that they belong together, and make the loaders.
 
+    With --teacher_cache_only the training loader yields every image that a later run may be
+    trained on, whatever the batch size and the number of processes of that run.
+
     Args:
-        args: batch_size is lowered where there are fewer images.
-        views: number of views of the training images; None for a new view every epoch.
-        fill: let the training loader show every image that a later run may show, whatever the batch
-            size and the number of processes of that run: to fill a teacher cache.
+        args: what depends on the images is filled in, see `complete`.
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
-    train, val = open_splits(args, partial(_classes_of_teacher, args))
+    splits = open_splits(args, partial(_classes_of_teacher, args))
+    _report_splits(args, splits)
+    complete(args, device, splits)
+    train, val, held_out = splits
     images = _same_images(train, "training")
-    if val is not None and distributed.world_size() > 1:
-        _same_images(val, "validation")
-    if val is not None and args.holdout:
+    if val is not None and held_out:
         images["held_out"] = held_out_identity(val)
-    _fit_batches(args, len(train))
     config = data_config(args) | {"classes": train.classes}
-    to_network = ToNetwork(config, device)
-    loader_keywords = _loader_keywords(args, device)
-    train_loader = _train_loader(train, args, config, to_network, loader_keywords, views, fill)
+    train_loader = _train_loader(args, train, config, device)
     val_loader = feature_loader = None
     if val is not None:
         val_loader = build_eval_loader(args, val, config, device)
@@ -332,17 +411,6 @@ def _loader_keywords(args: argparse.Namespace, device: torch.device) -> dict[str
     }
 
 
-def _fit_batches(args: argparse.Namespace, images: int) -> None:
-    for line in fill_data_defaults(args, images):
-        log(line)
-    if not args.batch_size:
-        raise UserError(
-            f"{images} training image(s) are too few for {distributed.world_size()} process(es), "
-            f"each of which needs {2 if is_mixed(args) else 1}; add images, use fewer processes, "
-            "or pass --mixup 0 --cutmix 0"
-        )
-
-
 def build_eval_loader(
     args: argparse.Namespace,
     val: Source,
@@ -372,21 +440,31 @@ def build_eval_loader(
     return loader
 
 
+T = TypeVar("T")
+
+
+def from_flags(kind: type[T], args: argparse.Namespace) -> T:
+    """A dataclass whose fields are flags, filled from the flags."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names})
+
+
 def _train_loader(
-    train: Source,
-    args: argparse.Namespace,
-    config: dict[str, Any],
-    to_network: ToNetwork,
-    loader_keywords: dict[str, Any],
-    views: int | None,
-    fill: bool,
+    args: argparse.Namespace, train: Source, config: dict[str, Any], device: torch.device
 ) -> DeviceLoader:
     if is_augmented(args):
-        transform = transforms.train_transform(args, config)
+        transform = transforms.train_transform(from_flags(Augmentation, args), config)
     else:
         transform = transforms.eval_transform(config)
-    partial_labels = isinstance(train, ImageSource) and len(train.without_label()) > 0
-    mixup = make_mixup(args, len(train.classes), partial_labels)
+    batch_size, views, seed = args.batch_size, args.teacher_views, args.data_seed
+    mixup = make_mixup(
+        from_flags(MixingSettings, args),
+        len(train.classes),
+        batch_size=batch_size,
+        seed=seed,
+        partial_labels=isinstance(train, ImageSource) and len(train.without_label()) > 0,
+    )
+    to_network, loader_keywords = ToNetwork(config, device), _loader_keywords(args, device)
     if isinstance(train, StreamSource):
         if views:
             raise UserError(
@@ -394,17 +472,15 @@ def _train_loader(
                 f"{args.data_set} does not have; use a folder, or leave the flag out"
             )
         train.stream.transform = Compose([pictures.decode_of_stream, transform])
-        stream = Stream(
-            train.stream, loader_keywords | {"batch_size": args.batch_size}, is_train=True
-        )
+        stream = Stream(train.stream, loader_keywords | {"batch_size": batch_size}, is_train=True)
         return DeviceLoader(stream, stream, to_network, mixup)
-    count, batch_size, unit = len(train), args.batch_size, None
-    if fill:
+    unit = None
+    if args.teacher_cache_only:
         # Cover every image that a later run may show, whatever its batch size; no activations are
         # kept for a backward pass, so twice the batch fits.
         batch_size, unit = 2 * batch_size, mixup.unit if mixup else 1
-    order = EpochBatches(count, batch_size, args.data_seed, views, unit)
-    images = TransformedImages(train, transform, args.data_seed)
+    order = EpochBatches(len(train), batch_size, seed, views, unit)
+    images = TransformedImages(train, transform, seed)
     host_batches = DataLoader(images, batch_sampler=order, **loader_keywords)
     return DeviceLoader(order, host_batches, to_network, mixup)
 

@@ -150,8 +150,7 @@ def images_to_calibrate(args: argparse.Namespace, checkpoint: Checkpoint) -> Sou
             f"--calibrate true: the training of {args.resume} held out no images, on which a "
             "temperature could be fitted; train with --holdout N"
         )
-    args = argparse.Namespace(**{**vars(args), "holdout": holdout})
-    held_out = datasets.open_validation(args, checkpoint.classes)
+    held_out = datasets.open_validation(args, checkpoint.classes, holdout)
     if checkpoint.images.get("held_out") != held_out_identity(held_out):
         raise UserError(
             f"--calibrate true: {data_flag(args)} does not have the images that the "
@@ -193,6 +192,7 @@ def score_checkpoint(
     Model, data, normalization and crop are those of the training run where no flag says otherwise.
     Classes are matched by name; data that has only some of the classes is scored on those.
     """
+    datasets.complete(args, device)
     config, val, classes, positions, saved = open_scored(args, checkpoint)
     log(
         f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}: {len(val)} "
@@ -210,8 +210,8 @@ def score_checkpoint(
     loader = build_eval_loader(args, val, config, device)
     held_out = None
     if args.calibrate:
-        every = argparse.Namespace(**{**vars(args), "dist_eval": False})  # on each process
-        held_out = build_eval_loader(every, images_to_calibrate(args, checkpoint), config, device)
+        images = images_to_calibrate(args, checkpoint)
+        held_out = build_eval_loader(args, images, config, device, shared=False)
     student = make_student(args, device, classes)
     network = SelectClasses(student, positions)
     reports = {}

@@ -39,7 +39,7 @@ import models
 import utils
 from arguments.checks import effects_line
 from arguments.defaults import cores_per_process
-from arguments.derived import follows_network, teachers_of, views_of
+from arguments.derived import teachers_of, views_of
 from arguments.parsing import follow_checkpoint
 from data.checks import check_images, read_validation
 from data.loaders import Batch, Loader
@@ -66,7 +66,6 @@ from runtime import distributed, signals
 from runtime.device import (
     allow_fast_kernels,
     choose_threads,
-    default_amp_dtype,
     default_device,
     find_device,
     keep_freed_memory,
@@ -136,11 +135,6 @@ def run(argv: list[str] | None) -> None:
     with flags_for(architecture="--teacher_arch"):
         for known in teachers_of(args):
             models.check_architecture(known.arch)
-    if follows_network(args) and not args.resume and "input_size" not in args.given:
-        with flags_for(architecture="--model"):
-            args.input_size = models.input_config(args.model).get("input_size", args.input_size)
-    if args.use_amp and not args.amp_dtype:
-        args.amp_dtype = default_amp_dtype(device)
     if args.sync_bn and device.type != "cuda":
         raise UserError(f"--sync_bn true: works on CUDA only, and this run uses {device}")
     if args.report:
@@ -156,7 +150,7 @@ def run(argv: list[str] | None) -> None:
         lock = claim_output_dir(args)  # held until the end of the run
 
     log(f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}, on {device}")
-    data = build_data(args, device, args.teacher_views, fill=args.teacher_cache_only)
+    data = build_data(args, device)
     each = f"batches of {args.batch_size}, {args.num_workers} loader worker(s)"
     if device.type == "cpu":
         threads = choose_threads(args.batch_size * args.input_size**2)

@@ -95,8 +95,8 @@ class Whole:
 def write_digits(folder: Path) -> None:
     """Write digits as JPEGs, enlarged and with some noise, as train/CLASS/ and val/CLASS/."""
     rng = np.random.default_rng(0)
-    splits = datasets.open_splits(parse_args(["--data_set", "DIGITS"]))
-    for (split, count), source in zip(JPEGS.items(), splits, strict=True):
+    train, val, _ = datasets.open_splits(parse_args(["--data_set", "DIGITS"]))
+    for (split, count), source in zip(JPEGS.items(), (train, val), strict=True):
         assert isinstance(source, ImageSource)
         for index in range(count):
             image, target = source[index]

@@ -66,7 +66,9 @@ def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
     )
     their_images = torchvision.datasets.ImageFolder(str(folder), theirs)
     source = image_folder(str(folder))
-    our_images = loaders.TransformedImages(source, transforms.train_transform(args, config), seed=0)
+    augmentation = datasets.from_flags(transforms.Augmentation, args)
+    transform = transforms.train_transform(augmentation, config)
+    our_images = loaders.TransformedImages(source, transform, seed=0)
     to_network = transforms.ToNetwork(config, CPU)
     crop, *color_steps = our_images.transform.steps.transforms
     pillow_crop, *_ = theirs.transforms

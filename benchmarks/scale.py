@@ -22,14 +22,13 @@ import numpy as np
 import torch
 import torch.distributed
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
 import datasets
 from arguments.parsing import parse_args
 from data.sources import ImageSource
 from runtime import distributed, signals
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
 
 CLASSES = 1000
 FLAGS = (
@@ -39,15 +38,15 @@ FLAGS = (
 GIB = 2**30
 
 
-def image_of(index: int) -> np.ndarray:
-    """An image (8, 8, 3) uint8 whose gray depends on the index."""
-    return np.full((8, 8, 3), index % 251, np.uint8)
+class Numbers(ImageSource):
+    """Images (8, 8, 3) uint8 whose gray and whose labels follow from the index alone."""
 
+    def __init__(self, images: int) -> None:
+        (targets,) = distributed.once_per_machine(lambda: [np.arange(images) % CLASSES])
+        super().__init__(targets, [str(label) for label in range(CLASSES)])
 
-def source_of_numbers(images: int) -> ImageSource:
-    """A source whose images and labels follow from the index alone."""
-    (targets,) = distributed.once_per_machine(lambda: [np.arange(images) % CLASSES])
-    return ImageSource(image_of, targets, [str(label) for label in range(CLASSES)])
+    def load(self, index: int) -> np.ndarray:
+        return np.full((8, 8, 3), index % 251, np.uint8)
 
 
 def run_rank(images: int, holdout: int) -> None:
@@ -55,7 +54,7 @@ def run_rank(images: int, holdout: int) -> None:
     started = time.perf_counter()
     device = torch.device("cpu")
     distributed.init_process(device, "env://")
-    datasets.open_split = lambda args, is_train, classes=None: source_of_numbers(images)
+    datasets.open_split = lambda args, is_train, classes=None: Numbers(images)
     data = datasets.build_data(
         parse_args(FLAGS + (["--holdout", str(holdout)] if holdout else [])), device
     )

@@ -121,7 +121,7 @@ def warn_of_validation_copies(train: ImageSource, val: ImageSource) -> None:
     Where there are more than IDENTIFYING of either, only so many are looked at.
     """
     positions = train.without_label()
-    if not len(positions) or train.path is None or val.path is None:
+    if not len(positions) or not train.path(positions[0]) or not val.path(0):
         return
     files = [train.path(index) for index in positions[evenly(len(positions))]]
     by_size: dict[int, list[str]] = {}

@@ -1,14 +1,14 @@
 """Mixup and CutMix of a batch on the device, a function of seed, view and place."""
 
-import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 
-from arguments.derived import is_mixed
 from runtime.device import send
 from runtime.randomness import RandomUse, seed_rng, seed_sequence
 
@@ -189,33 +189,49 @@ class PartialLabels:
 Mixing = BlockMixup | PairMixup | PartialLabels
 
 
+@dataclass(frozen=True)
+class MixingSettings:
+    """How images and labels are mixed; the fields are flags of main.py."""
+
+    mixup: float
+    cutmix: float
+    cutmix_minmax: Sequence[float] | None
+    mixup_prob: float
+    mixup_switch_prob: float
+    mixup_mode: str
+    smoothing: float
+
+
 def make_mixup(
-    args: argparse.Namespace, num_classes: int, partial_labels: bool = False
+    settings: MixingSettings,
+    num_classes: int,
+    *,
+    batch_size: int,
+    seed: int,
+    partial_labels: bool = False,
 ) -> Mixing | None:
     """Mixes images and labels, including label smoothing; None without mixup and cutmix.
 
     Args:
+        batch_size: images that are mixed with each other, except in the mode 'pair'.
         partial_labels: whether some images have no label, see PartialLabels.
     """
     if partial_labels:
-        plain = argparse.Namespace(**{**vars(args), "smoothing": 0.0})
-        inner = _make_mixup(plain, num_classes + 1)
-        return PartialLabels(inner, num_classes, args.smoothing)
-    return _make_mixup(args, num_classes)
-
-
-def _make_mixup(args: argparse.Namespace, num_classes: int) -> BlockMixup | PairMixup | None:
-    if not is_mixed(args):
+        plain = replace(settings, smoothing=0.0)
+        inner = make_mixup(plain, num_classes + 1, batch_size=batch_size, seed=seed)
+        assert not isinstance(inner, PartialLabels)
+        return PartialLabels(inner, num_classes, settings.smoothing)
+    if not (settings.mixup > 0 or settings.cutmix > 0 or settings.cutmix_minmax):
         return None
-    keywords = {
-        "mixup_alpha": args.mixup,
-        "cutmix_alpha": args.cutmix,
-        "cutmix_minmax": args.cutmix_minmax,
-        "prob": args.mixup_prob,
-        "switch_prob": args.mixup_switch_prob,
-        "label_smoothing": args.smoothing,
+    keywords: dict[str, Any] = {
+        "mixup_alpha": settings.mixup,
+        "cutmix_alpha": settings.cutmix,
+        "cutmix_minmax": settings.cutmix_minmax,
+        "prob": settings.mixup_prob,
+        "switch_prob": settings.mixup_switch_prob,
+        "label_smoothing": settings.smoothing,
         "num_classes": num_classes,
     }
-    if args.mixup_mode == "pair":
-        return PairMixup(args.data_seed, **keywords)
-    return BlockMixup(Mixup(mode=args.mixup_mode, **keywords), args.batch_size, args.data_seed)
+    if settings.mixup_mode == "pair":
+        return PairMixup(seed, **keywords)
+    return BlockMixup(Mixup(mode=settings.mixup_mode, **keywords), batch_size, seed)

@@ -1,12 +1,10 @@
 """Data sets of every kind, opened as sources of images."""
 
-import argparse
 import importlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,12 @@ from arguments.derived import TORCHVISION_SETS
 from data.labels import read_labels
 from data.pictures import Picture, open_image, unreadable
 from data.sources import (
+    ArraySource,
+    FileSource,
     ImageSource,
     Source,
     StreamSource,
-    array_source,
     arrays_of_files,
-    file_source,
 )
 from runtime import distributed
 from runtime.device import local_rank
@@ -39,31 +37,16 @@ from utils import UserError, few, first_line
 DIGITS_FILE = Path(__file__).parent / "digits.npz"
 
 
-def _image_of_reader(reader: Any, index: int) -> Picture:
-    # timm's ImageDataset replaces an unreadable image by the next one; here that is an error.
-    name = reader.filename(index) if hasattr(reader, "filename") else index  # internal to timm
-    try:
-        file = reader[index][0]
-    except Exception as error:  # each reader has its own
-        raise unreadable(name, error) from error
-    return open_image(file, name)
-
-
-def _fingerprint_of_table(reader: Any, parts: Iterable[np.ndarray]) -> dict[str, str]:
-    # Hugging Face's own, from the paths and times of local files or the commit of a download.
-    return {"table": reader.dataset._fingerprint}
-
-
 # ----------------------------------------------------------------------------- kinds of data sets
 
 
-def digits(is_train: bool) -> ImageSource:
+def digits(is_train: bool) -> ArraySource:
     """The included digits: 1,437 to train on, 360 to test on, 8 pixels, ten classes."""
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
         chosen = file["is_test"] != is_train
         gray = np.round(file["images"][chosen] * (255 / 16)).astype(np.uint8)
         labels, classes = file["labels"][chosen], [str(digit) for digit in range(10)]
-        return array_source(gray, labels, classes)
+        return ArraySource(gray, labels, classes)
 
 
 def open_torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
@@ -80,7 +63,7 @@ def open_torchvision(name: str, folder: str, is_train: bool) -> ImageSource:
             f"--data_set {name}: not found in --data_path {folder}, and the download failed "
             f"({first_line(error)}); put torchvision's {class_name} files there"
         ) from error
-    return array_source(np.asarray(data.data), data.targets, data.classes)
+    return ArraySource(np.asarray(data.data), data.targets, data.classes)
 
 
 def image_folder(folder: str) -> ImageSource:
@@ -101,7 +84,7 @@ def image_folder(folder: str) -> ImageSource:
     except FileNotFoundError as error:
         raise _no_images(folder, first_line(error)) from error
     arrays = distributed.once_per_machine(lambda: _list_images(folder, classes))
-    return file_source(folder, arrays, classes)
+    return FileSource(folder, arrays, classes)
 
 
 def _list_images(folder: str, classes: list[str]) -> list[np.ndarray]:
@@ -145,7 +128,7 @@ def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:
         endings.report(folder)
         return arrays_of_files(os.path.join(folder, os.curdir), [found])
 
-    return file_source(folder, distributed.once_per_machine(list_all), classes)
+    return FileSource(folder, distributed.once_per_machine(list_all), classes)
 
 
 class _Endings:
@@ -204,21 +187,57 @@ def labeled_images(file: str, folder: str, classes: Sequence[str] | None = None)
 
     *arrays, names = distributed.once_per_machine(make)
     known = names.tobytes().decode(errors="surrogateescape").split("\0")
-    return file_source(folder, arrays, known)
+    return FileSource(folder, arrays, known)
 
 
-def open_timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
-    """Any data set of timm's `create_dataset`: a folder or tar, hfds/…, hfids/…, tfds/…, wds/…"""
+class TableSource(ImageSource):
+    """Images in a table of Hugging Face's datasets, through timm's reader."""
+
+    def __init__(self, reader: Any, targets: Sequence[int], classes: Sequence[str]) -> None:
+        super().__init__(targets, classes)
+        self.reader = reader
+
+    def load(self, index: int) -> Picture:
+        # timm's ImageDataset replaces an unreadable image by the next one; here that is an error.
+        reader = self.reader
+        name = reader.filename(index) if hasattr(reader, "filename") else index  # internal to timm
+        try:
+            file = reader[index][0]
+        except Exception as error:  # each reader has its own
+            raise unreadable(name, error) from error
+        return open_image(file, name)
+
+    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
+        """Hugging Face's hash, from the paths and times of local files or a download's commit."""
+        return {"table": self.reader.dataset._fingerprint}
+
+
+def open_timm(
+    name: str,
+    folder: str | None,
+    is_train: bool,
+    batch_size: int,
+    seed: int,
+    num_classes: int | None,
+) -> Source:
+    """Any data set of timm's `create_dataset`: a folder or tar, hfds/…, hfids/…, tfds/…, wds/…
+
+    Args:
+        batch_size: of a stream, some of which read whole batches.
+        seed: with which a stream shuffles.
+        num_classes: of a stream, whose classes cannot be counted.
+    Raises: UserError if timm cannot open it.
+    """
     if name.lower().startswith(("hfds/", "hfids/")):
         _let_timm_import_hugging_face_datasets()
     try:
         data = create_dataset(
             name,
-            root=args.data_path,
+            root=folder,
             split="train" if is_train else "validation",
             is_training=is_train,
-            batch_size=args.batch_size,
-            seed=args.data_seed,
+            batch_size=batch_size,
+            seed=seed,
         )
     except Exception as error:  # each reader has its own optional package and its own errors
         raise UserError(
@@ -227,11 +246,11 @@ def open_timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
             "readers hfds/…, hfids/…, tfds/…, wds/… (each with its own package installed)"
         ) from error
     if isinstance(data, IterableImageDataset):
-        if not args.nb_classes:
+        if not num_classes:
             raise UserError(
                 f"--data_set {name}: the classes of a stream cannot be counted; pass --nb_classes"
             )
-        return StreamSource(data, [str(label) for label in range(args.nb_classes)])
+        return StreamSource(data, [str(label) for label in range(num_classes)])
     reader = data.reader  # the attributes below are internal to timm's readers
     files = getattr(reader, "samples", None)  # else a table of Hugging Face datasets
     targets = reader.dataset[reader.label_key] if files is None else []
@@ -240,9 +259,8 @@ def open_timm(name: str, args: argparse.Namespace, is_train: bool) -> Source:
     else:
         classes = [str(label) for label in range(max(targets) + 1)]
     if files:
-        return file_source(reader.root, arrays_of_files(reader.root, [files]), classes)
-    load, contents = partial(_image_of_reader, reader), partial(_fingerprint_of_table, reader)
-    return ImageSource(load, targets, classes, contents=contents)
+        return FileSource(reader.root, arrays_of_files(reader.root, [files]), classes)
+    return TableSource(reader, targets, classes)
 
 
 def _let_timm_import_hugging_face_datasets() -> None:

@@ -1,12 +1,13 @@
 """Sources of images: images by index, without any transform, and their subsets."""
 
+import copy
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain, tee
 from typing import Any
 
@@ -18,41 +19,41 @@ from data.pictures import Picture, open_image
 from runtime import distributed
 from utils import UserError
 
-IDENTIFYING = 10_000  # images that stand for all others where files are compared
+IDENTIFYING = 10_000  # images that stand for all others when files are compared
 
 
 # ------------------------------------------------------------------------------------ sources
 
 
 class ImageSource(Dataset):
-    """Images by index, as arrays (H, W, 3) uint8 without any transform.
+    """Images by index, as arrays (H, W, 3) uint8 without any transform. Sources pickle.
 
     Args:
-        load: index -> array or LargeJpeg; a module-level function or a partial of one, so that it
-            pickles.
         targets: (N,) class indices; len(classes) for an image without a label.
         classes: class names, in the order of the indices.
-        names: positions (P,) -> names (P,) that tell the images apart, such as their paths below a
-            folder; by default the positions themselves.
-        contents: positions of some images, array by array -> plain values that change with any of
-            these images; None where that cannot be told.
-        path: index -> path of the image's file; None for images that are not in files of their own.
     """
 
-    def __init__(
-        self,
-        load: Callable[[int], Picture],
-        targets: Sequence[int] | np.ndarray,
-        classes: Sequence[str],
-        names: Callable[[np.ndarray], np.ndarray] = np.asarray,
-        contents: Callable[[Iterable[np.ndarray]], dict[str, str]] | None = None,
-        path: Callable[[int], str] | None = None,
-    ) -> None:
-        self.load, self.names, self.contents, self.path = load, names, contents, path
+    def __init__(self, targets: Sequence[int] | np.ndarray, classes: Sequence[str]) -> None:
         # An array, not a list: forked workers count references to the items of a list, which copies
         # it page by page, so that memory would grow with every worker.
         self.targets = np.asarray(targets, dtype=np.int64)
         self.classes = [str(name) for name in classes]
+
+    def load(self, index: int) -> Picture:
+        """One image. Raises: UserError that names an image that cannot be read."""
+        raise NotImplementedError
+
+    def names(self, positions: np.ndarray) -> np.ndarray:
+        """(P,) integers -> (P,) names that tell the images apart, such as paths below a folder."""
+        return np.asarray(positions)
+
+    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
+        """Plain values that change with any of some images, whose positions come in arrays."""
+        return {}
+
+    def path(self, index: int) -> str:
+        """Path of an image's file; '' for an image that is not in a file of its own."""
+        return ""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -67,13 +68,13 @@ class ImageSource(Dataset):
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the earlier run, wherever the files are.
 
-        Of up to IDENTIFYING files the sizes, so that images replaced under their names are noticed
-        without a look at every one of millions.
+        Includes the sizes of up to IDENTIFYING files, so that images replaced under their names are
+        noticed without a look at every one of millions.
         Raises: UserError for an image file that cannot be found.
         """
-        found = self.contents([evenly(len(self))]) if self.contents else {}
+        contents = self.contents([evenly(len(self))])
         changed_by_a_copy = {"image_times", "table"}
-        return self.listing() | {n: v for n, v in found.items() if n not in changed_by_a_copy}
+        return self.listing() | {n: v for n, v in contents.items() if n not in changed_by_a_copy}
 
     def fingerprint(self) -> dict[str, Any]:
         """Plain values that tell two sources, and any changed image, apart.
@@ -83,8 +84,7 @@ class ImageSource(Dataset):
         """
         names = "\0".join(self.classes).encode(errors="surrogateescape")
         classes = {"classes": len(self.classes), "class_names": hash_of(names)}
-        contents = self.contents(_parts(len(self))) if self.contents else {}
-        return classes | self.listing() | contents
+        return classes | self.listing() | self.contents(_parts(len(self)))
 
     def listing(self) -> dict[str, Any]:
         """The number of the images, and hashes of their labels and names."""
@@ -116,10 +116,10 @@ Source = ImageSource | StreamSource
 
 def hash_of(*parts: Any) -> str:
     """16 hexadecimal digits that stand for bytes, or for arrays one after another."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        found.update(part)
-    return found.hexdigest()[:16]
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def evenly(count: int, most: int = IDENTIFYING) -> np.ndarray:
@@ -133,19 +133,25 @@ def _parts(count: int) -> Iterator[np.ndarray]:
         yield np.arange(first, min(first + 2**13, count))
 
 
-def array_source(images: np.ndarray, targets: Sequence[int], classes: Sequence[str]) -> ImageSource:
-    """(N, H, W) or (N, H, W, 3) uint8"""
-    load, contents = partial(_image_of_array, images), partial(_hash_of_array, images)
-    return ImageSource(load, targets, classes, contents=contents)
+class ArraySource(ImageSource):
+    """Images in one array, (N, H, W) or (N, H, W, 3) uint8."""
+
+    def __init__(
+        self, images: np.ndarray, targets: Sequence[int] | np.ndarray, classes: Sequence[str]
+    ) -> None:
+        super().__init__(targets, classes)
+        self.images = images
+
+    def load(self, index: int) -> np.ndarray:
+        image = self.images[index]
+        return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
+
+    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
+        """The shape and a hash of all pixels, since reading them takes no time."""
+        return {"pixels": f"{self.images.shape} {hash_of(np.ascontiguousarray(self.images))}"}
 
 
-def _image_of_array(images: np.ndarray, index: int) -> np.ndarray:
-    image = images[index]
-    return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
-
-
-def _hash_of_array(images: np.ndarray, parts: Iterable[np.ndarray]) -> dict[str, str]:
-    return {"pixels": f"{images.shape} {hash_of(np.ascontiguousarray(images))}"}
+# ------------------------------------------------------------------------------ images in files
 
 
 class Paths:
@@ -193,46 +199,57 @@ def arrays_of_files(
     return [np.frombuffer(text, np.uint8), np.asarray(starts), np.asarray(targets)]
 
 
-def file_source(folder: str, arrays: list[np.ndarray], classes: Sequence[str]) -> ImageSource:
-    """Images in files, given by `_arrays_of_files`."""
-    text, starts, targets = arrays
-    paths = Paths(text, starts)
-    path, contents = partial(_path_of, folder, paths), partial(_stamps_of_files, folder, paths)
-    return ImageSource(partial(_image_of_file, path), targets, classes, paths.at, contents, path)
+THREADS = 16  # that look at files: each look costs a round trip on a network file system
 
 
-def _path_of(folder: str, paths: Paths, index: int) -> str:
-    return os.path.join(folder, os.fsdecode(paths[index]))
+class FileSource(ImageSource):
+    """Images in files of their own.
+
+    Args:
+        folder: that the paths begin in.
+        arrays: from `arrays_of_files`.
+    """
+
+    def __init__(self, folder: str, arrays: list[np.ndarray], classes: Sequence[str]) -> None:
+        text, starts, targets = arrays
+        super().__init__(targets, classes)
+        self.folder, self.paths = folder, Paths(text, starts)
+
+    def load(self, index: int) -> Picture:
+        path = self.path(index)
+        return open_image(path, path)
+
+    def names(self, positions: np.ndarray) -> np.ndarray:
+        return self.paths.at(positions)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.paths[index]))
+
+    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
+        """Hashes of the sizes of files and of their times of modification, in nanoseconds."""
+
+        def stamps(positions: np.ndarray) -> list[tuple[int, int]]:
+            stats = (os.stat(self.path(index)) for index in positions.tolist())
+            return [(file.st_size, file.st_mtime_ns) for file in stats]
+
+        hashes = {"image_sizes": hashlib.sha256(), "image_times": hashlib.sha256()}
+        try:
+            with ThreadPoolExecutor(THREADS) as pool:
+                for positions in parts:
+                    batches = pool.map(stamps, np.array_split(positions, THREADS))
+                    rows = [row for batch in batches for row in batch]
+                    columns = np.array(rows, np.int64).reshape(-1, 2).T
+                    for digest, column in zip(hashes.values(), columns, strict=True):
+                        digest.update(column.tobytes())
+        except OSError as error:
+            raise UserError(
+                f"cannot read the image {os.fsdecode(error.filename)} ({error.strerror}); repair "
+                "it or remove it"
+            ) from error
+        return {name: digest.hexdigest()[:16] for name, digest in hashes.items()}
 
 
-def _image_of_file(path_of: Callable[[int], str], index: int) -> Picture:
-    path = path_of(index)
-    return open_image(path, path)
-
-
-def _stamps_of_files(folder: str, paths: Paths, chosen: Iterable[np.ndarray]) -> dict[str, str]:
-    """Hashes of the sizes of files and of their times of modification, in nanoseconds."""
-
-    def stamps(positions: np.ndarray) -> list[tuple[int, int]]:
-        names = [os.path.join(os.fsencode(folder), paths[index]) for index in positions.tolist()]
-        return [(file.st_size, file.st_mtime_ns) for file in map(os.stat, names)]
-
-    threads = 16  # each file costs a round trip on a network file system
-    hashes = {"image_sizes": hashlib.sha256(), "image_times": hashlib.sha256()}
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            for some in chosen:
-                parts = pool.map(stamps, np.array_split(some, threads))
-                stamped = [stamp for part in parts for stamp in part]
-                columns = np.array(stamped, np.int64).reshape(-1, 2).T
-                for found, column in zip(hashes.values(), columns, strict=True):
-                    found.update(column.tobytes())
-    except OSError as error:
-        raise UserError(
-            f"cannot read the image {os.fsdecode(error.filename)} ({error.strerror}); repair it or "
-            "remove it"
-        ) from error
-    return {name: found.hexdigest()[:16] for name, found in hashes.items()}
+# -------------------------------------------------------------------- chosen and joined images
 
 
 def stratified(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -248,26 +265,66 @@ def stratified(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(by_class[picks.astype(np.int64)])
 
 
-def subset(source: ImageSource, positions: np.ndarray) -> ImageSource:
-    """Some images of a source, which may itself be a subset. Collective."""
-    load = partial(_image_of_subset, source, positions)
-    names = partial(_names_of_subset, source, positions)
-    contents = source.contents and partial(_contents_of_subset, source, positions)
-    (targets,) = distributed.once_per_machine(lambda: [source.targets[positions]])
-    path = source.path and partial(_path_of_subset, source, positions)
-    return ImageSource(load, targets, source.classes, names, contents, path)
+class Subset(ImageSource):
+    """Some images of a source, which may itself be a subset. Making one is collective."""
+
+    def __init__(self, source: ImageSource, positions: np.ndarray) -> None:
+        (targets,) = distributed.once_per_machine(lambda: [source.targets[positions]])
+        super().__init__(targets, source.classes)
+        self.source, self.positions = source, positions
+
+    def load(self, index: int) -> Picture:
+        return self.source.load(self.positions[index])
+
+    def names(self, positions: np.ndarray) -> np.ndarray:
+        return self.source.names(self.positions[positions])
+
+    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
+        return self.source.contents(self.positions[part] for part in parts)
+
+    def path(self, index: int) -> str:
+        return self.source.path(self.positions[index])
 
 
-def _path_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> str:
-    assert source.path is not None
-    return source.path(positions[index])
+class Joined(ImageSource):
+    """The images of two sources with the same classes, one after the other; made collectively."""
 
+    def __init__(self, first: ImageSource, second: ImageSource) -> None:
+        (targets,) = distributed.once_per_machine(
+            lambda: [np.append(first.targets, second.targets)]
+        )
+        super().__init__(targets, first.classes)
+        self.first, self.second = first, second
 
-def _contents_of_subset(
-    source: ImageSource, positions: np.ndarray, parts: Iterable[np.ndarray]
-) -> dict[str, str]:
-    assert source.contents is not None
-    return source.contents(positions[part] for part in parts)
+    def _at(self, index: int) -> tuple[ImageSource, int]:
+        count = len(self.first)
+        return (self.first, index) if index < count else (self.second, index - count)
+
+    def load(self, index: int) -> Picture:
+        source, index = self._at(index)
+        return source.load(index)
+
+    def path(self, index: int) -> str:
+        source, index = self._at(index)
+        return source.path(index)
+
+    def names(self, positions: np.ndarray) -> np.ndarray:
+        """Bytes; a name of the second source gets a mark, since both may have it."""
+        is_first = positions < len(self.first)
+        of_first = self.first.names(positions[is_first]).astype(bytes)
+        of_second = self.second.names(positions[~is_first] - len(self.first)).astype(bytes)
+        marked = np.char.add(b"/", of_second)
+        names = np.empty(len(positions), max(of_first.dtype, marked.dtype))
+        names[is_first], names[~is_first] = of_first, marked
+        return names
+
+    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
+        count, (some, others) = len(self.first), tee(parts)
+        of_first = self.first.contents(p for part in some if len(p := part[part < count]))
+        of_second = self.second.contents(
+            p - count for part in others if len(p := part[part >= count])
+        )
+        return of_first | {f"{name}_without_label": value for name, value in of_second.items()}
 
 
 def forget_other_labels(source: ImageSource, chosen: np.ndarray) -> ImageSource:
@@ -278,73 +335,9 @@ def forget_other_labels(source: ImageSource, chosen: np.ndarray) -> ImageSource:
         kept[chosen] = source.targets[chosen]
         return [kept]
 
-    (kept,) = distributed.once_per_machine(targets)
-    return ImageSource(
-        source.load, kept, source.classes, source.names, source.contents, source.path
-    )
-
-
-def join(first: ImageSource, second: ImageSource) -> ImageSource:
-    """The images of two sources with the same classes, one after the other. Collective."""
-    load, names = partial(_image_of_join, first, second), partial(_names_of_join, first, second)
-    contents, path = partial(_contents_of_join, first, second), None
-    if first.path is not None and second.path is not None:
-        path = partial(_path_of_join, first, second)
-    (targets,) = distributed.once_per_machine(lambda: [np.append(first.targets, second.targets)])
-    return ImageSource(load, targets, first.classes, names, contents, path)
-
-
-def _place_in_join(first: ImageSource, second: ImageSource, index: int) -> tuple[ImageSource, int]:
-    return (first, index) if index < len(first) else (second, index - len(first))
-
-
-def _path_of_join(first: ImageSource, second: ImageSource, index: int) -> str:
-    source, index = _place_in_join(first, second, index)
-    assert source.path is not None
-    return source.path(index)
-
-
-def _image_of_join(first: ImageSource, second: ImageSource, index: int) -> Picture:
-    source, index = _place_in_join(first, second, index)
-    return source.load(index)
-
-
-def _names_of_join(first: ImageSource, second: ImageSource, positions: np.ndarray) -> np.ndarray:
-    """Bytes; a name of the second source gets a mark, since both may have it."""
-    is_first = positions < len(first)
-    of_first = first.names(positions[is_first]).astype(bytes)
-    of_second = second.names(positions[~is_first] - len(first)).astype(bytes)
-    marked = np.char.add(b"/", of_second)
-    found = np.empty(len(positions), max(of_first.dtype, marked.dtype))
-    found[is_first], found[~is_first] = of_first, marked
-    return found
-
-
-def _contents_of_join(
-    first: ImageSource, second: ImageSource, parts: Iterable[np.ndarray]
-) -> dict[str, str]:
-    of_first, of_second = tee(parts)
-    chosen = [
-        (part[part < len(first)] for part in of_first),
-        (part[part >= len(first)] - len(first) for part in of_second),
-    ]
-    found: dict[str, str] = {}
-    for source, some, mark in zip((first, second), chosen, ("", "_without_label"), strict=True):
-        if source.contents is not None:
-            values = source.contents(part for part in some if len(part))
-            found |= {f"{name}{mark}": value for name, value in values.items()}
-    return found
-
-
-def _names_of_subset(source: ImageSource, positions: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    return source.names(positions[chosen])
-
-
-def _image_of_subset(source: ImageSource, positions: np.ndarray, index: int) -> Picture:
-    return source.load(positions[index])
-
-
-# ------------------------------------------------------------------------- train and validation
+    relabeled = copy.copy(source)
+    (relabeled.targets,) = distributed.once_per_machine(targets)
+    return relabeled
 
 
 def held_out_identity(val: Source) -> str:

@@ -4,9 +4,9 @@ An image is what the sources of datasets.py load: an array (H, W, 3) uint8, or a
 still to be decoded. It may also be a PIL image.
 """
 
-import argparse
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,7 +142,20 @@ def _posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Im
     return auto_augment.posterize(image, max(1, bits_to_keep), **kwargs)
 
 
-def train_transform(args: argparse.Namespace, config: dict[str, Any]) -> ToPixels:
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are changed, except for the crop; the fields are flags of main.py."""
+
+    hflip: float
+    color_jitter: float
+    aa: str
+    train_interpolation: str
+    reprob: float
+    remode: str
+    recount: int
+
+
+def train_transform(augmentation: Augmentation, config: dict[str, Any]) -> ToPixels:
     """timm's training transform up to 8-bit pixels, and its random erasing."""
     size = config["input_size"]
     # Internal to timm: the table of operations, and below the order of the steps.
@@ -152,11 +165,11 @@ def train_transform(args: argparse.Namespace, config: dict[str, Any]) -> ToPixel
         size,
         is_training=True,
         use_prefetcher=True,  # leaves normalization and erasing to us
-        hflip=args.hflip,
+        hflip=augmentation.hflip,
         # None, since with 0 the step would do nothing, slowly; timm's own annotation lacks None.
-        color_jitter=args.color_jitter or None,  # type: ignore[arg-type]
-        auto_augment=args.aa or None,
-        interpolation=args.train_interpolation,
+        color_jitter=augmentation.color_jitter or None,  # type: ignore[arg-type]
+        auto_augment=augmentation.aa or None,
+        interpolation=augmentation.train_interpolation,
         mean=config["mean"],  # the color of what a rotation uncovers
         std=config["std"],
     ).transforms[:-1]
@@ -165,11 +178,16 @@ def train_transform(args: argparse.Namespace, config: dict[str, Any]) -> ToPixel
         resize = Sized(size, [Resize(size, InterpolationMode.BICUBIC)])
         steps[:1] = [resize, PadAndCrop(size), *([as_pil] if steps[1:] else [])]
     else:
-        steps[0] = FastResizedCrop(size, interpolation=args.train_interpolation)
-    if not args.reprob:
+        steps[0] = FastResizedCrop(size, interpolation=augmentation.train_interpolation)
+    if not augmentation.reprob:
         return ToPixels(steps)
-    erasing = {"mode": args.remode, "max_count": args.recount, "device": "cpu"}
-    return ToPixels(steps, RandomErasing(args.reprob, **erasing))
+    erasing = RandomErasing(
+        augmentation.reprob,
+        mode=augmentation.remode,
+        max_count=augmentation.recount,
+        device="cpu",
+    )
+    return ToPixels(steps, erasing)
 
 
 def eval_transform(config: dict[str, Any]) -> ToPixels:

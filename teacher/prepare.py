@@ -16,7 +16,7 @@ import utils
 from arguments.derived import teachers_of, views_of
 from data.loaders import DeviceLoader
 from data.order import EpochBatches
-from data.sources import ImageSource, Source, evenly, subset
+from data.sources import ImageSource, Source, Subset, evenly
 from datasets import Data, build_eval_loader
 from distillation import TeacherAdapter, TeacherEnsemble, TeacherInfo, load_teacher
 from engine import LogitsByPlaces, evaluate
@@ -293,8 +293,8 @@ def _report_confidence(
         return
     positions = data.train.without_label()
     chosen = positions[evenly(len(positions), MOST_ASKED)]
-    args = argparse.Namespace(**{**vars(args), "dist_eval": False})  # every process has them all
-    loader = build_eval_loader(args, subset(data.train, chosen), data.config, settings.device)
+    images = Subset(data.train, chosen)
+    loader = build_eval_loader(args, images, data.config, settings.device, shared=False)
     if not distributed.is_main_process():
         return
     network.eval()

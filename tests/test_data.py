@@ -8,7 +8,6 @@ import os
 import random
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
@@ -25,13 +24,14 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 import datasets
+import main
 from arguments.parsing import parse_args
-from data import loaders, pictures, sources, transforms
+from data import loaders, mixup, pictures, transforms
 from data.checks import check_images
-from data.mixup import PAIRS_AT_ONCE, PairMixup, make_mixup
+from data.mixup import PAIRS_AT_ONCE, MixingSettings, PairMixup
 from data.order import EpochBatches, EvalBatches, view_order
 from data.readers import digits, image_folder
-from data.sources import StreamSource, _image_of_file, stratified, subset
+from data.sources import FileSource, StreamSource, Subset, stratified
 from runtime import distributed
 from runtime.randomness import RandomUse, seed_rng, seed_sequence
 from utils import UserError
@@ -39,6 +39,17 @@ from utils import UserError
 
 def parsed(*flags: object) -> argparse.Namespace:
     return parse_args(["--num_workers", "0", "--batch_size", "16", *map(str, flags)])
+
+
+def train_transform(args: argparse.Namespace) -> transforms.ToPixels:
+    augmentation = datasets.from_flags(transforms.Augmentation, args)
+    return transforms.train_transform(augmentation, datasets.data_config(args))
+
+
+def make_mixup(args: argparse.Namespace, num_classes: int) -> mixup.Mixing:
+    settings = datasets.from_flags(MixingSettings, args)
+    batch_size, seed = args.batch_size, args.data_seed
+    return mixup.make_mixup(settings, num_classes, batch_size=batch_size, seed=seed)
 
 
 def test_the_digits_are_1437_and_360_in_the_proportions_of_their_classes():
@@ -54,7 +65,7 @@ def test_a_subset_of_a_subset_keeps_every_image_with_its_label():
     source = digits(True)
     first = stratified(source.targets, 100, seed=1)
     second = stratified(source.targets[first], 30, seed=2)
-    nested = subset(subset(source, first), second)
+    nested = Subset(Subset(source, first), second)
     for index, position in enumerate(first[second]):
         image, target = nested[index]
         expected, label = source[position]
@@ -189,7 +200,7 @@ def test_augmented_images_do_not_depend_on_the_number_of_workers():
 def test_full_strength_posterize_does_not_end_an_epoch():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8))
     args = parsed()
-    transforms.train_transform(args, datasets.data_config(args))
+    train_transform(args)
     augment = rand_augment_transform("rand-m10-n2-inc1", {"translate_const": 3})
     posterize = [op for op in augment.ops if op.name.startswith("Posterize")]
     assert posterize
@@ -205,7 +216,7 @@ def test_both_transforms_give_the_size_asked_for(size):
     for shape in ((8, 8), (70, 50)):
         image = Image.new("RGB", shape, (120, 30, 200))
         for transform in (
-            transforms.train_transform(args, config),
+            train_transform(args),
             transforms.eval_transform(config),
         ):
             for given in (image, np.array(image)):  # a stream's, and any other source's
@@ -223,6 +234,33 @@ def test_small_images_are_evaluated_whole_and_normalized():
         pixels = torch.from_numpy(image).permute(2, 0, 1) / 255
         torch.testing.assert_close(shown[row], (pixels - mean) / std)
         assert targets[row] == target
+
+
+class Complete(argparse.Namespace):
+    """Arguments that refuse to change."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AssertionError(f"--{name} changes after the data is open")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--holdout 9 --use_amp true --report report", "--disable_eval true", "--kd_alpha 1"]
+)
+def test_the_arguments_of_a_run_stay_as_they_are_once_the_data_is_open(
+    flags, run_main, kd, monkeypatch, tmp_path
+):
+    build = main.build_data
+
+    def build_data(args: argparse.Namespace, device: torch.device) -> datasets.Data:
+        data = build(args, device)
+        args.__class__ = Complete
+        return data
+
+    monkeypatch.setattr(main, "build_data", build_data)
+    monkeypatch.chdir(tmp_path)
+    short = ["--train_samples", 32, "--epochs", 1, *flags.split()]
+    run = run_main(*kd, *short, output_dir=tmp_path / "out")
+    assert run.code == 0 and run.checkpoint(0)["args"]["lr"] > 0, run.err
 
 
 def test_digits_are_not_mirrored_by_default_and_photographs_are():
@@ -257,7 +295,7 @@ def test_a_folder_lists_what_torchvisions_image_folder_lists(tmp_path):
     source = image_folder(str(tmp_path))
     assert source.classes == expected.classes and source.targets.tolist() == expected.targets
     chosen = np.array([1, 4, 6])
-    for found, wanted in ((source, names), (subset(source, chosen), names[chosen])):
+    for found, wanted in ((source, names), (Subset(source, chosen), names[chosen])):
         assert np.array_equal(found.names(np.arange(len(found))), wanted)
         assert found.identity()["image_names"] == hashlib.sha256(wanted).hexdigest()[:16]
     with pytest.raises(UserError, match=f"cannot read the image {tmp_path}/b/2.jpg "):
@@ -581,7 +619,7 @@ def test_pixels_are_exact_of_smaller_photographs_small_crops_and_evaluations(siz
     config = datasets.data_config(args)
     source = image_folder(str(tmp_path))
     assert np.array_equal(source[0][0], picture)
-    train, val = transforms.train_transform(args, config), transforms.eval_transform(config)
+    train, val = train_transform(args), transforms.eval_transform(config)
     images = loaders.TransformedImages(source, train, seed=0)
     for view in range(4):
         seed_rng(CPU, RandomUse.AUGMENTATION, 0, view, 0)
@@ -599,8 +637,7 @@ def test_a_large_photograph_that_is_cut_off_is_refused_in_one_way(orientation, m
     path.write_bytes(path.read_bytes()[:-missing])
     source = image_folder(str(tmp_path))
     args = parsed("--input_size", 64, "--model", "cifar_resnet8")
-    config = datasets.data_config(args)
-    shown = loaders.TransformedImages(source, transforms.train_transform(args, config), seed=0)
+    shown = loaders.TransformedImages(source, train_transform(args), seed=0)
     messages = []
     for read in (lambda: source[0], lambda: shown[0, 0], lambda: shown[loaders.READ_ONLY, 0]):
         with pytest.raises(UserError, match="p.jpg .*truncated.*; repair it or remove it") as found:
@@ -636,7 +673,7 @@ def both_pipelines(args: argparse.Namespace, seeds: range) -> tuple[torch.Tensor
         mean=config["mean"],
         std=config["std"],
     )
-    transform = transforms.train_transform(args, config)
+    transform = train_transform(args)
     to_network = transforms.ToNetwork(config, CPU)
     ours, expected = [], []
     for seed in seeds:
@@ -668,7 +705,7 @@ def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
     args.hflip = hflip
     config = datasets.data_config(args)
     train = (
-        transforms.train_transform(args, config),
+        train_transform(args),
         Compose([Resize(16, 3), RandomCrop(16, padding=2), RandomHorizontalFlip(hflip)]),
     )
     val = (
@@ -800,13 +837,13 @@ def test_validation_images_are_not_read_twice_before_training(
 ):
     """Nor by a run that resumes; with --check_data true, only by the check."""
     read = []
-    load = _image_of_file
+    load = FileSource.load
 
-    def counted(path_of: Callable[[int], str], index: int) -> np.ndarray:
-        read.append(path_of(index))
-        return load(path_of, index)
+    def counted(source: FileSource, index: int) -> pictures.Picture:
+        read.append(source.path(index))
+        return load(source, index)
 
-    monkeypatch.setattr(sources, "_image_of_file", counted)
+    monkeypatch.setattr(FileSource, "load", counted)
 
     def passes(*flags: object, output_dir: Path | None = None) -> float:
         read.clear()

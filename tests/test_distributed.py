@@ -17,7 +17,7 @@ from helpers import CPU, ROOT, children_of, read_log, start, teacher_flags, torc
 import datasets
 import models  # noqa: F401
 from data import readers
-from data.sources import ImageSource
+from data.sources import ArraySource
 from runtime import distributed
 from training import checkpoints
 from utils import UserError
@@ -206,9 +206,9 @@ def run_that_cannot_save(argv: list[str]) -> int:
 
 
 def run_with_other_images(argv: list[str]) -> int:
-    def fewer(digits: ImageSource) -> ImageSource:
+    def fewer(digits: ArraySource) -> ArraySource:
         count = 40 + int(os.environ["RANK"])
-        return ImageSource(digits.load, digits.targets[:count], digits.classes)
+        return ArraySource(digits.images, digits.targets[:count], digits.classes)
 
     whole = datasets.digits
     datasets.digits = lambda is_train: fewer(whole(is_train))

@@ -1,6 +1,7 @@
 """Folders that are laid out in other ways: without train and val, uneven, labeled by a file."""
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -117,6 +118,26 @@ def test_images_that_training_may_have_seen_are_not_scored_in_silence(run_main, 
     )
     run = run_main("--eval", "true", "--resume", tmp_path / "all" / "checkpoint-0.pth")
     assert run.code == 2 and "held out none of its training images" in run.err
+
+
+def test_a_run_records_its_validation_images_and_does_not_go_on_with_others(
+    run_main, imnet, tmp_path
+):
+    def recorded(name: str) -> str:
+        return json.loads((tmp_path / name / "args.json").read_text())["val_images"]
+
+    flags = [*SMALL, "--epochs", 1, "--data_path"]
+    assert run_main(*flags, imnet, output_dir=tmp_path / "a").code == 0
+    shutil.copytree(imnet, tmp_path / "moved")
+    assert run_main(*flags, tmp_path / "moved", "--seed", 1, output_dir=tmp_path / "b").code == 0
+    assert recorded("a") == recorded("b")
+    (imnet / "val" / "bee" / "1.jpg").unlink()
+    longer = run_main(*flags, imnet, "--epochs", 2, output_dir=tmp_path / "a")
+    assert longer.code == 2 and "was trained with different validation images" in longer.err
+    assert run_main(*flags, imnet, output_dir=tmp_path / "c").code == 0
+    assert recorded("c") != recorded("a")
+    moved = run_main(*flags, tmp_path / "moved", "--epochs", 2, output_dir=tmp_path / "a")
+    assert moved.code == 0 and "Resumed from" in moved.out, moved.err
 
 
 # What a folder holds, the flags, and the error.

@@ -12,7 +12,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 import datasets
 from arguments.parsing import parse_args
-from data.mixup import PartialLabels, make_mixup
+from data.mixup import MixingSettings, PartialLabels, make_mixup
 from distillation import DistillationLoss, PartlyLabeledLoss
 from teacher import prepare
 
@@ -89,13 +89,14 @@ def test_a_mixed_label_has_the_mass_of_its_labeled_part(mode):
     flags = ["--mixup", "0", "--cutmix", "0"] if mode == "none" else ["--mixup_mode", mode]
     args = parse_args(["--batch_size", "32", "--smoothing", "0.1", *flags])
     images = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    partial = make_mixup(args, 5, partial_labels=True)
+    settings = datasets.from_flags(MixingSettings, args)
+    partial = make_mixup(settings, 5, batch_size=32, seed=0, partial_labels=True)
     assert isinstance(partial, PartialLabels)
     seen, soft = partial(images.clone(), LABELS % 5, 0, 0)
     if mode == "none":
         plain = images, F.one_hot(LABELS % 5, 5) * 0.9 + 0.02
     else:
-        plain = make_mixup(args, 5)(images.clone(), LABELS % 5, 0, 0)
+        plain = make_mixup(settings, 5, batch_size=32, seed=0)(images.clone(), LABELS % 5, 0, 0)
     assert torch.equal(seen, plain[0])
     torch.testing.assert_close(soft, plain[1].float())
 
@@ -118,7 +119,7 @@ def test_a_folder_of_any_depth_joins_and_is_told_apart(tmp_path, imnet):
     (tmp_path / "pile" / "notes.txt").write_text("no image")
     flags = ["--data_path", str(imnet), "--unlabeled", str(tmp_path / "pile")]
     args = parse_args([*flags, *map(str, teacher_flags(__file__))])
-    train, _ = datasets.open_splits(args)
+    train = datasets.open_splits(args).train
     assert len(train) == 24 + 5 and train.targets[24:].tolist() == [3] * 5
     paths = [train.path(index) for index in range(24, 29)]
     assert sorted(path.rsplit("/", 1)[-1] for path in paths) == [

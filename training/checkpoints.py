@@ -137,6 +137,12 @@ def _image_differences(images: Changes, recipe: Changes) -> Iterator[str]:
     yield f"on other images ({how}){flags}"
 
 
+def _validation_differences(recipe: Changes) -> Iterator[str]:
+    """Whether both runs have validation images, and different ones; continues 'was trained'."""
+    if "val_images" in recipe and None not in recipe["val_images"]:
+        yield "with different validation images, to which its best accuracy belongs"
+
+
 class RunState:
     """Everything that a restart needs: collected into checkpoints, and restored from them.
 
@@ -235,12 +241,13 @@ class RunState:
         if not checkpoint.run_args:
             return  # a release, or a file of another project
         path, recipe = checkpoint.path, utils.changes(checkpoint.args, self.args)
-        skipped = NOT_RECIPE | set(DATA_FLAGS)
+        skipped = NOT_RECIPE | {*DATA_FLAGS, "val_images"}
         self.changes = {name: change for name, change in recipe.items() if name not in skipped}
         differences = itertools.chain(
             _data_differences(utils.changes(checkpoint.data, self.data_config)),
             _run_differences(recipe),
             _image_differences(utils.changes(checkpoint.images, self.images), self.changes),
+            _validation_differences(recipe),
         )
         if difference := next(differences, ""):
             raise UserError(
