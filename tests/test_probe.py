@@ -3,13 +3,10 @@
 import pytest
 import timm
 import torch
-from helpers import evaluation_images, is_same, teacher_flags
+from helpers import is_same, teacher_flags
 from torch import nn
 
 import main
-import models
-from data.readers import digits
-from data.sources import stratified
 from training import linear_probe
 from utils import UserError
 
@@ -79,41 +76,6 @@ def test_features_are_computed_once_and_train_what_the_network_trains(
     for ours, theirs in zip(once.log, usual.log, strict=True):
         for name in ("train_loss", "test_loss", "test_acc1"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
-
-
-def test_each_image_has_its_features_and_its_label(run_main, flags, backbone, monkeypatch):
-    found = []
-    real = linear_probe.compute_features
-    monkeypatch.setattr(
-        linear_probe, "compute_features", lambda *a: found.append(real(*a)) or found[0]
-    )
-    assert run_main(*flags, "--train_samples", 72, "--epochs", 1).code == 0
-    (loader,) = [features.train for features in found]
-    source = digits(is_train=True)
-    positions = stratified(source.targets, 72, 0)
-    network = models.create_model("cifar_resnet8", 10, 8).eval()
-    network.load_state_dict(torch.load(backbone, weights_only=True), strict=False)
-    cfg = timm.data.constants
-    config = {"mean": cfg.IMAGENET_DEFAULT_MEAN, "std": cfg.IMAGENET_DEFAULT_STD, "input_size": 8}
-    config |= {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"}
-    images = evaluation_images([source.load(int(place)) for place in positions], config)
-    with torch.no_grad():
-        features = network.layer3(
-            network.layer2(network.layer1(network.act1(network.bn1(network.conv1(images)))))
-        ).mean(dim=(2, 3))
-    expected = {
-        tuple(f.round(decimals=3).tolist()): int(source.targets[p])
-        for f, p in zip(features, positions, strict=True)
-    }
-    loader.set_epoch(0)
-    shown = 0
-    for batch in loader:
-        for row, target in zip(batch.images, batch.targets.tolist(), strict=True):
-            distances = {key: (torch.tensor(key) - row).abs().max() for key in expected}
-            nearest = min(distances, key=distances.get)
-            assert distances[nearest] < 2e-3 and expected[nearest] == target
-            shown += 1
-    assert shown == 64
 
 
 @pytest.mark.parametrize("more", [[], ["--use_amp", "true"]], ids=["float32", "bfloat16"])
