@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +32,13 @@ class LogitsByPlaces(Protocol):
 class TrainedModel(Protocol):
     """What `train_one_epoch` trains, such as distillation.StudentWithDistillation.
 
-    Called with images (B, 3, H, W) and their key, it returns student_logits (B, C) and whatever the
-    loss needs besides, such as teacher_logits.
+    Called with images (B, 3, H, W) and their key, it returns what the criterion takes before the
+    targets: student_logits (B, C), teacher_logits (B, C) or None, and whatever else a loss needs.
     """
 
     student: nn.Module
 
-    def __call__(
-        self, images: torch.Tensor, key: tuple[int, range]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def __call__(self, images: torch.Tensor, key: tuple[int, range]) -> tuple[Any, ...]: ...
 
     def train(self, mode: bool = True) -> Any: ...
 
@@ -49,10 +47,8 @@ class TrainedModel(Protocol):
     def no_sync(self) -> AbstractContextManager: ...
 
 
-Criterion = Callable[
-    [torch.Tensor, torch.Tensor | None, torch.Tensor],
-    tuple[torch.Tensor, dict[str, torch.Tensor]],
-]
+# (*outputs of the TrainedModel, targets) -> (loss, parts)
+Criterion = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def train_one_epoch(
@@ -72,11 +68,10 @@ def train_one_epoch(
     """Train for one epoch, or for what `progress` leaves of it.
 
     Args:
-        model: returns (student_logits, teacher_logits) for images and their key.
-        criterion: (student_logits, teacher_logits, targets) -> (loss, parts).
+        criterion: is given the model's outputs as they come, and the targets.
         loader: batches of one size, on the device.
         ema: a moving average of the student, or None.
-        recorder: is told what happens; None for lines in the terminal alone.
+        recorder: keeps what happens; None for lines in the terminal alone.
         progress: how far an interrupted run came in this epoch.
         after_update: called after each optimizer step with the history and the steps done.
     Returns: means over the epoch's images on all processes: loss, its parts, and the last lr.
@@ -90,17 +85,7 @@ def train_one_epoch(
     batches, freq = loader.batches_in_epoch, settings.update_freq
     updates = math.ceil(batches / freq)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    history = History(
-        epoch,
-        updates,
-        schedule.lr,
-        schedule.weight_decay,
-        device=settings.device,
-        print_freq=settings.print_freq,
-        scaler=scaler,
-        recorder=recorder or Recorder(),
-        progress=progress,
-    )
+    history = History(epoch, updates, schedule, settings, scaler, recorder or Recorder(), progress)
     optimizer.zero_grad(set_to_none=True)
     for number, batch in enumerate(loader, start=first_batch):
         update, part = divmod(number, freq)
@@ -117,12 +102,12 @@ def train_one_epoch(
         # window DDP just accumulates, which saves freq - 1 of freq exchanges.
         with nullcontext() if is_last else model.no_sync():
             with settings.autocast():
-                student_logits, teacher_logits = model(batch.images, batch.key)
-                loss, parts = criterion(student_logits, teacher_logits, batch.targets)
+                outputs = model(batch.images, batch.key)
+                loss, parts = criterion(*outputs, batch.targets)
             # Divided by the batches of this window, not by freq: so the gradient is the mean over
             # the images of the step also in the shorter window at the end of an epoch.
             scaler.scale(loss / window).backward()
-        history.add_batch(loss, parts, student_logits, teacher_logits, batch)
+        history.add_batch(loss, parts, outputs, batch)
         if not is_last:
             continue
 
@@ -144,6 +129,14 @@ def train_one_epoch(
     return history.means()
 
 
+class Evaluation(NamedTuple):
+    """What a network answered on images, and how well."""
+
+    scores: dict[str, float]
+    answers: list[metrics.Answers]  # of this process, batch by batch, on the settings' device
+    logits: dict[range, torch.Tensor]  # (B, C) by the places of each batch, on the CPU, if kept
+
+
 @torch.inference_mode()
 def evaluate(
     loader: Iterable[Batch],
@@ -151,29 +144,27 @@ def evaluate(
     settings: LoopSettings,
     shared: bool = True,
     teacher_logits: LogitsByPlaces | None = None,
-    collect: dict[range, torch.Tensor] | None = None,
-    answers: list[metrics.Answers] | None = None,
-) -> dict[str, float]:
+    keep_logits: bool = False,
+) -> Evaluation:
     """Score a classifier: sums over images divided by their number, for any world and batch size.
 
     Args:
         loader: this process's batches on the device; together they hold every image once.
         model: images (B, 3, H, W) on the settings' device -> logits (B, C), on any device.
-        shared: False where every process holds all images.
+        shared: False if every process holds all images.
         teacher_logits: a teacher's logits (B, C) by the places of each batch.
-        collect: filled with the model's logits by the places of each batch, on the CPU.
-        answers: filled with what the model answers, batch by batch, on the settings' device.
-    Returns: loss (mean cross-entropy, no smoothing), acc1, acc5 and ece (expected calibration
-        error) in percent; with teacher_logits also agreement (percent of images that both give the
-        same class) and kl (mean KL(teacher || model) at temperature 1).
-    Raises: UserError where the loss is not finite.
+    Returns: the scores loss (mean cross-entropy, no smoothing), acc1, acc5 and ece (expected
+        calibration error) in percent; with teacher_logits also agreement (percent of images that
+        both give the same class) and kl (mean KL(teacher || model) at temperature 1).
+    Raises: UserError if the loss is not finite.
     """
     model.eval()
     device = settings.device
     wide = torch.float32 if device.type == "mps" else torch.float64
-    names = ["loss", "acc1", "acc5"] + (["agreement", "kl"] if teacher_logits is not None else [])
-    sums = torch.zeros(len(names) + metrics.BINS, dtype=wide, device=device)
-    count = 0
+    scales = {"loss": 1, "acc1": 100, "acc5": 100}
+    scales |= {"agreement": 100, "kl": 1} if teacher_logits is not None else {}
+    sums = torch.zeros(len(scales) + metrics.BINS, dtype=wide, device=device)
+    count, answers, kept = 0, [], {}
     for batch in loader:
         with settings.autocast():
             logits = send(model(batch.images), device).float()  # (B, C)
@@ -185,10 +176,9 @@ def evaluate(
             totals.append((logits.argmax(dim=1) == expected.argmax(dim=1)).sum())
             ours, theirs = F.log_softmax(logits, dim=-1), F.log_softmax(expected, dim=-1)
             totals.append(F.kl_div(ours, theirs, reduction="sum", log_target=True))
-        if collect is not None:
-            collect[batch.places] = logits.cpu()
-        if answers is not None:
-            answers.append(metrics.answers_of(logits, batch.targets, batch.places))
+        if keep_logits:
+            kept[batch.places] = logits.cpu()
+        answers.append(metrics.answers_of(logits, batch.targets, batch.places))
         confidences = logits.softmax(dim=1).amax(dim=1).to(wide)
         gaps = metrics.calibration_gaps(confidences, top[:, 0])
         sums += torch.cat([torch.stack(totals).to(wide), gaps])
@@ -197,12 +187,13 @@ def evaluate(
     if shared:
         distributed.all_reduce_(sums)
     *totals_of_all, images = sums.tolist()
-    totals_of_all, gaps_of_all = totals_of_all[: len(names)], totals_of_all[len(names) :]
+    totals_of_all, gaps_of_all = totals_of_all[: len(scales)], totals_of_all[len(scales) :]
     if not math.isfinite(totals_of_all[0]):
         raise UserError(
             "validation loss is not finite: the weights contain NaN or Inf; no checkpoint was "
             "written after this happened. Lower --lr, or pass --clip_grad 1.0"
         )
-    means = {name: total / images for name, total in zip(names, totals_of_all, strict=True)}
-    scores = {k: v if k in ("loss", "kl") else 100 * v for k, v in means.items()}
-    return scores | {"ece": metrics.calibration_error(gaps_of_all, images)}
+    pairs = zip(scales.items(), totals_of_all, strict=True)
+    scores = {name: scale * (total / images) for (name, scale), total in pairs}
+    scores["ece"] = metrics.calibration_error(gaps_of_all, images)
+    return Evaluation(scores, answers, kept)

@@ -165,11 +165,9 @@ def calibrate(loader: DeviceLoader, network: nn.Module, settings: LoopSettings) 
     Args:
         loader: every image, on each process.
     """
-    logits: dict[range, torch.Tensor] = {}
-    answers: list[metrics.Answers] = []
-    evaluate(loader, network, settings, shared=False, collect=logits, answers=answers)
-    targets = torch.cat([batch.targets for batch in answers]).cpu()
-    return metrics.fit_temperature(torch.cat(list(logits.values())), targets)
+    found = evaluate(loader, network, settings, shared=False, keep_logits=True)
+    targets = torch.cat([batch.targets for batch in found.answers]).cpu()
+    return metrics.fit_temperature(torch.cat(list(found.logits.values())), targets)
 
 
 class Tempered(nn.Module):
@@ -220,13 +218,13 @@ def score_checkpoint(
         name, suffix = ("ema", "_ema") if use_ema == "true" else ("student", "")
         with flags_for(checkpoint="--resume", use_ema="--use_ema"):
             load_network(student, checkpoint, use_ema)
-        answers: list[metrics.Answers] = []
-        scores = evaluate(loader, network, settings, args.dist_eval, answers=answers)
+        scores, answers, _ = evaluate(loader, network, settings, args.dist_eval)
         found = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
         if held_out is not None:
             temperature = calibrate(held_out, student, settings)
             found["temperature"] = temperature
-            scaled = evaluate(loader, Tempered(network, temperature), settings, args.dist_eval)
+            tempered = Tempered(network, temperature)
+            scaled = evaluate(loader, tempered, settings, args.dist_eval).scores
             scores |= {f"{name}_calibrated": scaled[name] for name in ("loss", "ece")}
             found |= {"nll_calibrated": scaled["loss"], "ece_calibrated": scaled["ece"]}
             log(f"temperature{suffix} {temperature:.4f}")

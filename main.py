@@ -25,10 +25,9 @@ import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from io import FileIO
 from pathlib import Path
 
 import torch.distributed
@@ -36,7 +35,6 @@ from timm.utils import ModelEmaV3, distribute_bn
 from torch import nn
 
 import models
-import utils
 from arguments.checks import effects_line
 from arguments.defaults import cores_per_process
 from arguments.derived import teachers_of, views_of
@@ -52,10 +50,10 @@ from models.weights import read_checkpoint
 from reporting import metrics, summary
 from reporting.recorder import Recorder
 from reporting.summary import (
-    columns_of,
+    Outcome,
     costs_of,
     finals_of,
-    print_summary,
+    lines_of,
     settings_of,
     show_mistakes,
     write_report,
@@ -73,16 +71,20 @@ from runtime.device import (
 )
 from runtime.distributed import log
 from teacher.prepare import RunTeacher, fill_store, prepare_teacher
-from training import checkpoints, linear_probe
-from training.checkpoints import RunState, files_of_run, move_aside, newest_checkpoint
+from training import linear_probe
+from training.checkpoints import RunState, claim_output_dir, newest_checkpoint
 from training.criterion import make_loss
 from training.history import History
-from training.optimizer import check_optimizer, make_optimizer, make_schedule, report_schedule
+from training.optimizer import (
+    Schedule,
+    check_optimizer,
+    make_optimizer,
+    make_schedule,
+    report_schedule,
+)
 from training.settings import LoopSettings, loop_settings
-from training.student import exchange_gradients, make_ema, make_student
+from training.student import exchange_gradients, explain_batch_norm, make_ema, make_student
 from utils import UserError, flags_for
-
-Part = Callable[[nn.Module], nn.Module]  # which part of a network takes what a loader yields
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,30 +151,7 @@ def run(argv: list[str] | None) -> None:
     with flags_for(folder="--output_dir"):
         lock = claim_output_dir(args)  # held until the end of the run
 
-    log(f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}, on {device}")
-    data = build_data(args, device)
-    each = f"batches of {args.batch_size}, {args.num_workers} loader worker(s)"
-    if device.type == "cpu":
-        threads = choose_threads(args.batch_size * args.input_size**2)
-        each += f", {threads} CPU thread(s)"
-    log(
-        f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
-        f"{distributed.world_size()} process(es), each with {each}"
-    )
-    if data.labeled_share == 0:
-        log("No image has a label: the student learns from the teacher alone")
-    elif data.labeled_share < 1:
-        labeled, in_batch = (data.labeled_share * n for n in (len(data.train), args.batch_size))
-        log(
-            f"{labeled:,.0f} of the images have a label, {in_batch:.3g} per batch on average; the "
-            "others are only distilled"
-        )
-    if device.type == "cuda" and (cores := cores_per_process()) < 2:
-        log(f"Warning: {cores:.1f} cores per process; see docs/distributed.md for SLURM's setting")
-    if args.check_data:
-        check_images([data.train, data.val], args.num_workers)
-        if data.val_loader is not None:
-            data.val_loader.is_read = True
+    data = open_data(args, device)
     settings = loop_settings(args, device)
     if args.teacher_cache_only:
         teacher = prepare_teacher(args, settings, data)
@@ -194,43 +173,60 @@ def run(argv: list[str] | None) -> None:
         lock.close()
 
 
-@contextmanager
-def explain_batch_norm() -> Iterator[None]:
-    """Say what to do where BatchNorm has a single value per channel to normalize."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UserError(
-            "--batch_size 1: this model's BatchNorm layers cannot train on a single image of this "
-            "size; pass --batch_size 2 or more, or a larger --input_size"
-        ) from error
+def open_data(args: argparse.Namespace, device: torch.device) -> Data:
+    """Open the images of a run, and print what they are and how they are loaded. Collective."""
+    log(f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}, on {device}")
+    data = build_data(args, device)
+    each = f"batches of {args.batch_size}, {args.num_workers} loader worker(s)"
+    if device.type == "cpu":
+        threads = choose_threads(args.batch_size * args.input_size**2)
+        each += f", {threads} CPU thread(s)"
+    log(
+        f"{len(data.train)} images, {len(data.classes)} classes, {args.input_size} pixels; "
+        f"{distributed.world_size()} process(es), each with {each}"
+    )
+    if data.labeled_share == 0:
+        log("No image has a label: the student learns from the teacher alone")
+    elif data.labeled_share < 1:
+        labeled, in_batch = (data.labeled_share * n for n in (len(data.train), args.batch_size))
+        log(
+            f"{labeled:,.0f} images are labeled ({in_batch:.3g} per batch on average); the rest "
+            "contribute to the distillation loss only"
+        )
+    if device.type == "cuda" and (cores := cores_per_process()) < 2:
+        log(f"Warning: {cores:.1f} cores per process; see docs/distributed.md for SLURM's setting")
+    if args.check_data:
+        check_images([data.train, data.val], args.num_workers)
+        if data.val_loader is not None:
+            data.val_loader.is_read = True
+    return data
 
 
-def claim_output_dir(args: argparse.Namespace) -> FileIO | None:
-    """Prepare --output_dir for this run alone; returns the lock, or None without a folder."""
-    if not args.output_dir:
-        if not args.teacher_cache_only:
-            log("Nothing will be saved: pass --output_dir FOLDER to keep checkpoints and log.txt")
-        return None
-    folder = Path(args.output_dir)
-    utils.make_folder(folder)
-    files = [("teacher_path", teacher.path) for teacher in teachers_of(args)]
-    for flag, path in [*files, ("finetune", args.finetune)]:
-        if path and Path(path).resolve() in [f.resolve() for f in files_of_run(folder)]:
-            raise UserError(
-                f"--{flag} {path}: lies in --output_dir {folder}, where this run would overwrite "
-                "it; pass another --output_dir"
-            )
-    lock = checkpoints.lock_folder(folder) if distributed.is_main_process() else None
-    if not args.auto_resume and not args.resume and distributed.is_main_process():
-        move_aside(folder)
-    distributed.barrier()
-    return lock
+def whole(network: nn.Module) -> nn.Module:
+    """The part of a network that takes images."""
+    return network
 
 
-def train(
+@dataclass
+class Training:
+    """What the loop of a run works with."""
+
+    state: RunState
+    model: TrainedModel
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    times: TimeSplit
+    train_loader: Loader
+    val_loader: Iterable[Batch] | None
+    part: Callable[[nn.Module], nn.Module]  # of a network: it takes what val_loader yields
+    start: int  # the first epoch
+    steps: int  # optimizer steps of an epoch
+    first_step: int  # of the run, since its beginning
+
+
+def prepare_training(
     args: argparse.Namespace,
     settings: LoopSettings,
     data: Data,
@@ -238,11 +234,15 @@ def train(
     ema: ModelEmaV3 | None,
     teacher: RunTeacher,
     resumed: str,
-) -> None:
-    """Train from the checkpoint `resumed`, or from the beginning for '', to the last epoch."""
+) -> Training:
+    """Make what trains the student, and restore it from a checkpoint.
+
+    Args:
+        resumed: the checkpoint; '' to start from the beginning.
+    """
     loss = make_loss(args, data).to(settings.device)
-    trained = models.classifier_of(student) if args.linear_probe else student
-    optimizer = make_optimizer(args, trained, settings.device)
+    network = models.classifier_of(student) if args.linear_probe else student
+    optimizer = make_optimizer(args, network, settings.device)
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = math.ceil(data.train_loader.batches_in_epoch / args.update_freq)
     schedule = make_schedule(args, steps)
@@ -255,84 +255,83 @@ def train(
 
     times = TimeSplit(settings.device)
     model: TrainedModel
-    features = None
+    train_loader: Loader = data.train_loader
+    val_loader: Iterable[Batch] | None = data.val_loader
+    part = whole
     if args.linear_probe:
+        features = None
         if start < args.epochs:
             features = linear_probe.compute_features(args, settings, data, student)
         model = linear_probe.TrainedClassifier(student, takes_features=features is not None)
+        if features is not None:
+            train_loader = features.train
+            if features.val is not None:
+                val_loader, part = features.val, linear_probe.head_of
     else:
-        ddp = (
-            exchange_gradients(student, settings.device)
-            if distributed.world_size() > 1
-            else student
-        )
+        is_alone = distributed.world_size() == 1
+        exchanged = student if is_alone else exchange_gradients(student, settings.device)
         # The teacher stays outside DDP.
-        model = StudentWithDistillation(ddp, teacher.model, partial(times.on_device, "teacher"))
+        model = StudentWithDistillation(
+            exchanged, teacher.model, partial(times.on_device, "teacher")
+        )
         if args.compile:
             student.compile()
-    train_loader: Loader = data.train_loader
-    val_loader: Iterable[Batch] | None = data.val_loader
-    part: Part = whole
-    if features is not None:
-        train_loader = features.train
-        if features.val is not None:
-            val_loader, part = features.val, linear_probe.head_of
-    train_loader = times.timed(train_loader)
     first_step = start * steps + (state.progress.updates if state.progress else 0)
+    loaders = times.timed(train_loader), val_loader, part
+    made = state, model, loss, optimizer, scaler, schedule, times
+    return Training(*made, *loaders, start, steps, first_step)
+
+
+def train(
+    args: argparse.Namespace,
+    settings: LoopSettings,
+    data: Data,
+    student: nn.Module,
+    ema: ModelEmaV3 | None,
+    teacher: RunTeacher,
+    resumed: str,
+) -> None:
+    """Train from the checkpoint `resumed`, or from the beginning for '', to the last epoch."""
+    training = prepare_training(args, settings, data, student, ema, teacher, resumed)
+    state, times, steps = training.state, training.times, training.steps
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
-
-    def after_update(history: History, updates: int) -> None:
-        is_due = args.save_ckpt_steps and updates % args.save_ckpt_steps == 0
-        if not (is_due or history.stop) or updates == history.updates:
-            return  # the last step of an epoch is followed by the checkpoint of the epoch
-        teacher.flush()
-        with times.spent_on("saving"):
-            saved = state.save_inside_epoch(history.flush(updates))
-        if history.stop:
-            raise signals.Interrupted(
-                history.stop, f"step {updates} of epoch {history.epoch}", saved
-            )
-
     with flags_for(folder="--log_dir"):
-        recorder = Recorder.open(vars(args), settings.device, data.config, start, first_step)
+        recorder = Recorder.open(
+            vars(args), settings.device, data.config, training.start, training.first_step
+        )
     answers: dict[str, list[metrics.Answers]] = {}
     with recorder:
-        for epoch in range(start, args.epochs):
+        for epoch in range(training.start, args.epochs):
             began = time.perf_counter()
             stats = train_one_epoch(
-                model,
-                loss,
-                train_loader,
-                optimizer,
-                scaler,
-                schedule,
+                training.model,
+                training.loss,
+                training.train_loader,
+                training.optimizer,
+                training.scaler,
+                training.schedule,
                 epoch,
                 settings,
                 ema=ema,
                 recorder=recorder,
                 progress=state.progress,
-                after_update=after_update,
+                after_update=partial(save_inside_epoch, args.save_ckpt_steps, training, teacher),
             )
-            steps_now = (epoch + 1) * steps - first_step if epoch == start else steps
-            rate = steps_now * recorder.images_per_step / (time.perf_counter() - began)
+            done = (epoch + 1) * steps
+            images = (done - max(epoch * steps, training.first_step)) * recorder.images_per_step
+            rate = images / (time.perf_counter() - began)
             teacher.flush()
             record = {"epoch": epoch} | {f"train_{name}": value for name, value in stats.items()}
             is_last = epoch + 1 == args.epochs
             is_due = (epoch + 1) % args.eval_freq == 0 or is_last
-            if val_loader is not None and is_due and not args.disable_eval:
-                collected = answers if is_last else None
+            if training.val_loader is not None and is_due and not args.disable_eval:
                 with times.spent_on("evaluation"):
-                    record |= evaluate_all(
-                        args, val_loader, student, ema, settings, teacher, part, collected
-                    )
+                    scores, answers = evaluate_all(args, settings, training, teacher)
+                record |= scores
             record |= teacher.scores
             improved = state.finish_epoch(epoch, record)
-            recorder.write(
-                record | {"n_parameters": n_parameters},
-                (epoch + 1) * steps,
-                state.best.get("best"),
-                rate,
-            )
+            record |= {"n_parameters": n_parameters}
+            recorder.write(record, done, state.best.get("best"), rate)
             if state.folder is not None:
                 is_kept = (epoch + 1) % args.save_ckpt_freq == 0 or is_last
                 signalled = distributed.stop_requested(settings.device)
@@ -341,105 +340,102 @@ def train(
                 if signalled and not is_last:
                     raise signals.Interrupted(signalled, f"epoch {epoch}", state.folder)
         teacher.warn_if_below(state.scores)
-        trained = (args.epochs * steps - first_step) * recorder.images_per_step
-        summarize(args, data, state, teacher, times, recorder, answers, trained)
+        summarize(args, data, training, teacher, recorder, answers)
 
 
-def whole(network: nn.Module) -> nn.Module:
-    """The part of a network that takes images."""
-    return network
+def save_inside_epoch(
+    every: int, training: Training, teacher: RunTeacher, history: History, updates: int
+) -> None:
+    """After an optimizer step, write a checkpoint every few steps, or after a signal.
+
+    Args:
+        every: steps; 0 for no checkpoint without a signal.
+    Raises: runtime.signals.Interrupted after a signal.
+    """
+    is_due = every and updates % every == 0
+    if not (is_due or history.stop) or updates == history.updates:
+        return  # the last step of an epoch is followed by the checkpoint of the epoch
+    teacher.flush()
+    with training.times.spent_on("saving"):
+        saved = training.state.save_inside_epoch(history.flush(updates))
+    if history.stop:
+        raise signals.Interrupted(history.stop, f"step {updates} of epoch {history.epoch}", saved)
 
 
 def evaluate_all(
-    args: argparse.Namespace,
-    loader: Iterable[Batch],
-    student: nn.Module,
-    ema: ModelEmaV3 | None,
-    settings: LoopSettings,
-    teacher: RunTeacher | None = None,
-    part: Part = whole,
-    answers: dict[str, list[metrics.Answers]] | None = None,
-) -> dict[str, float]:
-    """Score the student, and its EMA where asked: test_loss, test_acc1, test_acc5, …_ema.
+    args: argparse.Namespace, settings: LoopSettings, training: Training, teacher: RunTeacher
+) -> tuple[dict[str, float], dict[str, list[metrics.Answers]]]:
+    """Score the student, and its EMA with --model_ema_eval.
 
-    Where the teacher was scored on the same images also test_agreement and test_kl.
-
-    Args:
-        part: which part of a network takes what the loader yields, such as probe.head_of.
-        answers: filled with the answers of 'student' and 'ema'.
+    Returns: test_loss, test_acc1, test_acc5, test_ece, and of the EMA the same names with _ema; if
+        the teacher was scored on the same images, also test_agreement and test_kl. And the answers
+        of 'student' and 'ema'.
     """
-    teacher_logits = teacher.logits if teacher else None
-
-    def score(model: nn.Module, name: str) -> dict[str, float]:
-        if distributed.world_size() > 1:
-            distribute_bn(
-                model, distributed.world_size()
-            )  # every rank scores what rank 0 will save
-        collected = None if answers is None else answers.setdefault(name, [])
-        return evaluate(
-            loader, part(model), settings, args.dist_eval, teacher_logits, answers=collected
-        )
-
-    record = {f"test_{name}": value for name, value in score(student, "student").items()}
+    assert training.val_loader is not None
+    networks = {"student": training.state.student}
+    ema = training.state.ema
     if ema is not None and args.model_ema_eval:
-        averaged = ema.module
-        if args.model_ema_force_cpu:
-            averaged = copy.deepcopy(averaged).to(settings.device)
-        record |= {f"test_{name}_ema": value for name, value in score(averaged, "ema").items()}
-    return record
+        networks["ema"] = ema.module
+    record: dict[str, float] = {}
+    answers = {}
+    for name, network in networks.items():
+        if name == "ema" and args.model_ema_force_cpu:
+            network = copy.deepcopy(network).to(settings.device)
+        if distributed.world_size() > 1:  # every rank scores what rank 0 will save
+            distribute_bn(network, distributed.world_size())
+        part, loader = training.part(network), training.val_loader
+        found = evaluate(loader, part, settings, args.dist_eval, teacher.logits)
+        suffix = "" if name == "student" else f"_{name}"
+        record |= {f"test_{score}{suffix}": value for score, value in found.scores.items()}
+        answers[name] = found.answers
+    return record, answers
 
 
 def run_to_resume(args: argparse.Namespace) -> str:
-    """The newest checkpoint of an earlier run in --output_dir; '' where none is to be resumed."""
+    """The newest checkpoint of an earlier run in --output_dir; '' if none is to be resumed."""
     return newest_checkpoint(Path(args.output_dir)) if args.output_dir and args.auto_resume else ""
 
 
 def summarize(
     args: argparse.Namespace,
     data: Data,
-    state: RunState,
+    training: Training,
     teacher: RunTeacher,
-    times: TimeSplit,
     recorder: Recorder,
     answers: dict[str, list[metrics.Answers]],
-    trained: int,
 ) -> None:
-    """Tell how a run ended, in the terminal, in summary.json and in TensorBoard. Collective.
+    """Report how a run ended: terminal, summary.json, --report and TensorBoard. Collective.
 
     Args:
-        answers: of the last evaluation, by network; empty where there was none.
-        trained: images, since the start of this process.
+        answers: of the last evaluation, by network; empty if there was none.
     """
-    if not trained:  # the run was finished already
+    state, board = training.state, recorder.board
+    steps = args.epochs * training.steps - training.first_step
+    if not steps:  # the run was finished already
         log(state.summary())
         return
-    seconds = times.parts()
+    seconds = training.times.parts()
     joined = {name: metrics.join(batches, args.dist_eval) for name, batches in answers.items()}
     if not distributed.is_main_process():
         return
-    size, board = data.config["input_size"], recorder.board
-    costs = costs_of(state.student, teacher.model, size)
-    memory = peak_memory(times.device)
-    if recorder.path is not None:
-        rate = trained / sum(seconds.values())
-        folder = recorder.path.parent
-        write_summary(folder, state.scores, state.best, costs, seconds, rate, memory)
-    reports = {name: metrics.report(found, data.classes) for name, found in joined.items()}
-    print_summary(
-        columns_of(state.scores, state.best, costs),
-        metrics.report_lines(reports["student"]) if reports else [],
+    outcome = Outcome(
+        state.scores,
+        state.best,
+        costs_of(state.student, teacher.model, data.config["input_size"]),
         seconds,
-        memory,
-        state.folder,
-        board.folder if board else None,
-        args.model,
+        steps * recorder.images_per_step,
+        peak_memory(training.times.device),
+        {name: metrics.report(found, data.classes) for name, found in joined.items()},
     )
+    if recorder.path is not None:
+        write_summary(recorder.path.parent, outcome)
+    log("\n".join(lines_of(outcome, state.folder, board.folder if board else None, args.model)))
     if not joined:
         return
     with flags_for(output="--report"):
-        write_report(args.report, reports)
+        write_report(args.report, outcome.reports)
     if board is not None:
-        board.settings(settings_of(args), finals_of(state.scores, state.best))
+        board.settings(settings_of(vars(args)), finals_of(outcome))
         if isinstance(data.val, ImageSource):
             show_mistakes(data, joined["student"], board)
 

@@ -1,11 +1,10 @@
 """The end of a run: a table of its networks, summary.json, and its last page in TensorBoard."""
 
-import argparse
 import copy
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +48,35 @@ def show_mistakes(data: Data, answers: metrics.Answers, board: Board) -> None:
     board.pictures("validation_mistakes", pictures, captions)
 
 
-def columns_of(
-    scores: Mapping[str, float], best: Mapping[str, float], costs: Mapping[str, Cost | None]
-) -> dict[str, dict[str, str]]:
-    """The table at the end of a run: network -> row -> text.
+@dataclass
+class Outcome:
+    """How a run ended."""
 
-    Args:
-        scores: of the last epoch, as in log.txt.
-        best: accuracy that each of the best checkpoints was saved with.
-        costs: by network; EMA and student cost the same, which is shown once.
-    """
+    scores: Mapping[str, float]  # of the last evaluated epoch, as in log.txt
+    best: Mapping[str, float]  # accuracy that each of the best checkpoints was saved with
+    costs: Mapping[str, Cost | None]  # of student and teacher
+    seconds: Mapping[str, float]  # of this process since its start, by what they were spent on
+    images: int  # trained in these seconds, on all processes
+    memory: int | None  # peak, in bytes; None if it is not known
+    reports: Mapping[str, Any]  # of student and EMA, see metrics.report; empty without evaluation
+
+
+def columns_of(outcome: Outcome) -> dict[str, dict[str, str]]:
+    """The table at the end of a run: network -> row -> text."""
     columns: dict[str, dict[str, str]] = {}
     for network, curve in CURVES.items():
-        of_network = {split_name(n)[1]: v for n, v in scores.items() if split_name(n)[0] == curve}
-        if spent := costs.get(network):
-            of_network |= asdict(spent)
+        of_network = {
+            figure: value
+            for (its_curve, figure), value in zip(
+                map(split_name, outcome.scores), outcome.scores.values(), strict=True
+            )
+            if its_curve == curve
+        }
+        if cost_of_network := outcome.costs.get(network):
+            of_network |= asdict(cost_of_network)
         column = {}
-        if BEST.get(network) in best:
-            column["accuracy %, best epoch"] = f"{best[BEST[network]]:.2f}"
+        if (best := outcome.best.get(BEST.get(network, ""))) is not None:
+            column["accuracy %, best epoch"] = f"{best:.2f}"
         for name in in_order(of_network):
             figure, value = figure_of(name), of_network[name]
             row = "accuracy %, last epoch" if name == "acc1" else figure.heading
@@ -111,20 +121,21 @@ def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cos
         return {"student": None, "teacher": None}
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What tells runs apart on TensorBoard's page HPARAMS: the recipe, where it was typed."""
+def settings_of(args: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a run on TensorBoard's page HPARAMS: its recipe, as far as it was typed."""
     main = ["model", "kd", "lr", "epochs", "batch_size", "seed"]
-    main += ["teacher_arch", "kd_alpha", "kd_temperature"] if args.kd else []
-    typed = [name for name in args.given if name not in NOT_RECIPE and name not in DATA_FLAGS]
+    main += ["teacher_arch", "kd_alpha", "kd_temperature"] if args["kd"] else []
+    typed = [name for name in args["given"] if name not in NOT_RECIPE and name not in DATA_FLAGS]
     skipped = {"teacher_path", "teacher_cache"}
-    return {n: getattr(args, n) for n in dict.fromkeys([*main, *typed]) if n not in skipped}
+    return {name: args[name] for name in dict.fromkeys([*main, *typed]) if name not in skipped}
 
 
-def finals_of(scores: Mapping[str, float], best: Mapping[str, float]) -> dict[str, float]:
+def finals_of(outcome: Outcome) -> dict[str, float]:
     """The scores of the last epoch and the best accuracy, for TensorBoard's page HPARAMS."""
     shown = ("test_acc1", "test_acc1_ema", "test_loss", "test_agreement")
-    found = {name.removeprefix("test_"): scores[name] for name in shown if name in scores}
-    return found | ({"best_acc1": best["best"]} if "best" in best else {})
+    scores, best = outcome.scores, outcome.best
+    finals = {name.removeprefix("test_"): scores[name] for name in shown if name in scores}
+    return finals | ({"best_acc1": best["best"]} if "best" in best else {})
 
 
 def check_report(path: Path) -> None:
@@ -141,65 +152,41 @@ def write_report(path: str, reports: Mapping[str, Any]) -> None:
         log(f"Report: {path}")
 
 
-def write_summary(
-    folder: Path,
-    scores: Mapping[str, float],
-    best: Mapping[str, float],
-    costs: Mapping[str, Cost | None],
-    seconds: Mapping[str, float],
-    rate: float,
-    memory: int | None,
-) -> None:
-    """Write summary.json beside log.txt.
-
-    Args:
-        seconds: of this process since its start, by what they were spent on.
-        rate: training images per second, evaluation and saving included.
-        memory: peak, in bytes; None where it is not known.
-    """
-    found = {
-        "scores": dict(scores),
-        "best": dict(best),
-        "costs": {name: asdict(spent) for name, spent in costs.items() if spent is not None},
-        "seconds": dict(seconds),
-        "images_per_second": rate,
-        "peak_memory": memory,
+def write_summary(folder: Path, outcome: Outcome) -> None:
+    """Write summary.json beside log.txt."""
+    costs = {name: asdict(cost) for name, cost in outcome.costs.items() if cost is not None}
+    values = {
+        "scores": dict(outcome.scores),
+        "best": dict(outcome.best),
+        "costs": costs,
+        "seconds": dict(outcome.seconds),
+        # Evaluation and saving included.
+        "images_per_second": outcome.images / sum(outcome.seconds.values()),
+        "peak_memory": outcome.memory,
     }
-    write_whole(folder / "summary.json", json.dumps(found, indent=1))
+    write_whole(folder / "summary.json", json.dumps(values, indent=1))
 
 
-def print_summary(
-    columns: Mapping[str, Mapping[str, str]],
-    classes: Sequence[str],
-    seconds: Mapping[str, float],
-    memory: int | None,
-    folder: Path | None,
-    board: Path | None,
-    model: str,
-) -> None:
-    """Print the table at the end of a run, and what to do next.
+def lines_of(
+    outcome: Outcome, folder: Path | None, board: Path | None, model: str
+) -> Iterator[str]:
+    """The lines at the end of a run: its table, its classes, and what to do next.
 
     Args:
-        classes: lines about the classes (see metrics.report_lines).
+        folder: of the checkpoints; None if nothing was saved.
+        board: TensorBoard's folder; None without one.
     """
-    if columns:
-        log("\n" + "\n".join(summary_table(columns)))
-    if classes:
-        log("\n" + "\n".join(classes))
-    rows = [("Time", time_line(seconds))]
-    if memory is not None:
-        rows.append(("Peak memory", f"{memory / 2**30:.2f} GiB"))
+    if columns := columns_of(outcome):
+        yield from ["", *summary_table(columns)]
+    if outcome.reports:
+        yield from ["", *metrics.report_lines(outcome.reports["student"])]
+    rows = [("Time", time_line(outcome.seconds))]
+    if outcome.memory is not None:
+        rows.append(("Peak memory", f"{outcome.memory / 2**30:.2f} GiB"))
     if folder is not None:
-        best = next(
-            (p for n in ("best", "best-ema") if (p := folder / f"checkpoint-{n}.pth").exists()),
-            None,
-        )
-        path = best or max(
-            folder.glob("checkpoint-*.pth"), key=lambda p: p.stat().st_mtime, default=None
-        )
-        rows.append(
-            ("Files", f"{folder}/log.txt, summary.json" + (f", {path.name}" if path else ""))
-        )
+        path = checkpoint_of(folder)
+        files = f"{folder}/log.txt, summary.json"
+        rows.append(("Files", f"{files}, {path.name}" if path else files))
         if path is not None:
             quoted = shlex.quote(str(path))
             rows.append(("Evaluate", f"python main.py --eval true --resume {quoted}"))
@@ -207,7 +194,14 @@ def print_summary(
             rows.append(("Train longer", "the same command with a larger --epochs"))
     if board is not None:
         rows.append(("TensorBoard", f"tensorboard --logdir {shlex.quote(str(board))}"))
-    log("\n" + "\n".join(aligned(rows)))
+    yield from ["", *aligned(rows)]
+
+
+def checkpoint_of(folder: Path) -> Path | None:
+    """The best checkpoint of a run, or else its newest."""
+    best = [path for name in BEST.values() if (path := folder / f"checkpoint-{name}.pth").exists()]
+    newest = sorted(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime)
+    return next(iter([*best, *reversed(newest)]), None)
 
 
 def export_command(model: str, folder: Path, checkpoint: str) -> str:

@@ -243,14 +243,13 @@ def _score(
         each batch.
     Raises: UserError below --teacher_min_acc1.
     """
-    logits: dict[range, torch.Tensor] = {}
     if isinstance(source, LogitFile):
         assert isinstance(data.val, ImageSource)  # only their logits are cached
         batches = ValidationLogits(source).batches(loader.order, data.val.targets, settings.device)
         found = evaluate(batches, nn.Identity(), settings, args.dist_eval)
     else:
-        found = evaluate(loader, source, settings, args.dist_eval, collect=logits)
-    acc1, loss, causes = found["acc1"], found["loss"], _causes(source)
+        found = evaluate(loader, source, settings, args.dist_eval, keep_logits=True)
+    acc1, loss, causes = found.scores["acc1"], found.scores["loss"], _causes(source)
     assert data.val is not None  # it was just scored
     images = len(data.val)
     log(f"Teacher on the {images:,} validation images: acc1 {acc1:.2f}, loss {loss:.4f}")
@@ -272,7 +271,8 @@ def _score(
             f"Warning: the teacher is near chance: to name one class every time would score "
             f"{100 * chance:.2f} % of the {images:,} images; {causes}"
         )
-    return {f"teacher_{name}": found[name] for name in ("acc1", "loss", "ece")}, logits
+    scores = {f"teacher_{name}": found.scores[name] for name in ("acc1", "loss", "ece")}
+    return scores, found.logits
 
 
 def _report_confidence(

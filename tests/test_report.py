@@ -249,8 +249,8 @@ def test_a_loss_part_and_a_score_that_nobody_listed_are_shown_everywhere(
             return loss, parts | {"hint": torch.tensor(0.25)}
 
     def score_more(*args, **kwargs):
-        scores = evaluate_all(*args, **kwargs)
-        return scores | {"test_charm": 0.5}
+        scores, answers = evaluate_all(*args, **kwargs)
+        return scores | {"test_charm": 0.5}, answers
 
     evaluate_all = main.evaluate_all
     monkeypatch.setattr("training.criterion.DistillationLoss", Hinted)

@@ -197,7 +197,7 @@ def test_a_run_that_is_resumed_by_its_file_follows_its_recipe(run_main, short, k
 
 def test_without_an_output_folder_the_first_line_says_that_nothing_is_kept(run_main, short):
     run = run_main(*short)
-    assert run.out.startswith("Nothing will be saved: pass --output_dir")
+    assert run.out.startswith("No --output_dir: checkpoints and log.txt will not be saved")
 
 
 def test_starting_over_moves_the_earlier_run_aside(run_main, short, tmp_path):

@@ -139,7 +139,7 @@ def test_cached_and_interrupted_runs_end_as_the_run_that_asks_the_teacher(run_ma
     """With mixup, smoothing and images without a label; resumed from its middle by its file."""
     flags = [*REST, *kd, "--mixup_mode", "pair", "--save_ckpt_num", 2]
     online = run_main(*flags, output_dir=tmp_path / "online")
-    assert "48 of the images have a label, 8 per batch on average" in online.out, online.err
+    assert "48 images are labeled (8 per batch on average)" in online.out, online.err
     assert "Teacher on 48 images without a label: largest probability" in online.out
     names = {"train_ce", "train_kd", "train_kd_labeled", "train_kd_unlabeled", "train_labeled"}
     assert names < online.log[0].keys() and "train_teacher_acc1" not in online.log[0]

@@ -1,5 +1,6 @@
 """The files of a run, from which it resumes exactly."""
 
+import argparse
 import itertools
 import os
 import re
@@ -16,6 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import utils
+from arguments.derived import teachers_of
 from arguments.flags import DATA_FLAGS, NOT_RECIPE, as_typed
 from models.weights import FORMAT, Checkpoint, load_network, read_checkpoint
 from reporting.recorder import scores_of
@@ -68,6 +70,28 @@ def move_aside(folder: Path) -> None:
     for path in files:
         os.replace(path, aside / path.name)
     log(f"Moved the {len(files)} files of an earlier run to {aside}")
+
+
+def claim_output_dir(args: argparse.Namespace) -> FileIO | None:
+    """Prepare --output_dir for this run alone; returns the lock, or None without one."""
+    if not args.output_dir:
+        if not args.teacher_cache_only:
+            log("No --output_dir: checkpoints and log.txt will not be saved")
+        return None
+    folder = Path(args.output_dir)
+    utils.make_folder(folder)
+    files = [("teacher_path", teacher.path) for teacher in teachers_of(args)]
+    for flag, path in [*files, ("finetune", args.finetune)]:
+        if path and Path(path).resolve() in [f.resolve() for f in files_of_run(folder)]:
+            raise UserError(
+                f"--{flag} {path}: lies in --output_dir {folder}, where this run would overwrite "
+                "it; pass another --output_dir"
+            )
+    lock = lock_folder(folder) if is_main_process() else None
+    if not args.auto_resume and not args.resume and is_main_process():
+        move_aside(folder)
+    distributed.barrier()
+    return lock
 
 
 def epoch_checkpoints(folder: Path) -> list[Path]:

@@ -14,6 +14,8 @@ from data.loaders import Batch
 from reporting.recorder import Recorder
 from reporting.timing import Stopwatch
 from runtime import distributed, signals
+from training.optimizer import Schedule
+from training.settings import LoopSettings
 from utils import UserError
 
 SECONDS_BETWEEN_LOOKS = 5  # at the signals of other processes, where steps are slow
@@ -72,12 +74,10 @@ class History:
     Fetching a scalar waits for the device, so most steps never wait.
 
     Args:
-        epoch: number of the epoch, for the printed lines.
         updates: optimizer steps of the epoch.
-        lr, weight_decay: (steps,) of every optimizer step of the run.
-        print_freq: most optimizer steps between two looks; fewer where steps are slow.
-        scaler: where it is enabled, it leaves out steps that are not finite.
-        recorder: is told at every look.
+        settings: print_freq is the most optimizer steps between two looks; slow steps have fewer.
+        scaler: leaves out steps that are not finite, if it is enabled.
+        recorder: keeps what each look finds.
         progress: how far an interrupted run came in this epoch.
     """
 
@@ -85,16 +85,14 @@ class History:
         self,
         epoch: int,
         updates: int,
-        lr: np.ndarray,
-        weight_decay: np.ndarray,
-        device: torch.device,
-        print_freq: int,
+        schedule: Schedule,
+        settings: LoopSettings,
         scaler: torch.amp.GradScaler,
         recorder: Recorder,
         progress: Progress,
     ) -> None:
-        self.epoch, self.updates, self.lr, self.weight_decay = epoch, updates, lr, weight_decay
-        self.device, self.print_freq, self.scaler = device, print_freq, scaler
+        self.epoch, self.updates, self.schedule, self.scaler = epoch, updates, schedule, scaler
+        self.device, self.print_freq = settings.device, settings.print_freq
         self.every = 0  # optimizer steps between two looks; 0 until steps were timed
         self.recorder = recorder
         self.waiting: list[StepScalars] = []  # batches whose scalars are still to be computed
@@ -115,13 +113,16 @@ class History:
         self,
         loss: torch.Tensor,
         parts: dict[str, torch.Tensor],
-        student_logits: torch.Tensor,
-        teacher_logits: torch.Tensor | None,
+        outputs: tuple[Any, ...],
         batch: Batch,
     ) -> None:
         """Note a batch. Scalars of its logits are computed for many batches at once, since these
-        small kernels would cost the same for each batch."""
-        student_logits = student_logits.detach()
+        small kernels would cost the same for each batch.
+
+        Args:
+            outputs: of the model, see engine.TrainedModel.
+        """
+        student_logits, teacher_logits = outputs[0].detach(), outputs[1]
         if self.epoch == 0 and not (self.count or self.waiting or self.tables):
             self.recorder.show_batch(batch, teacher_logits)
         if not batch.is_labeled:
@@ -217,8 +218,8 @@ class History:
         means = dict(zip(self.names, rows.mean(axis=0), strict=True))
         last = first + len(step_norms) - 1
         opt = {
-            "opt/lr": self.lr[last],
-            "opt/weight_decay": self.weight_decay[last],
+            "opt/lr": self.schedule.lr[last],
+            "opt/weight_decay": self.schedule.weight_decay[last],
             "opt/grad_norm": step_norms.mean(),
         }
         self.recorder.look(
@@ -227,11 +228,11 @@ class History:
         self.tables, self.norms, self.batches_per_update, self.images = [], [], [], 0
 
     def _not_finite(self, step: int, loss: float, largest: float, norm: float) -> UserError:
+        lr = self.schedule.lr[step]
         return UserError(
             f"loss {loss} with gradient norm {norm:.3g} at step {step} (epoch {self.epoch}), "
-            f"learning rate {self.lr[step]:.3g}, largest logit {largest:.3g}. No checkpoint was "
-            "written after this happened; lower --lr, pass --clip_grad 1.0, or use "
-            "--amp_dtype bfloat16"
+            f"learning rate {lr:.3g}, largest logit {largest:.3g}. No checkpoint was written after "
+            "this happened; lower --lr, pass --clip_grad 1.0, or use --amp_dtype bfloat16"
         )
 
     def means(self) -> dict[str, float]:
@@ -239,5 +240,5 @@ class History:
         means = {}
         if self.count:
             means = dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))
-        means["lr"] = float(self.lr[(self.epoch + 1) * self.updates - 1])
+        means["lr"] = float(self.schedule.lr[(self.epoch + 1) * self.updates - 1])
         return means | ({"skipped_steps": self.skipped} if self.scaler.is_enabled() else {})

@@ -2,7 +2,8 @@
 
 import argparse
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed
@@ -84,6 +85,20 @@ def make_student(
         student = convert_sync_batchnorm(student)
     # Never slower, and a quarter faster on convolutional networks.
     return student.to(device).to(memory_format=torch.channels_last)
+
+
+@contextmanager
+def explain_batch_norm() -> Iterator[None]:
+    """Say what to do if BatchNorm has a single value per channel to normalize."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "--batch_size 1: this model's BatchNorm layers cannot train on a single image of this "
+            "size; pass --batch_size 2 or more, or a larger --input_size"
+        ) from error
 
 
 def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:
