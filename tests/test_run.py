@@ -197,7 +197,7 @@ def test_weights_do_not_depend_on_the_number_of_workers(run_main, short, tmp_pat
 
 def test_accumulated_batches_are_one_large_batch(run_main, tmp_path):
     """Without BatchNorm, which sees the small batches; 5 batches by 2: the last step is shorter."""
-    flags = ["--train_samples", 80, "--epochs", 1, "--model", "convnext_atto", "--input_size", 32]
+    flags = ["--train_samples", 80, "--epochs", 1, "--model", "test_convnext", "--input_size", 32]
     flags += ["--mixup", 0, "--cutmix", 0, "--opt", "sgd", "--lr", 0.05, "--batch_size", 16]
     run = run_main(*flags, "--update_freq", 2, output_dir=tmp_path / "a")
     assert "3 optimizer steps" in run.out
@@ -293,7 +293,7 @@ def test_bfloat16_autocast_trains_on_the_cpu(run_main, kd):
         "--model_ema true --model_ema_force_cpu true --model_ema_eval true --model_ema_warmup 0",
         "--save_ckpt false --start_epoch 1 --nb_classes 10 --holdout 50",
         "--kd_alpha 1 --kd_temperature 2",
-        "--model vit_tiny_patch16_224 --input_size 32 --drop_path 0.1",
+        "--model test_vit --input_size 32 --drop_path 0.1",
     ],
 )
 def test_the_flags_of_the_family_run(run_main, short, kd, tmp_path, flags):

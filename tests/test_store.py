@@ -240,9 +240,9 @@ def test_rows_that_vanish_during_a_run_are_an_error_with_its_remedy(run_main, kd
         (["--use_amp", "true"], 'amp_dtype "None", but this run uses "bfloat16"'),
     ],
 )
-def test_a_store_of_something_else_is_refused(run_main, kd, tmp_path, flags, field):
+def test_a_store_of_something_else_is_refused(run_main, kd, tmp_path, stores, flags, field):
+    shutil.copytree(stores / "first", tmp_path / "cache")
     cache = ["--teacher_cache", tmp_path / "cache"]
-    assert run_main(*SHORT, *kd, *cache).code == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
     run = run_main(*SHORT, *kd, *cache, *flags)
     assert run.code == 2 and field in run.err and "another folder" in run.err, run.err
