@@ -290,7 +290,8 @@ def _report_splits(args: argparse.Namespace, splits: Splits) -> None:
 def complete(args: argparse.Namespace, device: torch.device, splits: Splits | None = None) -> None:
     """Choose what depends on the device, the network and the images; then args stays as it is.
 
-    `val_images`, which is no flag, becomes a hash of what tells the validation images from others.
+    `val_images`, which is no flag, becomes the number of the validation images and a hash of what
+    tells them from others: '360:0123456789abcdef'.
 
     Args:
         splits: the images of a training run; None for an evaluation.
@@ -307,7 +308,7 @@ def complete(args: argparse.Namespace, device: torch.device, splits: Splits | No
     args.val_images = None
     if splits.val is not None:
         identity = _same_images(splits.val, "validation") or {"images": len(splits.val)}
-        args.val_images = hash_of(json.dumps(identity).encode())
+        args.val_images = f"{len(splits.val)}:{hash_of(json.dumps(identity).encode())}"
     elif not args.disable_eval:
         log("No validation images: neither teacher nor student is scored")
         args.disable_eval, args.teacher_eval = True, False

@@ -1,30 +1,46 @@
 """Sweeps and the comparison of their runs: commands, pairs, intervals, tables, and bad input."""
 
 import json
+import math
 import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import QUICK, ROOT
 
 import compare
 import sweep
+from reporting.runs import group_runs, read_run
+from reporting.verdicts import Verdict, t_quantile
 
-BASE = {"kd": False, "lr": 0.1, "epochs": 2, "seed": 0, "given": ["kd", "lr", "seed"]}
+BASE = {"kd": False, "lr": 0.1, "epochs": 2, "seed": 0, "model": "s"}
+BASE |= {"val_images": "10000:0123456789abcdef"}
 KD = {"kd": True, "teacher_arch": "a", "kd_alpha": 0.7, "kd_temperature": 4.0, "unlabeled": ""}
+
+
+NO_DIFFERENCE = "no difference larger than the noise"
 
 
 def write_run(folder: Path, scores: list[float], **args: object) -> Path:
     """A run as main.py leaves it, with the accuracy of each epoch."""
     folder.mkdir(parents=True)
     given = ["kd", "lr", "seed", *args]
-    (folder / "args.json").write_text(json.dumps(BASE | args | {"given": given}))
+    (folder / "args.json").write_text(json.dumps(BASE | {"given": given} | args))
     lines = [json.dumps({"epoch": e, "test_acc1": score}) for e, score in enumerate(scores)]
     (folder / "log.txt").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def write_pairs(root: Path, gains: list[float], **args: object) -> list[Path]:
+    """Runs of 90 % with --lr 0.1, and runs that gain so much with the arguments, by seed."""
+    for seed, gain in enumerate(gains):
+        write_run(root / f"a{seed}", [50, 90.0], seed=seed)
+        write_run(root / f"b{seed}", [50, 90.0 + gain], seed=seed, **({"lr": 0.2} | args))
+    return sorted(root.iterdir())
 
 
 ALONE, HELPED = [90.0, 92.0, 91.0, 89.5], [93.0, 93.5, 95.0, 91.0]
@@ -45,53 +61,93 @@ def printed(capsys, *argv: object) -> str:
     return capsys.readouterr().out
 
 
+def row_of(out: str, name: str) -> str:
+    return next(line for line in out.splitlines() if line.startswith(f"{name} "))
+
+
 def test_runs_are_paired_by_seed_and_judged_by_student_t(runs, capsys):
     """Differences 3, 1.5, 4, 1.5: mean 2.5, deviation 1.2247; t with 3 degrees is 3.182446."""
     out = printed(capsys, *sorted(runs.iterdir()))
-    row = next(line for line in out.splitlines() if line.startswith("kd=true"))
+    row = row_of(out, "kd=true")
     assert "93.12 ± 1.65" in row and "99.00 ± 0.00" in row  # the last epoch, and the best
     half = 3.182446305 * 1.22474487 / 2
     assert f"kd=false → kd=true: helps (+2.50 ± {half:.2f} points, 4 seeds)" in out
 
 
-def test_costs_of_student_and_teacher_are_shown_where_asked(runs, capsys):
-    cost = {"parameters": 78042, "multiply_adds": 781952, "ms_single": 0.5, "ms_large": None}
-    teacher = cost | {"parameters": 272474, "ms_large": 9.25}
-    for folder in runs.glob("kd_*"):
-        summary = {"costs": {"student": cost, "teacher": teacher}, "images_per_second": 1234.5}
+def test_equal_networks_share_their_latencies_and_show_the_range(runs, capsys):
+    """Student s: 0.5, 0.6, 0.7, 0.8 ms alone and 0.9 ms four times distilled: median 0.85."""
+    cost = {"parameters": 78042, "multiply_adds": 781952, "ms_large": None}
+    for folder in runs.iterdir():
+        kd, seed = folder.name.split("_")
+        of_student = cost | {"ms_single": 0.5 + int(seed) / 10 if kd == "alone" else 0.9}
+        of_teacher = cost | {"parameters": 272474, "ms_single": 9.25}
+        costs = {"student": of_student} | ({"teacher": of_teacher} if kd == "kd" else {})
+        summary = {"costs": costs, "images_per_second": 1234.5}
         (folder / "summary.json").write_text(json.dumps(summary))
     folders = sorted(runs.iterdir())
     plain = printed(capsys, *folders)
     assert "78,042" not in plain and "1,234" in plain
     out = printed(capsys, *folders, "--cost")
-    row = next(line for line in out.splitlines() if line.startswith("kd=true"))
-    assert "78,042" in row and "781,952" in row and "0.50 ± 0.00" in row
+    for name in ("kd=false", "kd=true"):
+        row = row_of(out, name)
+        assert "78,042" in row and "781,952" in row and "0.85 (0.50 to 0.90)" in row
     assert "Teacher a: parameters 272,474, multiply-adds per image 781,952" in out
+    assert "ms for 1 image 9.25 (9.25 to 9.25)" in out
 
 
 @pytest.mark.parametrize(
     ("freedom", "quantile"), [(1, 12.7062047), (3, 3.1824463), (9, 2.2621572), (99, 1.9842169)]
 )
 def test_the_quantile_is_that_of_the_tables(freedom, quantile):
-    assert compare.t_quantile(0.95, freedom) == pytest.approx(quantile, abs=1e-6)
+    assert t_quantile(0.95, freedom) == pytest.approx(quantile, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
         ([-1.0, -1.2, -0.9], "hurts"),
-        ([1.0, -0.5, 0.9], "no difference larger than the noise; 12 more seed(s) would show"),
+        # Mean 0.4667, deviation 0.8386: (2.8016 * 0.8386 / 0.4667)^2 + 1.92 = 27.3 seeds.
+        ([1.0, -0.5, 0.9], f"{NO_DIFFERENCE} (+0.47 ± 2.08 points, 3 seeds; about 25 more would"),
+        ([0.28, 0.28], f"{NO_DIFFERENCE} (+0.28 ± 1.02 points, 2 seeds; about 2 more would"),
         ([1.0], "no verdict from one seed"),
     ],
 )
 def test_a_verdict_says_no_more_than_the_seeds_do(tmp_path, capsys, gains, words):
-    for seed, gain in enumerate(gains):
-        write_run(tmp_path / f"a{seed}", [50, 90.0], seed=seed)
-        write_run(tmp_path / f"b{seed}", [50, 90.0 + gain], seed=seed, lr=0.2)
+    """One image in 360 is 0.28 points: a deviation of 0 between two seeds is not believed."""
+    images = {"val_images": "360:01" if 0.28 in gains else "10000:01"}
+    for folder in write_pairs(tmp_path, gains):
+        args = json.loads((folder / "args.json").read_text()) | images
+        (folder / "args.json").write_text(json.dumps(args))
     assert f"lr=0.1 → lr=0.2: {words}" in printed(capsys, *sorted(tmp_path.iterdir()))
 
 
-def test_runs_of_two_changes_and_of_other_data_are_not_judged(tmp_path, capsys):
+@pytest.mark.parametrize(("images", "deviation"), [(100, 1.0), (360, 0.2), (360, 0.5)])
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_a_change_without_effect_is_called_one_in_5_percent_of_sweeps_at_most(
+    images, deviation, seeds
+):
+    """2,000 sweeps, so that a true 5 % is measured as at most 6.5 % (three deviations)."""
+    noise = np.random.default_rng(0).normal(90, deviation, (2, 2_000, seeds))
+    before, after = (noise * images / 100).round() * 100 / images  # a whole number of images
+    called = [
+        Verdict("lr", "", "", list(gains), 100 / images).words in ("helps", "hurts")
+        for gains in after - before
+    ]
+    assert np.mean(called) < 0.065
+
+
+@pytest.mark.parametrize(("effect", "t"), [(0.5, 2.0345153), (1.0, 2.2621572)])
+def test_the_seeds_that_a_verdict_asks_for_find_the_effect_in_80_percent_of_sweeps(effect, t):
+    """Effects in deviations of the gains; the t of 33 and of 9 degrees of freedom is tabulated."""
+    gains = [100 * effect - 100 / math.sqrt(2), 100 * effect + 100 / math.sqrt(2)]
+    seeds = Verdict("lr", "", "", gains, 0.01).seeds_needed()
+    assert seeds == {0.5: 34, 1.0: 10}[effect]
+    sweeps = np.random.default_rng(0).normal(effect, 1, (20_000, seeds))
+    width = t * sweeps.std(axis=1, ddof=1) / math.sqrt(seeds)
+    assert np.mean(np.abs(sweeps.mean(axis=1)) > width) == pytest.approx(0.8, abs=0.02)
+
+
+def test_runs_that_differ_in_more_than_one_flag_are_not_judged_and_told_why(tmp_path, capsys):
     for name, args in {
         "a": {},
         "two": {"lr": 0.2, "smoothing": 0.3},
@@ -102,6 +158,61 @@ def test_runs_of_two_changes_and_of_other_data_are_not_judged(tmp_path, capsys):
             write_run(tmp_path / f"{name}{seed}", [50, 90 + seed], seed=seed, **args)
     out = printed(capsys, *sorted(tmp_path.iterdir()))
     assert "→" not in out and out.count("90.50 ± 0.71") >= 3
+    assert "No verdict for 1 pair(s) that differ in more than one flag: lr, smoothing" in out
+    assert "No verdict for 2 pair(s) trained on different data: data_path" in out
+
+
+def test_runs_scored_on_different_images_are_not_paired(tmp_path, capsys):
+    halved = {"val_images": "30:abcdefabcdef", "given": ["smoothing"]}
+    write_pairs(tmp_path, [1.0, 1.1], smoothing=0.0, lr=0.1, **halved)
+    out = printed(capsys, *sorted(tmp_path.iterdir()))
+    assert "→" not in out
+    line = "No verdict for 1 pair(s) scored on different validation images: 10000:0"
+    assert line in out and " and 30:a" in out and "val_images=30:abc" in out
+
+
+def test_runs_that_do_not_record_their_images_are_mentioned_once(tmp_path, capsys):
+    write_pairs(tmp_path, [1.0, 1.1, 1.2], val_images=None)
+    out = printed(capsys, *sorted(tmp_path.iterdir()))
+    assert "lr=0.1 → lr=0.2: helps" in out
+    assert out.count("3 of 6 runs do not record their validation images") == 1
+
+
+def test_a_run_that_changed_on_the_way_is_marked_in_table_and_verdict(tmp_path, capsys):
+    write_pairs(tmp_path, [1.0, 1.1, 1.2])
+    changes = ["--epochs 1 → 2 after epoch 0"]
+    write_run(tmp_path / "b3", [50, 91.0], seed=3, lr=0.2, changes=changes)
+    out = printed(capsys, *sorted(tmp_path.iterdir()))
+    assert row_of(out, "lr=0.2 *") and "lr=0.1 → lr=0.2 *: helps" in out
+    assert f"3 seeds); * changed on the way: {tmp_path}/b3\n" in out
+    assert f"* {tmp_path}/b3 changed on the way: --epochs 1 → 2 after epoch 0" in out
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize("seeds", [[(1, 3), (2, 3)], [(1, 2), (1, 2)], [(1,), (2, 3)]])
+def test_two_teachers_are_never_taken_for_one_that_is_named_by_the_seed(
+    tmp_path, seeds, is_reversed
+):
+    for teacher, of_teacher in enumerate(seeds, start=1):
+        for seed in of_teacher:
+            path = f"teacher_{teacher}/best.pth"
+            args = KD | {"teacher_path": path, "seed": seed}
+            write_run(tmp_path / f"{teacher}{seed}", [50, 90.0], **args)
+    folders = sorted(tmp_path.iterdir(), reverse=is_reversed)
+    groups = group_runs([read_run(folder) for folder in folders])
+    found = {group.name: tuple(sorted(group.runs)) for group in groups}
+    assert found == {f"teacher_path=teacher_{n + 1}/best.pth": s for n, s in enumerate(seeds)}
+
+
+def test_rows_are_named_by_flags_that_were_typed(tmp_path, capsys):
+    """The warmup follows --epochs: it is no second change, and the verdict mentions it."""
+    for seed in range(2):
+        typed = {"seed": seed, "given": ["seed", "epochs"]}
+        write_run(tmp_path / f"a{seed}", [50, 90.0], epochs=2, warmup_epochs=0.4, **typed)
+        write_run(tmp_path / f"b{seed}", [50, 90.0, 92], epochs=3, warmup_epochs=0.6, **typed)
+    out = printed(capsys, *sorted(tmp_path.iterdir()))
+    assert row_of(out, "epochs=2")[8:].strip().startswith("2")
+    assert "epochs=2 → epochs=3: helps" in out and "with --warmup_epochs 0.4 → 0.6" in out
 
 
 def test_many_pairs_are_told_to_differ_by_chance(tmp_path, capsys):
@@ -115,15 +226,10 @@ def test_many_pairs_are_told_to_differ_by_chance(tmp_path, capsys):
 
 
 def test_a_narrow_terminal_gets_a_paragraph_per_group(runs):
-    groups = compare.group_runs([compare.read_run(folder) for folder in sorted(runs.iterdir())])
-    for width in (40, 120):
-        lines = compare.table(groups, width).splitlines()
-        assert max(map(len, lines)) <= width
-    assert (
-        len(compare.table(groups, 40).splitlines())
-        > 3
-        == len(compare.table(groups, 120).splitlines())
-    )
+    groups = group_runs([read_run(folder) for folder in sorted(runs.iterdir())])
+    narrow, wide = (compare.table(groups, width).splitlines() for width in (40, 120))
+    assert max(map(len, narrow)) <= 40 and max(map(len, wide)) <= 120
+    assert len(narrow) > 3 == len(wide)
 
 
 def test_what_is_not_a_finished_run_is_left_out_and_named(runs, capsys):
@@ -132,30 +238,76 @@ def test_what_is_not_a_finished_run_is_left_out_and_named(runs, capsys):
         file.write('{"epoch": 2, "te')  # cut short by a kill
     (runs / "empty").mkdir()
     (runs / "teacher_cache,seed=0").mkdir()
+    (runs / "sweep.json").write_text("{}")
     assert compare.main(["--json", *map(str, sorted(runs.iterdir()))]) == 0
-    found = capsys.readouterr()
-    assert f"{half}: 2 of 3 epochs are done; finish it first" in found.err
-    assert f"{runs}/empty: no run of main.py" in found.err and "teacher_cache" not in found.err
-    told = json.loads(found.out)["verdicts"]
-    assert [(one["flag"], one["verdict"], one["seeds"]) for one in told] == [("kd", "helps", 4)]
+    outputs = capsys.readouterr()
+    assert f"{half}: 2 of 3 epochs are done; finish it first" in outputs.err
+    assert f"{runs}/empty: no run of main.py" in outputs.err
+    assert "teacher_cache" not in outputs.err and "sweep.json" not in outputs.err
+    verdicts = json.loads(outputs.out)["verdicts"]
+    assert [(one["flag"], one["verdict"], one["seeds"]) for one in verdicts] == [("kd", "helps", 4)]
     write_run(runs / "again", [50.0, 60.0], seed=0)
     assert compare.main(list(map(str, sorted(runs.iterdir())))) == 2
     assert "has the flags and the seed of" in capsys.readouterr().err
-    assert compare.main([str(runs / "empty")]) == 2
 
 
-def test_a_picture_is_drawn_or_the_missing_package_named(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("nope", "nope: no such folder"),
+        ("nope/*", "nope/*: nothing matches this pattern"),
+        ("alone_0/log.txt", "alone_0/log.txt: is a file; pass the run's folder, such as"),
+        ("", ": holds runs and is none itself; pass"),
+    ],
+)
+def test_a_path_that_is_no_run_is_named_with_the_reason(runs, capsys, path, reason):
+    assert compare.main([str(runs / path)]) == 2
+    outputs = capsys.readouterr()
+    assert reason in outputs.err and "no finished run among these paths" in outputs.err
+
+
+def test_scores_that_are_not_finite_are_named(tmp_path, capsys):
+    folders = write_pairs(tmp_path, [1.0, 1.1, 1.2])
+    for folder, score, loss in [(folders[0], math.nan, 0.5), (folders[1], 90.0, math.nan)]:
+        record = {"epoch": 1, "test_acc1": score, "test_loss": loss}
+        (folder / "log.txt").write_text(json.dumps(record))  # as another program may write it
+    assert compare.main(list(map(str, folders))) == 0
+    outputs = capsys.readouterr()
+    assert f"{folders[0]}: test_acc1 of its last epoch is nan in log.txt" in outputs.err
+    assert "not finite" in outputs.out and "lr=0.1 → lr=0.2: " in outputs.out
+
+
+BAD_PICTURES = {
+    "kd_0": "kd_0: is a folder; pass the name of a picture",
+    "curves": "curves: is not the name of a picture; end it in .png",
+    "curves.xyz": "curves.xyz: is not the name of a picture",
+    "nowhere/curves.png": "nowhere does not exist; create it first",
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_a_picture_that_cannot_be_written_is_refused_first(runs, capsys, name):
+    before = sorted(runs.iterdir())
+    assert compare.main(["--plot", str(runs / name), *map(str, before)]) == 2
+    outputs = capsys.readouterr()
+    assert outputs.out == "" and outputs.err.startswith("compare.py: error: --plot ")
+    assert BAD_PICTURES[name] in outputs.err and outputs.err.count("\n") == 1
+    assert sorted(runs.iterdir()) == before
+
+
+def test_a_picture_is_drawn_after_the_table_or_the_missing_package_named(tmp_path, capsys):
     for alpha in (0.5, 0.9):
         for temperature in (2.0, 4.0):
             args = KD | {"kd_alpha": alpha, "kd_temperature": temperature}
             write_run(tmp_path / f"{alpha}-{temperature}", [50, 90 + alpha], **args)
     folders = list(map(str, tmp_path.iterdir()))
-    groups = compare.group_runs([compare.read_run(Path(folder)) for folder in folders])
-    alphas, temperatures, means = compare.grid_of(groups)
-    assert (alphas, temperatures) == ([0.5, 0.9], [2, 4]) and means == [[90.5] * 2, [90.9] * 2]
+    grid = compare.grid_of(group_runs([read_run(Path(folder)) for folder in folders]))
+    assert grid.rows == ("kd_alpha", [0.5, 0.9]) and grid.columns == ("kd_temperature", [2, 4])
+    assert grid.means == [[90.5] * 2, [90.9] * 2]
     code = compare.main([*folders, "--plot", str(tmp_path / "a.png")])
-    err = capsys.readouterr().err
-    assert (tmp_path / "a.png").exists() if code == 0 else "pip install matplotlib" in err
+    outputs = capsys.readouterr()
+    assert "90.90" in outputs.out
+    assert (tmp_path / "a.png").exists() if code == 0 else "pip install matplotlib" in outputs.err
 
 
 # -------------------------------------------------------------------------------------- sweeps

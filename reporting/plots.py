@@ -1,0 +1,119 @@
+"""A picture of a comparison: accuracy over the epochs, and over two settings."""
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils import UserError
+
+ENDINGS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
+MANY_GROUPS = 6  # above which single runs would hide the bands
+COLORS = 10  # of matplotlib's cycle; further groups get dashed lines
+
+Curve = Mapping[int, float]  # epoch, as counted in log.txt -> accuracy in percent
+
+
+class Grid(NamedTuple):
+    """Accuracies over two settings, of which each varies."""
+
+    rows: tuple[str, Sequence[float]]  # name and values
+    columns: tuple[str, Sequence[float]]
+    means: Sequence[Sequence[float]]  # (rows, columns) in percent; NaN where there is no run
+
+
+def check_picture(path: Path) -> None:
+    """Raise UserError for a path that no picture can be written to."""
+    if path.is_dir():
+        raise UserError(
+            f"{path}: is a folder; pass the name of a picture, such as curves.png", "output"
+        )
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(
+            f"{path}: is not the name of a picture; end it in {', '.join(ENDINGS)}", "output"
+        )
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{path}: the folder {path.parent} does not exist; create it first", "output"
+        )
+
+
+def plot(groups: Mapping[str, Sequence[Curve]], grid: Grid | None, path: Path) -> None:
+    """Draw the curves of each group of runs, and the grid as a heat map beside them.
+
+    A group is its mean over the seeds, a band of ± the standard deviation, and each run as a thin
+    line.
+
+    Args:
+        groups: name -> the curve of each run.
+    Raises: UserError if matplotlib is missing or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"needs matplotlib ({error}); pip install matplotlib", "output") from error
+    figure = Figure(figsize=(12 if grid else 7, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2 if grid else 1, squeeze=False)[0]
+    draw_curves(axes[0], groups)
+    if grid:
+        figure.colorbar(draw_grid(axes[1], grid), ax=axes[1])
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); pass another file", "output"
+        ) from error
+
+
+def draw_curves(axes: Any, groups: Mapping[str, Sequence[Curve]]) -> None:
+    """Mean, deviation and single runs of each group over the epochs.
+
+    Args:
+        axes: of matplotlib.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    for number, (name, curves) in enumerate(groups.items()):
+        epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+        scores = [[curve[epoch] for curve in curves] for epoch in epochs]
+        means = [statistics.mean(values) for values in scores]
+        style = {"color": f"C{number % COLORS}", "linestyle": "-" if number < COLORS else "--"}
+        marker = "o" if len(epochs) == 1 else ""
+        axes.plot(epochs, means, label=name, linewidth=1.8, marker=marker, **style)
+        if len(curves) < 2:
+            continue
+        deviations = [statistics.stdev(values) for values in scores]
+        pairs = list(zip(means, deviations, strict=True))
+        low, high = [mean - s for mean, s in pairs], [mean + s for mean, s in pairs]
+        axes.fill_between(epochs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        for curve in curves if len(groups) <= MANY_GROUPS else ():
+            axes.plot(epochs, [curve[e] for e in epochs], alpha=0.3, linewidth=0.6, **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="#E5E5E5")
+    bottom = axes.get_ylim()[0]
+    axes.set(
+        xlabel="epoch, as in log.txt",
+        ylabel="test accuracy %" + (f" (axis from {bottom:.0f})" if bottom > 0 else ""),
+    )
+    title = "mean and ± 1 standard deviation over seeds"
+    title += "; thin: single runs" if len(groups) <= MANY_GROUPS else ""
+    has_bands = any(len(curves) > 1 for curves in groups.values())
+    axes.set_title(title if has_bands else "one run each", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def draw_grid(axes: Any, grid: Grid) -> Any:
+    """A heat map with its numbers; returns the image of matplotlib."""
+    (row_name, rows), (column_name, columns), means = grid
+    image = axes.imshow(means, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+    axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+    axes.set(xlabel=column_name, ylabel=row_name)
+    axes.set_title("test accuracy % of the last epoch, mean over seeds", fontsize=8)
+    for row, column in itertools.product(range(len(rows)), range(len(columns))):
+        value = means[row][column]
+        if value == value:  # not NaN
+            color = "black" if image.norm(value) > 0.6 else "white"  # legible on viridis
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+    return image
