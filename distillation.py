@@ -405,10 +405,11 @@ def load_teacher(
             "use a teacher of the same classes, name the classes of this teacher with "
             "teacher_classes, or fine-tune the teacher on this data first"
         )
-        load_weights(
+        loaded = load_weights(
             teacher,
             weights,
-            remedy=f"{arch} is not the architecture that the file was trained as",
+            remedy="pass the architecture that the file was trained as"
+            f"{checkpoint.architecture_note} instead of {arch}",
             classes_remedy=name_outputs if teacher_classes else other_teacher,
         )
     _check_finite(teacher, path)
@@ -416,7 +417,9 @@ def load_teacher(
     index, order = match_outputs(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))
-    description = weights.description if weights else "timm's pre-trained weights"
+    description = "timm's pre-trained weights"
+    if weights:
+        description = f"{weights.description}{loaded.note}"
     is_ema = weights is not None and weights.is_ema
     teacher.info = TeacherInfo(
         config,

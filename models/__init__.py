@@ -1,5 +1,6 @@
 """Small architectures that timm lacks, registered with timm on import, and how a model is built."""
 
+import copy
 import dataclasses
 import difflib
 import logging
@@ -103,10 +104,21 @@ def fetching(arch: str) -> Iterator[None]:
         ) from error
 
 
+def classifiers_of(model: nn.Module) -> list[nn.Module]:
+    """The classifiers of a timm model; none if it has none, or has no method get_classifier.
+
+    Networks with a head for the labels and a head for a teacher have two: distilled DeiT, LeViT,
+    EfficientFormer.
+    """
+    last: Any = getattr(model, "get_classifier", lambda: ())()
+    modules = last if isinstance(last, tuple | list | nn.ModuleList) else [last]
+    return [m for m in modules if isinstance(m, nn.Module) and any(True for _ in m.parameters())]
+
+
 def classifier_of(model: nn.Module) -> nn.Module:
-    """The last layer of a timm model; nn.Identity where it has none, or does not say."""
-    tell: Any = getattr(model, "get_classifier", nn.Identity)
-    return tell()
+    """The only classifier of a timm model; nn.Identity if it has none, or several."""
+    classifiers = classifiers_of(model)
+    return classifiers[0] if len(classifiers) == 1 else nn.Identity()
 
 
 def create_model(
@@ -150,21 +162,40 @@ def create_model(
         raise UserError(
             f"{arch}: cannot be built for images of {input_size} pixels ({error})", "architecture"
         ) from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or (1, 1)
-    if input_size % patch[0] and not getattr(model.patch_embed, "dynamic_img_pad", False):
-        less = input_size - input_size % patch[0]
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or 1
+    patch = patch if isinstance(patch, int) else patch[0]  # XCiT's is a number
+    if input_size % patch and not getattr(model.patch_embed, "dynamic_img_pad", False):
+        less = input_size - input_size % patch
         raise UserError(
-            f"{arch}: {input_size} pixels are not whole patches of {patch[0]}, so some would be "
-            f"lost; use an input size of {less} or {less + patch[0]}",
+            f"{arch}: {input_size} pixels are not whole patches of {patch}, so some would be "
+            f"lost; use an input size of {less} or {less + patch}",
             "architecture",
         )
+    _try(arch, model.eval(), num_classes, input_size)
+    if is_own_module(arch):  # some of torchvision's return more in training than in evaluation
+        with torch.random.fork_rng(devices=[]):
+            _try(arch, copy.deepcopy(model).train(), num_classes, input_size)
+    return model.train()
+
+
+def _try(arch: str, model: nn.Module, num_classes: int, input_size: int) -> None:
+    """Raise UserError if a network cannot take two images, or does not return their logits."""
     try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(2, 3, input_size, input_size))
+        with torch.no_grad():  # not inference_mode: lazy layers make their weights here
+            outputs = model(torch.zeros(2, 3, input_size, input_size))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"{arch}: cannot take images of {input_size} pixels ({first_line(error)}); use a "
             "larger input size, or a model made for small images such as cifar_resnet20",
             "architecture",
         ) from error
-    return model.train()
+    kind = f"{type(outputs).__name__}, not a tensor,"
+    if isinstance(outputs, torch.Tensor):
+        if outputs.shape == (2, num_classes):
+            return
+        kind = f"a tensor {tuple(outputs.shape)}"
+    raise UserError(
+        f"{arch}: returns {kind} for 2 images in {'training' if model.training else 'eval'} mode; "
+        f"logits {(2, num_classes)} are needed, one row per image and one column per class",
+        "architecture",
+    )

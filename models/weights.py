@@ -2,25 +2,44 @@
 
 import argparse
 import hashlib
+import json
+import os
 import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
+from safetensors.torch import load_file  # comes with timm
 from torch import nn
 
-from models import classifier_of
+from models import classifiers_of
 from utils import UserError, few, is_url, lock, missing_file
 
 # Of the checkpoints of a run; raised where the same seed begins to show other images. Older files,
 # and those from before the number, are read as well.
 FORMAT = 2
+# What a file may hold besides tensors and plain types: argparse.Namespace, which timm, DeiT and
+# ConvNeXt save beside their weights, and numbers of numpy, such as a best accuracy.
+NUMPY_TYPES = [type(np.dtype(code)) for code in "?bBhHiIqQefd"]
+SAFE: list[Any] = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0], *NUMPY_TYPES]
+# The same function in the files of numpy 1 (numpy.core) and numpy 2 (numpy._core).
+SAFE += [(SAFE[2], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+OTHER_KINDS = {
+    (b"version https://git-lfs",): "is a pointer of Git LFS, not the file; run git lfs pull",
+    (b"<!doctype html", b"<html"): "is a web page, not the file that it links to; download the "
+    "file itself",
+    (b"\x89hdf",): "is an HDF5 file, as Keras writes; pass weights of PyTorch",
+    (b"\x89png", b"\xff\xd8\xff", b"gif8"): "is a picture; pass a checkpoint",
+}
+CONFIG = "config.json"
 
 
 # ------------------------------------------------------------------------- reading any file
@@ -32,6 +51,15 @@ def local_file(path: str) -> str:
     Raises: UserError for a file that does not exist or cannot be downloaded.
     """
     if not is_url(path):
+        weights = os.path.join(path, "model.safetensors")
+        if os.path.isfile(weights) and os.path.isfile(os.path.join(path, CONFIG)):
+            return weights  # a folder that export.py --format timm wrote
+        if os.path.isfile(os.path.join(path, ".metadata")):
+            raise UserError(
+                f"{path}: is a folder of torch.distributed.checkpoint; convert it with python -m "
+                "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE",
+                "checkpoint",
+            )
         if problem := missing_file(path):
             raise UserError(problem, "checkpoint")
         return path
@@ -55,33 +83,51 @@ def local_file(path: str) -> str:
 def read_checkpoint(path: str) -> "Checkpoint":
     """Read a checkpoint file (local or http) to the CPU without running any code in it.
 
-    `torch.load(weights_only=True)` accepts tensors and plain types. One more type is allowed,
-    `argparse.Namespace`, which the DeiT and ConvNeXt releases carry beside their weights.
+    `torch.load(weights_only=True)` accepts tensors and plain types; a few more are SAFE.
 
     Args:
-        path: a `.safetensors` file or anything that torch.save wrote.
+        path: anything that torch.save wrote, a `.safetensors` file, or a folder of export.py
+            (--format timm), whose config.json is read too.
     Raises: UserError for a file that is missing, unreadable or would run code, or that holds no
         dict.
     """
-    content = _read(local_file(path))
+    file = local_file(path)
+    content = _read(file)
+    if file.endswith("model.safetensors") and (config := Path(file).parent / CONFIG).is_file():
+        content = _of_folder(content, config)
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(f"{path}: holds a {kind}, not a dict of weights", "checkpoint")
     return Checkpoint(path, content)
 
 
+def _of_folder(state: dict[str, torch.Tensor], config: Path) -> dict[str, Any]:
+    """A folder in timm's format as the checkpoint of a run; a bare state_dict if it says less."""
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))
+        cfg, classes = told["pretrained_cfg"], told["label_names"]
+        data = {name: cfg[name] for name in ("mean", "std", "crop_pct", "interpolation")}
+        data |= {"input_size": cfg["input_size"][-1], "crop_mode": cfg.get("crop_mode", "center")}
+        args = {"model": told["architecture"]}
+    except (OSError, ValueError, KeyError, TypeError):  # of another library, or without names
+        return state
+    return {"model": state, "data": data | {"classes": classes}, "args": args}
+
+
 def _read(path: str) -> Any:
     damaged = f"{path}: not a readable checkpoint, perhaps cut short"
     try:
+        if kind := _other_kind(path):
+            raise UserError(f"{path}: {kind}", "checkpoint")
         if path.endswith(".safetensors"):
-            from safetensors.torch import load_file  # comes with timm
-
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(SAFE):
             # Mapped, not read: the processes of a machine share the pages, and what is not used,
             # such as a teacher's optimizer state, is never read.
             is_mapped = zipfile.is_zipfile(path)  # torch.save's format since 1.6
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         if not (refused := _refused_names(path, error)):
             raise UserError(f"{damaged}; fetch or save it again", "checkpoint") from error
@@ -95,10 +141,30 @@ def _read(path: str) -> Any:
         raise UserError(f"{damaged} ({reason}); fetch or save it again", "checkpoint") from error
 
 
+def _other_kind(path: str) -> str:
+    """What a file is that holds no weights of PyTorch, and what to do; '' if it may hold some."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    for starts, kind in OTHER_KINDS.items():
+        if head.lstrip().lower().startswith(starts):
+            return kind
+    save = "pass a file that torch.save(model.state_dict(), FILE) wrote"
+    if head[:1] == b"\x08" and (b"onnx" in head or b"pytorch" in head):
+        return f"is an ONNX program; {save}"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+        if any("/code/" in name for name in names):
+            return f"is a TorchScript program; {save}"
+        if any(name.endswith(("archive_format", "exported_program.json")) for name in names):
+            return f"is a program of torch.export (.pt2); {save}"
+    return ""
+
+
 def _refused_names(path: str, error: pickle.UnpicklingError) -> list[str]:
     """The functions and classes that a checkpoint asks for and `weights_only` refuses."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(SAFE):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # not one of torch's zip files, or damaged
         # Old files have no list of names; torch's message is the only place that tells them.
@@ -107,8 +173,12 @@ def _refused_names(path: str, error: pickle.UnpicklingError) -> list[str]:
 
 # ------------------------------------------- from a checkpoint's weights to a model's weights
 
-RAW_KEYS = ("model", "state_dict")
+RAW_KEYS = ("model", "state_dict", "model_state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass(frozen=True)
@@ -116,7 +186,7 @@ class Weights:
     """A state_dict that was found in a checkpoint.
 
     Args:
-        state: tensors by name, without the prefixes of wrappers.
+        state: tensors by the names in the file.
         key: the key in the checkpoint; '' for a bare state_dict.
         source: the file, for messages.
         reason: why these, if there was a choice; continues a sentence.
@@ -187,6 +257,12 @@ class Checkpoint:
         return self.args if self.is_ours else {}
 
     @property
+    def architecture_note(self) -> str:
+        """The architecture that the file names, to continue a sentence; '' if it names none."""
+        name = self.args.get("model") or self.content.get("arch")
+        return f" ({name})" if isinstance(name, str) else ""
+
+    @property
     def images(self) -> dict[str, Any]:
         """What identifies the training images (ImageSource.identity); of ours only."""
         return self._dict("images")
@@ -214,9 +290,9 @@ class Checkpoint:
     def weights(
         self, use_ema: str = "auto", keys: tuple[str, ...] = (), prefix: str = ""
     ) -> Weights:
-        """The network's weights, with the prefixes of wrappers removed from their names.
+        """The network's weights.
 
-        A bare state_dict is found without a key.
+        A bare state_dict is found without a key, and so is the only dict of tensors in the file.
 
         Args:
             use_ema: 'true' for the EMA, 'false' for the raw weights, 'auto' for those with the
@@ -239,22 +315,30 @@ class Checkpoint:
                     f"true: {self.path} holds no EMA weights; pass auto or false", "use_ema"
                 )
             keys, reason = self._choose(use_ema)
-        key = self._key(keys)
-        state = self._dict(key) if key else self.content
-        state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-        if prefix:
-            state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        key = self._key(keys) or self._only_weights()
+        state = _tensors(self._dict(key) if key else self.content)
         if not state:
-            below = f" with the prefix '{prefix}'" if prefix else ""
             raise UserError(
-                f"{self.path}: holds no weights under {', '.join(keys)}{below} (its keys: "
+                f"{self.path}: holds no weights under {', '.join(keys)} (its keys: "
                 f"{few(self.content)}); pass a model checkpoint",
                 "checkpoint",
             )
-        wrappers = ("module.", "_orig_mod.", "model.", "student.")
-        while wrapper := next((w for w in wrappers if all(n.startswith(w) for n in state)), ""):
-            state = {name.removeprefix(wrapper): value for name, value in state.items()}
+        if prefix:
+            starts = sorted({name.split(".")[0] + "." for name in state})
+            state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        if not state:
+            raise UserError(
+                f"{self.path}: no name of its weights begins with '{prefix}'; they begin with "
+                f"{few(starts, most=5)}",
+                "checkpoint",
+            )
         return Weights(state, key, self.path, reason)
+
+    def _only_weights(self) -> str:
+        """The key of the only dict of tensors, such as 'net'; '' if there is none, or several."""
+        counts = {key: len(_tensors(self._dict(key))) for key in self.content}
+        keys = [key for key, count in counts.items() if count > len(_tensors(self.content))]
+        return keys[0] if len(keys) == 1 else ""
 
     def _choose(self, use_ema: str) -> tuple[tuple[str, ...], str]:
         """Under which keys to look, best first, and why, if there was a choice."""
@@ -273,69 +357,188 @@ class Checkpoint:
         return EMA_KEYS, f", recorded accuracy {ema:.2f} %, {rest}"
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What became of the weights of a file.
+
+    Attributes:
+        fresh: names of the network's weights that were left as initialized.
+        left_out: names in the file that belong to no weight of the network.
+    """
+
+    fresh: list[str]
+    left_out: list[str]
+
+    @property
+    def note(self) -> str:
+        """Continues a sentence; '' if every tensor of the file was loaded."""
+        count = len(self.left_out)
+        return f", {count} other tensor(s) left out ({few(self.left_out)})" if count else ""
+
+
 def load_weights(
     model: nn.Module,
     weights: Weights,
     *,
     remedy: str,
     classes_remedy: str = "",
+    names: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
     allow_new_classifier: bool = False,
-) -> list[str]:
-    """Rename the weights as timm names them, compare them with the model's, and load them.
+) -> Loaded:
+    """Rename the weights as the model names them, compare them with the model's, and load them.
 
     Args:
-        remedy: what to do where the weights do not fit; ends the error.
-        classes_remedy: the same where only the number of classes differs.
+        remedy: what to do if the weights do not fit; ends the error.
+        classes_remedy: the same if only the number of classes differs.
+        names, classes: of the outputs in the file and of the model, if the classifier's rows are
+            to be put into the model's order; it stays as initialized if a class is not in the file.
         allow_new_classifier: leave a classifier that does not fit as it was initialized.
-    Returns: the names of the weights that were left as initialized.
-    Raises: UserError where the weights do not fit; the model is then unchanged.
+    Raises: UserError if the weights do not fit; the model is then unchanged.
     """
-    state, note = _rename_as_timm(model, weights.state)
-    wanted = model.state_dict()
-    classifier = classifier_name(model)
-    fresh = []
-    if allow_new_classifier and classifier is not None:
-        names = [name for name in wanted if name.startswith(f"{classifier}.")]
-        fresh = [n for n in names if n not in state or state[n].shape != wanted[n].shape]
-    elif (weight := f"{classifier}.weight") in state and weight in wanted:
-        rows, outputs = len(state[weight]), len(wanted[weight])
-        if rows != outputs:
+    wanted, classifiers = model.state_dict(), classifier_prefixes(model)
+    # Counters that files before torch 0.4.1 and some libraries lack; inference never reads them.
+    counters = {n: v for n, v in wanted.items() if n.endswith("num_batches_tracked")}
+    needed = wanted.keys() - counters.keys()
+    if allow_new_classifier:
+        needed = {name for name in needed if not name.startswith(classifiers)}
+    state, left_out, note = _as_named_by(model, weights.state, needed)
+    state = counters | state
+    if names and classes:
+        _order_classifier(model, state, names, classes)
+    fresh: list[str] = []
+    if allow_new_classifier:
+        head = [name for name in wanted if name.startswith(classifiers)]
+        fresh = [n for n in head if n not in state or state[n].shape != wanted[n].shape]
+        # The projection heads and decoders of self-supervised training.
+        parts = {name.partition(".")[0] for name in wanted}
+        surplus = [
+            name
+            for name in state.keys() - wanted.keys()
+            if name.startswith(classifiers) or name.partition(".")[0] not in parts
+        ]
+        left_out += surplus
+        state = {name: value for name, value in state.items() if name not in {*surplus, *fresh}}
+    for weight in (f"{prefix}weight" for prefix in output_prefixes(model)):
+        rows = len(state[weight]) if weight in state else len(wanted[weight])
+        if rows != len(wanted[weight]):
             raise UserError(
-                f"{weights.source}: the checkpoint's classifier has {rows} outputs, but {outputs} "
-                f"classes are expected; {classes_remedy or remedy}",
+                f"{weights.source}: the checkpoint's classifier has {rows} outputs, but "
+                f"{len(wanted[weight])} classes are expected; {classes_remedy or remedy}",
                 "checkpoint",
             )
-    state = {name: value for name, value in state.items() if name not in fresh}
     expected = {name: value for name, value in wanted.items() if name not in fresh}
     if difference := describe_mismatch(expected, state):
+        remedy = _torchvision_remedy(model, weights.state) or remedy
         message = f"{weights.source}: does not fit the model: {difference}{note}; {remedy}"
         raise UserError(message, "checkpoint")
     model.load_state_dict(state, strict=not fresh)
-    return sorted(fresh)
+    return Loaded(sorted(fresh), sorted(left_out))
 
 
-def _rename_as_timm(
-    model: nn.Module, state: dict[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], str]:
-    """Weights under timm's names and resampled for the model's size, and a note of a failure."""
+def _as_named_by(
+    model: nn.Module, state: dict[str, torch.Tensor], needed: Set[str]
+) -> tuple[dict[str, torch.Tensor], list[str], str]:
+    """The weights under the model's names and resampled for its size.
+
+    Args:
+        needed: the names without which nothing fits.
+    Returns: the weights, the names that were left out, and a note of a failure.
+    """
+    # Of torch's AveragedModel, and of counters of multiply-adds (thop).
+    extra = ("n_averaged", "total_ops", "total_params")
+    left_out = [name for name in state if name.rpartition(".")[2] in extra]
+    state = {name: value for name, value in state.items() if name not in left_out}
     # Internal to timm: the function that each family's file has for its original releases, and for
     # position embeddings of another size.
     rename = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    wanted, classifier = model.state_dict(), f"{classifier_name(model)}."
-    fits = all(
-        n in state and (n.startswith(classifier) or state[n].shape == wanted[n].shape)
-        for n in wanted
+    wanted, note, best = model.state_dict(), "", state
+    classifiers = classifier_prefixes(model)
+    for prefix in _prefixes(state, needed):
+        inside = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        inside = _without_place(inside, wanted, classifiers)
+        fits = needed <= inside.keys()
+        is_whole = fits and not inside.keys() - wanted.keys()
+        same_size = all(
+            n.startswith(classifiers) or inside[n].shape == wanted[n].shape
+            for n in needed & inside.keys()
+        )
+        if rename is not None and not (is_whole and same_size):
+            try:
+                inside, fits = rename(dict(inside), model), True
+            except Exception as error:  # written for one family's files, it fails on others
+                note = f" (timm could not rename the weights: {type(error).__name__})"
+            fits = needed <= inside.keys()
+        if fits:
+            outside = [name for name in state if not name.startswith(prefix)]
+            return inside, left_out + outside, ""
+        if len(needed & inside.keys()) > len(needed & best.keys()):
+            best = inside
+    return best, left_out, note
+
+
+def _prefixes(state: dict[str, torch.Tensor], needed: Set[str]) -> list[str]:
+    """What may stand before every name of the network in a file, best first.
+
+    Wrappers put one prefix before all names, such as module., net. or model.backbone.; beside these
+    a file may hold other tensors, such as a loss's.
+    """
+    common, prefixes = "", [""]
+    while True:  # the prefixes of most of the names
+        counts = Counter(
+            name.removeprefix(common).partition(".")[0] for name in state if name.startswith(common)
+        )
+        part, count = counts.most_common(1)[0] if counts else ("", 0)
+        if not part or 2 * count <= len(state) or f"{common}{part}" in state:
+            break
+        common += f"{part}."
+        prefixes.append(common)
+    anchor = max(needed, key=len, default="")
+    others = [name.removesuffix(anchor) for name in state if name.endswith(f".{anchor}")]
+    # Of several networks in a file, the average and the teacher come last.
+    return list(
+        dict.fromkeys(prefixes + sorted(others, key=lambda p: ("ema" in p, "teacher" in p)))
     )
-    if rename is None or (fits and len(state) == len(wanted)):
-        return state, ""
-    try:
-        return rename(state, model), ""
-    except Exception as error:  # written for one family's files, it fails on others in any way
-        return state, f" (timm could not rename the weights: {type(error).__name__})"
+
+
+def _without_place(
+    state: dict[str, torch.Tensor], wanted: Mapping[str, Any], classifiers: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """fc.1.weight -> fc.weight, of a classifier that stood behind a dropout in a Sequential."""
+    renamed: dict[str, str] = {}
+    for prefix in classifiers:
+        within = {name for name in state if name.startswith(prefix)}
+        places = {name.removeprefix(prefix).partition(".")[0] for name in within}
+        inner = {
+            name: prefix + name.removeprefix(f"{prefix}{min(places, default='')}.")
+            for name in within
+        }
+        if len(places) == 1 and set(inner.values()) <= wanted.keys():
+            renamed |= inner
+    return {renamed.get(name, name): value for name, value in state.items()}
+
+
+def _torchvision_remedy(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
+    """What to do about weights under the names of torchvision's network of this kind, else ''."""
+    from torchvision import models as networks
+
+    family = re.split(r"[^a-z]", type(model).__name__.lower())[0][:4]
+    family = {"visi": "vit_"}.get(family, family)
+    shapes = {name: value.shape for name, value in state.items()}
+    for name in networks.list_models(networks):
+        if name.startswith(family):
+            with torch.device("meta"):
+                theirs = networks.get_model(name, weights=None).state_dict()
+            if all(
+                name in shapes and shapes[name][1:] == value.shape[1:]
+                for name, value in theirs.items()
+            ):
+                return f"its names are torchvision's: pass torchvision.models:{name} instead"
+    return ""
 
 
 def describe_mismatch(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
-    """How two state_dicts differ, with a few names of each kind; '' where they fit."""
+    """How two state_dicts differ, with a few names of each kind; '' if they fit."""
     parts = []
     if missing := wanted.keys() - found.keys():
         parts.append(f"{len(missing)} weights missing ({few(sorted(missing))})")
@@ -351,10 +554,20 @@ def describe_mismatch(wanted: dict[str, torch.Tensor], found: dict[str, torch.Te
     return "; ".join(parts)
 
 
-def classifier_name(model: nn.Module) -> str | None:
-    """The name of a timm model's classifier among its modules; None where it has none."""
-    classifier = classifier_of(model)
-    return next((name for name, module in model.named_modules() if module is classifier), None)
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of a network's classifiers begin with, such as 'head.' and 'head_dist.'."""
+    classifiers = classifiers_of(model)
+    return tuple(f"{n}." for n, m in model.named_modules() if any(m is c for c in classifiers))
+
+
+def output_prefixes(model: nn.Module) -> list[str]:
+    """`classifier_prefixes`, of the one layer in each classifier whose rows are the classes."""
+    prefixes = []
+    for classifier in classifier_prefixes(model):
+        modules = model.get_submodule(classifier[:-1]).named_modules(prefix=classifier[:-1])
+        layers = [f"{n}." for n, m in modules if isinstance(m, nn.Linear | nn.Conv2d)]
+        prefixes += layers[-1:]
+    return prefixes
 
 
 def load_finetune(
@@ -362,28 +575,32 @@ def load_finetune(
 ) -> str:
     """Load pre-trained weights into `model`; a classifier of other classes stays as initialized.
 
-    Where the file names its classes, the classifier is taken by these names: whole, or not at all.
+    If the file names its classes, the classifier is taken by these names: whole, or not at all.
 
     Args:
         keys: keys to look under, separated by '|'; EMA weights are taken only if named.
         prefix: load only the weights with this prefix.
         classes: the model's classes in order.
     Returns: a line that says what was loaded.
-    Raises: UserError where no weight, or only part of the network, fits.
+    Raises: UserError if no weight, or only part of the network, fits.
     """
     checkpoint = read_checkpoint(path)
-    weights = checkpoint.weights(keys=(*keys.split("|"), "state_dict"), prefix=prefix)
+    weights = checkpoint.weights(keys=(*keys.split("|"), *RAW_KEYS[1:]), prefix=prefix)
     names = checkpoint.classes
-    if names:
-        _order_classifier(model, weights.state, names, classes)
-    remedy = "pass the architecture that the file was trained as"
-    fresh = load_weights(model, weights, remedy=remedy, allow_new_classifier=True)
-    if fresh:
+    loaded = load_weights(
+        model,
+        weights,
+        remedy=f"pass the architecture that the file was trained as{checkpoint.architecture_note}",
+        names=names,
+        classes=classes,
+        allow_new_classifier=True,
+    )
+    if loaded.fresh:
         of_classes = f" (other classes: {few(names)})" if names else ""
-        note = f"newly initialized: {', '.join(fresh)}{of_classes}"
+        note = f"newly initialized: {', '.join(loaded.fresh)}{of_classes}"
     else:
         note = "classifier " + ("matched by class name" if names else "in the file's order")
-    return f"Fine-tuning from {path}: {weights.description}; {note}"
+    return f"Fine-tuning from {path}: {weights.description}{loaded.note}; {note}"
 
 
 def _order_classifier(
@@ -392,7 +609,7 @@ def _order_classifier(
     names: Sequence[str],
     classes: Sequence[str],
 ) -> None:
-    """Put the classifier's rows into the order of other classes; remove it where one is unknown.
+    """Put the classifiers' rows into the order of other classes; remove them if one is unknown.
 
     Args:
         state: weights under the model's names; changed.
@@ -400,11 +617,13 @@ def _order_classifier(
     """
     position = {name: row for row, name in enumerate(names)}
     rows = [position[name] for name in classes if name in position]
-    for name in [name for name in state if name.startswith(f"{classifier_name(model)}.")]:
-        if len(rows) < len(classes):
-            del state[name]
-        else:
+    is_known = len(rows) == len(classes)
+    prefixes = tuple(output_prefixes(model)) if is_known else classifier_prefixes(model)
+    for name in [name for name in state if name.startswith(prefixes)]:
+        if is_known:
             state[name] = state[name][rows]
+        else:
+            del state[name]
 
 
 def load_network(

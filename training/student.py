@@ -67,7 +67,7 @@ def make_student(
             classifier = "classifier of the same classes" if is_kept else "new classifier"
             origin = f" (timm's pre-trained weights, {classifier})"
         if args.head_init_scale != 1:
-            scaled = list(models.classifier_of(student).parameters())
+            scaled = [p for head in models.classifiers_of(student) for p in head.parameters()]
             if not scaled:
                 raise UserError(
                     f"--head_init_scale {args.head_init_scale}: --model {args.model} does not tell "
