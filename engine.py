@@ -75,7 +75,7 @@ def train_one_epoch(
         progress: how far an interrupted run came in this epoch.
         after_update: called after each optimizer step with the history and the steps done.
     Returns: means over the epoch's images on all processes: loss, its parts, and the last lr.
-    Raises: UserError that names the step where loss or gradient is not finite, before the epoch
+    Raises: UserError that names the step at which loss or gradient is not finite, before the epoch
         ends; with a gradient scaler such steps are left out and counted.
     """
     model.train()

@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         if distributed.world_size() == 1:
             raise
-        if not distributed.has_failed():  # else this is the echo of another error, told already
+        if not distributed.has_failed():  # else this is the echo of an error that was printed
             traceback.print_exc()
     finally:
         signals.end_workers()
@@ -384,10 +384,10 @@ def evaluate_all(
         if distributed.world_size() > 1:  # every rank scores what rank 0 will save
             distribute_bn(network, distributed.world_size())
         part, loader = training.part(network), training.val_loader
-        found = evaluate(loader, part, settings, args.dist_eval, teacher.logits)
+        scored = evaluate(loader, part, settings, args.dist_eval, teacher.logits)
         suffix = "" if name == "student" else f"_{name}"
-        record |= {f"test_{score}{suffix}": value for score, value in found.scores.items()}
-        answers[name] = found.answers
+        record |= {f"test_{score}{suffix}": value for score, value in scored.scores.items()}
+        answers[name] = scored.answers
     return record, answers
 
 
@@ -425,7 +425,7 @@ def summarize(
         seconds,
         steps * recorder.images_per_step,
         peak_memory(training.times.device),
-        {name: metrics.report(found, data.classes) for name, found in joined.items()},
+        {name: metrics.report(of_network, data.classes) for name, of_network in joined.items()},
     )
     if recorder.path is not None:
         write_summary(recorder.path.parent, outcome)

@@ -1,4 +1,4 @@
-"""What the answers of a classifier tell beyond its accuracy: calibration, classes, confusions."""
+"""What a classifier's answers show beyond its accuracy: calibration, classes, confusions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -150,9 +150,9 @@ def report(answers: Answers, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def report_lines(found: dict[str, Any]) -> list[str]:
+def report_lines(report: dict[str, Any]) -> list[str]:
     """What the terminal shows of a report: accuracy per class, and the most confused pairs."""
-    rows = [row for row in found["per_class"] if row["images"]]
+    rows = [row for row in report["per_class"] if row["images"]]
     title = "Accuracy per class"
     if len(rows) > MOST_CLASSES:
         title = f"The {WORST_CLASSES} of {len(rows)} classes with the lowest accuracy"
@@ -163,9 +163,9 @@ def report_lines(found: dict[str, Any]) -> list[str]:
         f"  {row['class']:{width}}  {row['acc1']:6.2f} % of {row['images']:,} images"
         for row in rows
     ]
-    confused = found["confusions"][:MOST_CONFUSED]
+    confused = report["confusions"][:MOST_CONFUSED]
     if confused:
-        total = {row["class"]: row["images"] for row in found["per_class"]}
+        total = {row["class"]: row["images"] for row in report["per_class"]}
         pairs = [
             f"{c['class']} taken for {c['predicted']} ({c['images']} of {total[c['class']]:,})"
             for c in confused

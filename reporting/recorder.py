@@ -47,7 +47,7 @@ class Recorder:
         board: TensorBoard, or None.
         images_per_step: of an optimizer step, on all processes.
         config: what the student is shown (see transforms.data_config), and the class names.
-        device: whose memory is told.
+        device: whose memory is printed.
     """
 
     def __init__(
@@ -83,18 +83,18 @@ class Recorder:
         path = board = None
         images_per_step = args["batch_size"] * args["update_freq"] * distributed.world_size()
         if distributed.is_main_process():
-            found = environment(device)
+            machine = environment(device)
             if args["output_dir"]:
                 path = Path(args["output_dir"]) / "log.txt"
                 drop_lines_from(path, start_epoch)
                 write_whole(path.with_name("args.json"), json.dumps(args, indent=1))
-                write_whole(path.with_name("environment.json"), json.dumps(found, indent=1))
+                write_whole(path.with_name("environment.json"), json.dumps(machine, indent=1))
             folder = board_folder(args["log_dir"], args["output_dir"], first_step > 0)
             if folder is not None:
                 board = Board(folder, first_step * images_per_step)
-                board.text("command", found["command"])
+                board.text("command", machine["command"])
                 board.text("settings", json.dumps(args, indent=1))
-                board.text("environment", json.dumps(found, indent=1))
+                board.text("environment", json.dumps(machine, indent=1))
         terminal = Terminal(args["epochs"], args["print_seconds"], len(config["classes"]))
         return cls(terminal, path, board, images_per_step, config, device)
 
@@ -156,7 +156,7 @@ class Recorder:
         Args:
             record: what log.txt is to hold.
             seen: optimizer steps of the run so far.
-            best: highest accuracy so far; None where nothing is evaluated.
+            best: highest accuracy so far; None if nothing is evaluated.
             rate: images trained per second.
         """
         self.terminal.epoch(record, best, rate)

@@ -139,7 +139,7 @@ def finals_of(outcome: Outcome) -> dict[str, float]:
 
 
 def check_report(path: Path) -> None:
-    """Raise UserError where the file of --report cannot be written, before anything is computed."""
+    """Raise UserError if the file of --report cannot be written, before anything is computed."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; pass the name of a file", "folder")
     utils.make_folder(path.parent)

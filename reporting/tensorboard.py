@@ -27,9 +27,9 @@ class Board:
     """The TensorBoard folder of a run.
 
     Args:
-        folder: created where it is missing.
+        folder: created if it is missing.
         seen: images seen so far; what an interrupted run wrote of later images is hidden.
-    Raises: UserError where the file system refuses the folder.
+    Raises: UserError if the file system refuses the folder.
     """
 
     def __init__(self, folder: Path, seen: int) -> None:
@@ -177,7 +177,7 @@ def answer_text(logits: torch.Tensor, classes: Sequence[str], most: int = 2) -> 
 
 @contextmanager
 def events_in(folder: Path) -> Iterator[None]:
-    """Raise UserError where the file system refuses TensorBoard's file in a folder."""
+    """Raise UserError if the file system refuses TensorBoard's file in a folder."""
     try:
         yield
     except OSError as error:
@@ -185,7 +185,7 @@ def events_in(folder: Path) -> Iterator[None]:
 
 
 def _leave_errors_to_main_thread() -> None:
-    """Keep TensorBoard's writing thread from printing a traceback where it fails.
+    """Keep TensorBoard's writing thread from printing a traceback if it fails.
 
     The main thread raises the same error with its next call.
     """

@@ -50,7 +50,7 @@ class Terminal:
             means: loss and its parts since the last look.
             rate: images per second since then.
             images: of an optimizer step.
-            memory: peak, in bytes; None where it is not known.
+            memory: peak, in bytes; None if it is not known.
         """
         left = (updates - done) * images / rate
         losses = "  ".join(loss_cells({f"train_{name}": value for name, value in means.items()}))
@@ -74,7 +74,7 @@ class Terminal:
 
         Args:
             record: of log.txt.
-            best: highest accuracy so far, this epoch included; None where nothing is evaluated.
+            best: highest accuracy so far, this epoch included; None if nothing is evaluated.
             rate: images trained per second, over the epoch.
         """
         self.clear()

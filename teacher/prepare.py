@@ -30,13 +30,13 @@ from training.settings import LoopSettings
 from utils import UserError, flags_for
 
 CAUSES = (
-    "likely causes: another normalization (--teacher_norm), another size (--teacher_input_size), "
-    "another order of classes (--teacher_classes), a file of other weights, or a weak teacher"
+    "likely causes: a different normalization (--teacher_norm), input size (--teacher_input_size) "
+    "or class order (--teacher_classes), the wrong file, or a weak teacher"
 )
 EMA_CAUSE = "an average (EMA) that had too few steps to follow the weights"
 CHANCE_LEVEL = 0.01  # how often a teacher that guesses may go without a warning
 SCORED_BY = ("data_set", "data_path", "eval_data_path", "eval_labels", "holdout")
-LOST = 2.0  # percentage points below the recorded accuracy that are told
+LOST = 2.0  # percentage points below the recorded accuracy from which on a run warns
 MOST_ASKED = 1000  # images without a label that the teacher is asked about before training
 FOREIGN = 0.2  # by how much less sure the teacher is of images that are not of its kind
 
@@ -58,7 +58,7 @@ class RunTeacher:
             self.store.flush()
 
     def warn_if_below(self, student_scores: Mapping[str, float]) -> None:
-        """Warn where the student has become better than its teacher."""
+        """Warn if the student has become better than its teacher."""
         student, teacher = student_scores.get("test_acc1"), self.scores.get("teacher_acc1")
         if student is not None and teacher is not None and teacher < student:
             log(
@@ -71,7 +71,7 @@ class RunTeacher:
 def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data) -> RunTeacher:
     """Make, score and cache the teacher, as far as this run needs it. Collective.
 
-    The network is made only where there is no cache, or where the cache lacks a row.
+    The network is made only if there is no cache, or if the cache lacks a row.
 
     Raises: UserError for a teacher that cannot be loaded, that does not fit the data, or that
         scores below --teacher_min_acc1; and for a cache of something else.
@@ -207,7 +207,7 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
 def _warn_if_trained_on_holdout(
     args: argparse.Namespace, info: TeacherInfo, now_held_out: str | None, path: str
 ) -> None:
-    """Warn where the teacher's file says that it was trained on images that are held out now.
+    """Warn if the teacher's file says that it was trained on images that are held out now.
 
     Args:
         now_held_out: which images this run holds out (datasets.held_out_identity).
@@ -220,7 +220,7 @@ def _warn_if_trained_on_holdout(
         return
     how = f"--holdout {count}" if count else "no image held out"
     if count == args.holdout:
-        how = "as many, but other images held out"
+        how = "as many, but different images held out"
     log(
         f"Warning: --holdout {args.holdout}: the teacher {path} was trained on {args.data_set} "
         f"with {how}; on the same data, it has learned images that now score it. Train it with the "
@@ -246,10 +246,10 @@ def _score(
     if isinstance(source, LogitFile):
         assert isinstance(data.val, ImageSource)  # only their logits are cached
         batches = ValidationLogits(source).batches(loader.order, data.val.targets, settings.device)
-        found = evaluate(batches, nn.Identity(), settings, args.dist_eval)
+        scored = evaluate(batches, nn.Identity(), settings, args.dist_eval)
     else:
-        found = evaluate(loader, source, settings, args.dist_eval, keep_logits=True)
-    acc1, loss, causes = found.scores["acc1"], found.scores["loss"], _causes(source)
+        scored = evaluate(loader, source, settings, args.dist_eval, keep_logits=True)
+    acc1, loss, causes = scored.scores["acc1"], scored.scores["loss"], _causes(source)
     assert data.val is not None  # it was just scored
     images = len(data.val)
     log(f"Teacher on the {images:,} validation images: acc1 {acc1:.2f}, loss {loss:.4f}")
@@ -268,11 +268,11 @@ def _score(
     chance = _chance(data.val)
     if is_near_chance(round(acc1 / 100 * images), images, chance):
         log(
-            f"Warning: the teacher is near chance: to name one class every time would score "
-            f"{100 * chance:.2f} % of the {images:,} images; {causes}"
+            "Warning: the teacher is near chance: always predicting the most frequent class would "
+            f"score {100 * chance:.2f} % of the {images:,} images; {causes}"
         )
-    scores = {f"teacher_{name}": found.scores[name] for name in ("acc1", "loss", "ece")}
-    return scores, found.logits
+    scores = {f"teacher_{name}": scored.scores[name] for name in ("acc1", "loss", "ece")}
+    return scores, scored.logits
 
 
 def _report_confidence(
@@ -284,7 +284,7 @@ def _report_confidence(
 ) -> None:
     """Report how sure the teacher is of the images without a label, of which it is not scored.
 
-    Warns where it is far less sure than of the validation images. Collective.
+    Warns if it is far less sure than of the validation images. Collective.
 
     Args:
         known: the network's logits on validation images, as far as this process has them.
@@ -305,7 +305,7 @@ def _report_confidence(
     deciles = largest.quantile(torch.linspace(0.1, 0.9, 9)).tolist()
     entropy = torch.special.entr(probabilities).sum(dim=1).mean().item()
     log(
-        f"Teacher on {len(logits):,} images without a label: largest probability "
+        f"Teacher on {len(logits):,} unlabeled images: top probability "
         f"{' '.join(f'{decile:.2f}' for decile in deciles)} (deciles), mean {largest.mean():.2f}; "
         f"mean entropy {entropy:.2f} of at most {math.log(logits.shape[1]):.2f}"
     )
@@ -314,9 +314,9 @@ def _report_confidence(
     usual = torch.cat(list(known.values())).softmax(dim=1).amax(dim=1).mean().item()
     if largest.mean().item() < usual - FOREIGN:
         log(
-            "Warning: the images without a label look foreign to the teacher, whose mean largest "
-            f"probability is {usual:.2f} on the validation images; pass images of the same kind "
-            "and classes"
+            "Warning: the teacher is unsure of the unlabeled images: its mean top probability is "
+            f"{largest.mean():.2f}, against {usual:.2f} on the validation images; pass images of "
+            "the same kind and classes"
         )
 
 
@@ -324,13 +324,13 @@ def _chance(val: Source) -> float:
     """The accuracy, in 0…1, of naming the most frequent class for every image."""
     if isinstance(val, ImageSource):
         return float(np.bincount(val.targets).max() / len(val))
-    return 1 / len(val.classes)  # a stream does not tell its labels
+    return 1 / len(val.classes)  # a stream does not list its labels
 
 
 def is_near_chance(correct: int, images: int, chance: float) -> bool:
     """Whether guessing, right with probability `chance`, gets so many images right by luck.
 
-    One-sided binomial test at CHANCE_LEVEL. With a single class there is nothing to tell apart.
+    One-sided binomial test at CHANCE_LEVEL. With a single class there is nothing to distinguish.
     """
     if chance >= 1:
         return False
@@ -351,7 +351,7 @@ def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: r
 
     Args:
         teacher: from `prepare_teacher`, with a cache.
-    Raises: runtime.Interrupted where a signal asks to stop; what was computed is stored.
+    Raises: runtime.Interrupted if a signal asks to stop; what was computed is stored.
     """
     loader, order, stored = data.train_loader, data.train_loader.order, teacher.model
     assert isinstance(order, EpochBatches) and isinstance(stored, StoredTeacher)

@@ -99,7 +99,7 @@ def test_teacher_student_resume_and_evaluation_hold_out_the_same_images(
     assert "with no image held out" in untold.out
     (classes / "ant" / "7.jpg").unlink()  # a fifth of 23 images are as many
     more = run_main(*flags, *teacher_flags(tmp_path / "t" / "checkpoint-best.pth"))
-    assert "with as many, but other images held out" in more.out
+    assert "with as many, but different images held out" in more.out
 
 
 def test_images_that_training_may_have_seen_are_not_scored_in_silence(run_main, classes, tmp_path):

@@ -140,7 +140,7 @@ def test_cached_and_interrupted_runs_end_as_the_run_that_asks_the_teacher(run_ma
     flags = [*REST, *kd, "--mixup_mode", "pair", "--save_ckpt_num", 2]
     online = run_main(*flags, output_dir=tmp_path / "online")
     assert "48 images are labeled (8 per batch on average)" in online.out, online.err
-    assert "Teacher on 48 images without a label: largest probability" in online.out
+    assert "Teacher on 48 unlabeled images: top probability" in online.out
     names = {"train_ce", "train_kd", "train_kd_labeled", "train_kd_unlabeled", "train_labeled"}
     assert names < online.log[0].keys() and "train_teacher_acc1" not in online.log[0]
     assert online.log[0]["train_labeled"] == pytest.approx(0.5)
@@ -171,14 +171,14 @@ def test_images_that_are_foreign_or_of_the_validation_set_are_warned_of(
     shutil.copytree(imnet / "train", pile)
     shutil.copyfile(imnet / "val" / "bee" / "1.jpg", pile / "x.jpg")
     run = run_main(*flags[:-16], *kd, "--epochs", 1, "--unlabeled", pile)
-    assert run.code == 0 and "look foreign" not in run.out, run.err
+    assert run.code == 0 and "unsure of the unlabeled" not in run.out, run.err
     # The training images 0 to 2 of 'ant' are validation images of that class.
     assert (
         f"4 of 25 images without a label are validation images too ({pile}/x.jpg, {pile}" in run.out
     )
     monkeypatch.setattr(prepare, "FOREIGN", -1.0)  # less sure than of validation images, plus 1
     run = run_main(*flags[:-16], *kd, "--epochs", 1, "--unlabeled", pile)
-    assert "the images without a label look foreign to the teacher, whose mean" in run.out
+    assert "the teacher is unsure of the unlabeled images: its mean top probability is" in run.out
 
 
 def test_a_flat_folder_has_the_classes_of_its_teacher_or_of_the_validation_images(

@@ -18,7 +18,7 @@ from training.optimizer import Schedule
 from training.settings import LoopSettings
 from utils import UserError
 
-SECONDS_BETWEEN_LOOKS = 5  # at the signals of other processes, where steps are slow
+SECONDS_BETWEEN_LOOKS = 5  # at the signals of other processes, if steps are slow
 WAITING_BYTES = 2**24  # logits and targets kept on the device until their scalars are computed
 
 
@@ -48,7 +48,7 @@ class Progress:
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any] | None) -> Progress | None:
-        """Read from a checkpoint; None where that was not written inside an epoch."""
+        """Read from a checkpoint; None if that was not written inside an epoch."""
         if not saved:
             return None
         sums = saved["sums"]
@@ -64,7 +64,7 @@ class StepScalars(NamedTuple):
     loss: torch.Tensor  # ()
     parts: dict[str, torch.Tensor]  # () each
     student_logits: torch.Tensor  # (B, C)
-    teacher_logits: torch.Tensor | None  # (B, C), where they are scored
+    teacher_logits: torch.Tensor | None  # (B, C), if they are scored
     targets: torch.Tensor  # (B,) or (B, C)
 
 
@@ -143,7 +143,7 @@ class History:
         columns |= {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         if teachers[0] is not None:
             columns["teacher_acc1"] = accuracy(torch.stack(teachers), torch.stack(targets))
-        if self.names != list(columns):  # the first batches; a checkpoint may hold other names
+        if self.names != list(columns):  # the first batches; a checkpoint may hold different names
             sums = dict(zip(self.names, self.sums, strict=True))
             self.names = list(columns)
             self.sums = np.array([sums.get(name, 0.0) for name in self.names])
@@ -152,7 +152,7 @@ class History:
         self.waiting, self.waiting_bytes = [], 0
 
     def end_update(self, update: int, grad_norm: torch.Tensor) -> None:
-        """Note an optimizer step; look at the scalars where that is due."""
+        """Note an optimizer step; look at the scalars if that is due."""
         self.norms.append(grad_norm.detach())
         self.batches_per_update.append(self.batches_since_update)
         self.batches_since_update = 0
@@ -181,7 +181,7 @@ class History:
     def flush(self, updates: int) -> Progress:
         """Fetch what is waiting; returns what a checkpoint after `updates` must hold.
 
-        Raises: UserError where a loss or gradient was not finite.
+        Raises: UserError if a loss or gradient was not finite.
         """
         if self.norms:
             self._fetch(updates - 1)

@@ -76,10 +76,10 @@ def _maps_features(network: nn.Module, classifier: nn.Module, size: int) -> bool
         images = torch.linspace(-2, 2, 2 * 3 * size**2).view(2, 3, size, size)
         images = images.to(next(network.parameters()).device)
         expected = network(images)
-        found = head_of(network)(features_of(network, images))
-        if found.shape != expected.shape:
+        logits = head_of(network)(features_of(network, images))
+        if logits.shape != expected.shape:
             return False
-        difference = (found - expected).abs().max()
+        difference = (logits - expected).abs().max()
         return bool(difference <= 0.01 * expected.abs().max())  # TF32 rounds to a thousandth
     except (AttributeError, TypeError, RuntimeError):  # timm's two methods are missing or differ
         return False
@@ -158,7 +158,7 @@ class FeatureLoader:
         return self.order.batches_in_epoch
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch to begin with where part of the epoch is done."""
+        """Choose the epoch, and the batch to begin with if part of the epoch is done."""
         self.order.set_epoch(epoch, first_batch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -184,15 +184,15 @@ def compute_features(
     With --use_amp the backbone computes in mixed precision, as in every evaluation; features are
     kept in float32.
 
-    Returns: None where the images change from epoch to epoch, or where they come from a stream; the
+    Returns: None if the images change from epoch to epoch, or if they come from a stream; the
         backbone then runs in each step.
-    Raises: UserError where the features would not fit into memory.
+    Raises: UserError if the features would not fit into memory.
     """
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    told = f"Linear probe: {trained:,} parameters are trained, those of the classifier"
+    line = f"Linear probe: {trained:,} parameters are trained, those of the classifier"
     if data.feature_loader is None:
         why = "images are augmented" if is_augmented(args) else "a stream has no fixed order"
-        log(f"{told}; {why}, so the backbone runs in every step")
+        log(f"{line}; {why}, so the backbone runs in every step")
         return None
     assert isinstance(data.train, ImageSource)
     assert isinstance(data.train_loader.order, EpochBatches)
@@ -221,7 +221,7 @@ def compute_features(
     targets = torch.as_tensor(data.train.targets, dtype=torch.int64, device=device)
     shown = f"{len(features)} training" + (f" and {len(data.val or ())} validation" if val else "")
     log(
-        f"{told}. Features of {shown} images: {features.shape[1]} numbers per image, "
+        f"{line}. Features of {shown} images: {features.shape[1]} numbers per image, "
         f"{features.nbytes / 2**20:.1f} MiB for training, {time.monotonic() - started:.1f} s"
     )
     return Features(FeatureLoader(data.train_loader.order, features, targets), val)
@@ -240,13 +240,13 @@ def _features(loader: DeviceLoader, student: nn.Module, settings: LoopSettings) 
 def _check_finite(features: Sequence[torch.Tensor]) -> None:
     if not all(part.isfinite().all() for part in features):
         raise UserError(
-            "--linear_probe true: the backbone's features hold NaN or infinity; start from other "
-            "weights, or without --use_amp true"
+            "--linear_probe true: the backbone's features hold NaN or infinity; start from "
+            "different weights, or without --use_amp true"
         )
 
 
 def _check_memory(images: int, val_images: int, width: int, device: torch.device) -> None:
-    """Raise UserError where the features of the processes of this machine do not fit."""
+    """Raise UserError if the features of the processes of this machine do not fit."""
     if has_streams(device):
         free: int | None = torch.get_device_module(device).mem_get_info(device)[0]
         processes = 1
@@ -263,19 +263,19 @@ def _check_memory(images: int, val_images: int, width: int, device: torch.device
 
 
 def free_memory() -> int | None:
-    """Bytes of host memory that this process can still take; None where it cannot be known.
+    """Bytes of host memory that this process can still take; None if it cannot be known.
 
     What Linux calls available, or what the limit of the control group (of a container) leaves.
     """
-    found = []
+    limits = []
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
-        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
         group = "/sys/fs/cgroup/memory"
         with open(f"{group}.max") as most, open(f"{group}.current") as used:
             if (limit := most.read().strip()) != "max":
-                found.append(int(limit) - int(used.read()))
+                limits.append(int(limit) - int(used.read()))
     except (OSError, KeyError, ValueError):
         pass  # not Linux, or no control group of version 2
-    return min(found, default=None)
+    return min(limits, default=None)

@@ -39,7 +39,7 @@ class Schedule:
         """Set the values of one optimizer step."""
         for group in optimizer.param_groups:
             # Python floats: weights_only would refuse a NumPy float in the optimizer's state.
-            # timm sets lr_scale where --layer_decay asks for it.
+            # timm sets lr_scale with --layer_decay.
             group["lr"] = float(self.lr[step]) * group.get("lr_scale", 1.0)
             if group["weight_decay"] > 0:
                 group["weight_decay"] = float(self.weight_decay[step])
@@ -69,7 +69,7 @@ def check_optimizer(args: argparse.Namespace) -> None:
 def make_optimizer(
     args: argparse.Namespace, network: nn.Module, device: torch.device
 ) -> torch.optim.Optimizer:
-    """timm's optimizer of that name, for a network or part of one; fused where torch has that."""
+    """timm's optimizer of that name, for a network or part of one; fused if torch has that."""
     keywords = {"eps": args.opt_eps}
     if args.opt_betas:
         keywords["betas"] = args.opt_betas
@@ -97,7 +97,7 @@ def begin_momentum(optimizer: torch.optim.SGD) -> None:
     """Give SGD its momentum from the start: zeros, with which the first step is the same.
 
     Else the fused kernel makes the buffers in the first step, uninitialized, and leaves them so
-    where the gradient scaler skips that step.
+    if the gradient scaler skips that step.
     """
     for group in optimizer.param_groups:
         if group["momentum"]:
@@ -138,7 +138,7 @@ def report_schedule(
     first_step: int,
     changes: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Print the schedule, and what another recipe does to it where a run is resumed."""
+    """Print the schedule, and and what a changed recipe does to it in a resumed run."""
     log(
         f"{len(schedule.lr)} optimizer steps, {warmup_steps(args, steps_per_epoch)} of them "
         f"warm-up; learning rate {args.lr:.3g}"
