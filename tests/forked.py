@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,8 +24,6 @@ from helpers import ROOT
 import main
 from runtime import signals
 
-LIFETIME = 180  # seconds after which a process ends in any case, also if pytest was killed
-
 
 @cache
 def server() -> ForkServerContext:
@@ -37,10 +36,18 @@ def server() -> ForkServerContext:
     return context
 
 
+def end_with_parent() -> None:
+    """Kill this process and its loader workers once the process that runs the tests has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
+
+
 def child(outputs: tuple[Path, Path], env: dict[str, str], call: Callable, args: tuple) -> None:
     """What a process does: its output goes to files, its exit code is what `call` returns."""
     os.setsid()
-    signal.alarm(LIFETIME)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
@@ -110,7 +117,7 @@ class Group:
     def err(self) -> str:
         return self.printed("err")
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str, seconds: float = 120) -> None:
         """Wait until a process has printed this text to its standard output."""
         end = time.monotonic() + seconds
         while text not in self.out:
