@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arguments.flags import DATA_FLAGS, OF_TEACHER, as_typed
+from arguments.flags import DATA_FLAGS, OF_TEACHER
+from arguments.kinds import as_typed
 from reporting import tables
 from reporting.plots import Grid, check_picture, plot
 from reporting.runs import (

@@ -1,8 +1,6 @@
 """Which images score a checkpoint, how they are shown, and a temperature that calibrates it."""
 
 import argparse
-import contextlib
-import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ from torch import nn
 import datasets
 import utils
 from arguments.derived import data_flag, must_hold_out
-from arguments.parsing import follow_checkpoint, given_flags, parse_args
+from arguments.parsing import follow_checkpoint, given_flags, parse
 from data.checks import check_images
 from data.loaders import DeviceLoader
 from data.sources import Source, held_out_identity
@@ -54,14 +52,7 @@ def evaluation_args(checkpoint: Checkpoint, flags: Sequence[str] = ()) -> argpar
     Raises: UserError for flags that cannot work.
     """
     argv = ["--eval", "true", "--resume", checkpoint.path, "--device", "cpu", *flags]
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            given = given_flags(argv)
-            saved = follow_checkpoint(checkpoint.run_args, given, is_eval=True)
-            return parse_args(argv, saved)
-    except SystemExit as stop:
-        raise UserError(told.getvalue().partition("error: ")[2].strip()) from stop
+    return parse(argv, follow_checkpoint(checkpoint.run_args, given_flags(argv), is_eval=True))
 
 
 def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:

@@ -25,7 +25,7 @@ import datasets
 import models
 import utils
 from arguments.derived import is_own_module
-from arguments.flags import ShowDefaults, str2bool
+from arguments.kinds import ShowDefaults, str2bool
 from data import pictures
 from data.sources import ImageSource, Source, evenly
 from data.transforms import eval_transform

@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from tqdm import tqdm
 
 from arguments.defaults import cores_per_process
-from arguments.flags import ShowDefaults
+from arguments.kinds import ShowDefaults
 from data import pictures
 from data.transforms import eval_transform
 from deploy.model import Model, open_model

@@ -3,8 +3,8 @@
     python sweep.py --vary kd=false,true --vary seed=0,1,2,3 --out runs -- FLAGS of main.py
 
 Each combination is a run in a folder of its own below --out, such as runs/kd=true,seed=0. The same
-command goes on where an earlier one was stopped: finished runs are skipped, others are resumed.
-`python compare.py runs/*` then says what differed and whether that is more than the noise.
+command goes on after an interruption: finished runs are skipped, and the others are resumed.
+`python compare.py runs/*` then prints what differed and whether that is more than the noise.
 """
 
 import argparse
@@ -14,33 +14,30 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import utils
+from arguments.derived import is_own_module, teachers_of
 from arguments.flags import (
-    AUGMENTATION,
-    MIXING,
+    COMPARED,
+    FLAGS,
+    FOLLOWED,
+    IF_MIXED,
+    NOT_RECIPE,
     OF_TEACHER,
-    TEACHER,
-    flags_of_group,
-    get_args_parser,
-    str2bool,
+    Flag,
+    with_cache,
 )
-from arguments.parsing import unknown_flags
+from arguments.kinds import Kind, ShowDefaults, str2bool
+from arguments.parsing import given_flags, parse, unknown_flags
+from utils import UserError, exit_code, flags_for, write_whole
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RECORD = "sweep.json"  # in --out: the commands of the runs that are finished, by folder
-# Flags that change what the teacher sees or answers: runs that differ in one of them need caches of
-# their own. main.py compares all of them, so a flag that is missing here ends in an error.
-OF_CACHE = {
-    *flags_of_group(AUGMENTATION),
-    *flags_of_group(MIXING),
-    *flags_of_group(TEACHER),
-    *"teacher_path teacher_arch data_set data_path train_samples holdout unlabeled".split(),
-    *"input_size imagenet_default_mean_and_std batch_size use_amp amp_dtype".split(),
-    *"teacher_views teacher_cache_dtype teacher_cache_topk".split(),
-}
+SET_BY_SWEEP = ("output_dir", "teacher_cache", "resume", "eval", "log_dir")  # or for no sweep
+DECIMALS = " (commas separate values; decimals take a point, as in 0.5)"
 
 Values = dict[str, str]  # of the varied flags, as they were typed
 
@@ -50,20 +47,36 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage="python sweep.py --vary FLAG=VALUE,VALUE [--vary …] --out FOLDER -- FLAGS of main.py",
         description=__doc__.partition("\n")[0],
+        formatter_class=ShowDefaults,
     )
     add = parser.add_argument
-    add("--vary", action="append", required=True, help="a flag of main.py and its values")
-    add("--out", type=Path, required=True, help="folder of all runs and of their teacher caches")
+    add(
+        "--vary",
+        action="append",
+        required=True,
+        metavar="FLAG=VALUE,VALUE",
+        help="main.py flag and its values",
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder of all runs and of their teacher caches",
+    )
     add(
         "--launcher",
         default="",
-        help='what starts main.py, such as "torchrun --nproc_per_node=8" (default: this Python)',
+        metavar="COMMAND",
+        help='launch command for main.py, such as "torchrun --nproc_per_node=8" '
+        "(default: this Python)",
     )
     add(
         "--share_teacher",
         type=str2bool,
         default=True,
-        help="give runs with a teacher one --teacher_cache where their flags allow it",
+        metavar="true|false",
+        help="give runs with a teacher one --teacher_cache if their flags allow it",
     )
     add(
         "--print_commands",
@@ -71,25 +84,30 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="?",
         const=True,
         default=False,
-        help="print the commands of the runs that are not finished, one per line, and run nothing",
+        metavar="true|false",
+        help="print the commands of unfinished runs, one per line, and run nothing",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sweep; returns the exit code."""
+    return exit_code("sweep.py", partial(sweep, argv))
+
+
+def sweep(argv: Sequence[str] | None) -> int:
+    """Run a sweep; raises UserError for flags with which a run cannot work."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     parser = get_parser()
-    args = parser.parse_args(words[:cut])
-    common = words[cut + 1 :]
-    varied = varied_flags(parser, args.vary)
-    check_common(parser, common, varied)
-    try:
-        runs = commands(args, varied, common)
-        record = finished_runs(args.out, runs)
-    except ValueError as error:
-        parser.error(str(error))
+    args, unknown = parser.parse_known_args(words[:cut])
+    if unknown:
+        raise UserError(
+            f"unrecognized arguments: {' '.join(unknown)}; flags of main.py follow after --, as in "
+            "sweep.py --vary seed=0,1 --out runs -- --epochs 10"
+        )
+    runs = commands(args, varied_flags(args.vary), words[cut + 1 :])
+    record = finished_runs(args.out, runs)
     left = [name for name in runs if name not in record]
     if args.print_commands:
         for name in left:
@@ -99,9 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, name in enumerate(left, start=len(record) + 1):
         print(f"\n[{number}/{len(runs)}] {shlex.join(runs[name])}", flush=True)
         if code := run(runs[name]):
+            then = "once the cause of its error is removed, " if code == 2 else ""
             print(
-                f"\nsweep.py: {args.out / name} ended with exit code {code}; the same command goes "
-                "on with this run",
+                f"\nsweep.py: {args.out / name} ended with exit code {code}; {then}the same "
+                "command goes on with this run",
                 file=sys.stderr,
             )
             return code
@@ -111,36 +130,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def varied_flags(parser: argparse.ArgumentParser, vary: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each flag of --vary; exits with code 2 for what is not a flag of main.py."""
-    known = {action.dest for action in get_args_parser()._actions}
+def varied_flags(vary: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each flag of --vary, as typed; UserError for what is no flag of main.py."""
     varied: dict[str, list[str]] = {}
     for text in vary:
-        flag, equals, values = text.partition("=")
+        flag, equals, listed = text.partition("=")
         flag = flag.lstrip("-").replace("-", "_")
-        found = [value.strip() for value in values.split(",") if value.strip()]
-        if not equals or not found:
-            parser.error(f"--vary {text}: needs a flag and its values, such as kd_alpha=0.5,0.9")
-        if flag not in known:
-            parser.error(f"--vary {text}: {unknown_flags([f'--{flag}'], known)}")
-        if flag in varied or len(set(found)) < len(found):
-            parser.error(f"--vary {text}: a flag or a value is there twice; remove one of them")
-        if flag in ("output_dir", "teacher_cache", "resume", "eval", "log_dir"):
-            parser.error(f"--vary {text}: is not a setting of a training run; vary another flag")
-        varied[flag] = found
+        values = [value.strip() for value in listed.split(",") if value.strip()]
+        if not equals or not values:
+            raise UserError(f"--vary {text}: needs a flag and its values, such as kd_alpha=0.5,0.9")
+        if flag not in FLAGS:
+            raise UserError(f"--vary {text}: {unknown_flags([f'--{flag}'])}")
+        if flag in varied or len(set(values)) < len(values):
+            raise UserError(
+                f"--vary {text}: a flag or a value is there twice; remove one of them{DECIMALS}"
+            )
+        for value in values:
+            check_value(text, FLAGS[flag], value)
+        if flag in SET_BY_SWEEP:
+            raise UserError(f"--vary {text}: is not a setting of a training run; vary another flag")
+        varied[flag] = values
     return varied
 
 
-def check_common(
-    parser: argparse.ArgumentParser, common: Sequence[str], varied: dict[str, list[str]]
-) -> None:
-    """Exit with code 2 for flags after -- that the sweep itself sets."""
-    ours = {*varied, "output_dir", "resume", "eval"}
-    for word in common:
-        flag = word.partition("=")[0].lstrip("-").replace("-", "_")
-        if word.startswith("--") and flag in ours:
-            where = "--vary" if flag in varied else "the sweep"
-            parser.error(f"--{flag}: is set by {where}; remove it from the flags after --")
+def check_value(text: str, flag: Flag, value: str) -> None:
+    """Raise UserError for a value of --vary that its flag never takes."""
+    try:
+        typed = given_flags([f"--{flag.name}", value])[flag.name]
+    except UserError as error:
+        raise UserError(f"--vary {text}: {error}{DECIMALS}") from error
+    if isinstance(flag.kind, Kind) and flag.kind.remedy and not flag.kind.holds(typed):
+        raise UserError(f"--vary {text}: {value} {flag.kind.remedy}{DECIMALS}")
 
 
 def commands(
@@ -148,45 +168,57 @@ def commands(
 ) -> dict[str, list[str]]:
     """The command of each run by the name of its folder, in the order of --vary.
 
-    Raises: ValueError where two runs would share a folder.
+    Raises: UserError for a run that cannot work, or if two runs would share a folder.
     """
+    for flag in given_flags(common):
+        if flag in varied or flag in ("output_dir", "resume", "eval"):
+            setter = "--vary" if flag in varied else "the sweep"
+            raise UserError(f"--{flag}: is set by {setter}; remove it from the flags after --")
     runs: dict[str, list[str]] = {}
     for values in itertools.product(*varied.values()):
-        chosen = dict(zip(varied, values, strict=True))
-        is_plain = not has_teacher(chosen, common)
-        if is_plain:  # several combinations may become one
+        chosen, flags = dict(zip(varied, values, strict=True)), list(common)
+        typed = given_flags([*flags, *as_words(chosen)])
+        if not typed.get("kd"):  # several combinations may become one
             chosen = {flag: value for flag, value in chosen.items() if flag not in OF_TEACHER}
-        flags = without(common, OF_TEACHER) if is_plain else list(common)
-        for flag, value in chosen.items():
-            flags += [f"--{flag}", value]
-        if args.share_teacher and not is_plain and not flag_values(common, "teacher_cache"):
-            flags += ["--teacher_cache", str(args.out / cache_name(chosen, common))]
+            flags = without(common, OF_TEACHER)
+        flags += as_words(chosen)
+        if args.share_teacher and typed.get("kd") and "teacher_cache" not in typed:
+            flags += ["--teacher_cache", str(args.out / cache_name(chosen, typed))]
         name = folder_name(chosen)
-        launcher = shlex.split(args.launcher) or [sys.executable]
-        argv = [*launcher, str(MAIN), *flags, "--output_dir", str(args.out / name)]
-        if runs.setdefault(name, argv) != argv:
-            raise ValueError(f"--vary: two combinations would share the folder {name}; rename one")
+        flags += ["--output_dir", str(args.out / name)]
+        argv = [*(shlex.split(args.launcher) or [sys.executable]), str(MAIN), *flags]
+        if runs.get(name, argv) != argv:
+            raise UserError(f"--vary: two combinations would share the folder {name}; rename one")
+        if name not in runs:
+            check_run(name, flags)
+        runs[name] = argv
     return runs
 
 
-def has_teacher(chosen: Values, common: Sequence[str]) -> bool:
-    """Whether a run has a teacher, as far as --kd says."""
-    typed = [chosen["kd"]] if "kd" in chosen else flag_values(common, "kd")
-    return bool(typed) and str2bool(typed[-1] or "true")
+def check_run(name: str, flags: Sequence[str]) -> None:
+    """Raise UserError, as that run would before it reads any image, for flags that cannot work."""
+    try:
+        args = parse(flags)
+        # Imported here, since this takes seconds and a mistyped flag is answered without it.
+        from models import check_architecture
+        from training.optimizer import check_optimizer
+
+        with flags_for(architecture="--model"):
+            check_architecture(args.model)
+        with flags_for(architecture="--teacher_arch"):
+            for teacher in teachers_of(args):
+                check_architecture(teacher.arch)
+        check_optimizer(args)
+    except UserError as error:
+        raise UserError(f"run {name}: {error}") from error
 
 
-def flag_values(words: Sequence[str], flag: str) -> list[str]:
-    """What follows each occurrence of a flag; '' where nothing does."""
-    found = []
-    for index, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name.startswith("--") and name[2:].replace("-", "_") == flag:
-            after = words[index + 1] if index + 1 < len(words) else ""
-            found.append(value if equals else "" if after.startswith("--") else after)
-    return found
+def as_words(chosen: Values) -> list[str]:
+    """{'seed': '0'} -> ['--seed', '0']"""
+    return [word for flag, value in chosen.items() for word in (f"--{flag}", value)]
 
 
-def without(words: Sequence[str], flags: set[str]) -> list[str]:
+def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
     """A command line without some flags and their values."""
     kept: list[str] = []
     is_kept = True
@@ -204,40 +236,57 @@ def folder_name(values: Values) -> str:
     return "".join(letter if letter.isalnum() or letter in "=,.-_+" else "_" for letter in text)
 
 
-def cache_name(values: Values, common: Sequence[str]) -> str:
+def cache_name(chosen: Values, typed: Mapping[str, Any]) -> str:
     """The folder of the teacher cache of a run: one for all runs whose images are the same.
 
     The order, the augmentation and the subset of the images follow --data_seed, or else --seed.
+    main.py compares all that a cache depends on, so a flag that is missing here ends in an error.
+
+    Args:
+        typed: every flag on the command line of the run.
     """
-    has_data_seed = "data_seed" in values or flag_values(common, "data_seed")
-    telling = OF_CACHE | {"data_seed" if has_data_seed else "seed"}
-    shared = {flag: value for flag, value in values.items() if flag in telling}
+    telling = {*with_cache(COMPARED, IF_MIXED, FOLLOWED)}
+    telling.add("data_seed" if "data_seed" in typed else "seed")
+    if typed.get("pretrained") or is_own_module(typed.get("model", "")):
+        telling |= {"pretrained", "model"}  # which then say how images are normalized
+    shared = {flag: value for flag, value in chosen.items() if flag in telling}
     return folder_name({"teacher_cache": "", **shared}).replace("teacher_cache=", "teacher_cache")
 
 
 def finished_runs(out: Path, runs: dict[str, list[str]]) -> dict[str, list[str]]:
     """The runs that are finished, as RECORD holds them.
 
-    Raises: ValueError where the folder holds a sweep of other commands.
+    Raises: UserError if the folder holds a sweep of other commands.
     """
     path = out / RECORD
     if not path.exists():
         return {}
     record = json.loads(path.read_text(encoding="utf-8"))
     for name, argv in record.items():
-        if name in runs and argv != runs[name]:
-            raise ValueError(
+        if name in runs and recipe_of(argv) != recipe_of(runs[name]):
+            raise UserError(
                 f"--out {out}: {name} was trained by another command ({shlex.join(argv)}); pass "
                 "another --out"
             )
     return {name: argv for name, argv in record.items() if name in runs}
 
 
+def recipe_of(argv: Sequence[str]) -> Mapping[str, Any]:
+    """The flags of a recorded command that say what it trains, not where this project lies."""
+    start = next((i for i, word in enumerate(argv) if Path(word).name == MAIN.name), 0)
+    try:
+        flags = given_flags(argv[start + 1 :])
+    except UserError:  # of a version with other flags
+        return {"command": argv}
+    skipped = NOT_RECIPE | {"teacher_cache"}
+    return {name: value for name, value in flags.items() if name not in skipped}
+
+
 def write_record(out: Path, finished: dict[str, list[str]]) -> None:
     """Add finished runs to RECORD, which is always the old or the new file."""
     path = out / RECORD
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    utils.write_whole(path, json.dumps(earlier | finished, indent=1))
+    write_whole(path, json.dumps(earlier | finished, indent=1))
 
 
 def run(argv: Sequence[str]) -> int:

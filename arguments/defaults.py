@@ -127,6 +127,3 @@ def usable_cores() -> int:
 def cores_per_process() -> float:
     """Processor cores of this machine for each process of the run."""
     return usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-# Values of the flags of augmentation and mixing with which training images stay as they are.

@@ -91,6 +91,7 @@ def unlabeled_of(args: argparse.Namespace) -> str:
     return args.unlabeled if teachers_of(args) else ""
 
 
+# Values of the flags of augmentation and mixing with which training images stay as they are.
 NO_AUGMENTATION = {
     "aa": "",
     "color_jitter": 0.0,

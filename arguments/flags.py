@@ -1,617 +1,434 @@
-"""Every flag of main.py with its type, its default and its help.
+"""Every flag of main.py: what it takes, its default, its help, what it needs, and its role.
 
 Nothing here imports torch, so that `--help` and a mistyped flag are answered at once.
 """
 
 import argparse
-from os.path import expanduser
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple, NoReturn
 
-# Groups of flags that other files ask for.
-KD = "knowledge distillation"
-TEACHER = "teacher"
-TEACHER_CACHE = "teacher cache (teacher logits on disk)"
-EMA = "exponential moving average (EMA)"
-OPTIMIZER = "optimizer and label loss"
-# These decide which pixels the networks see. A teacher cache depends on every flag in them, so a
-# new flag that changes training images belongs in one of these groups.
+from arguments.kinds import (
+    COUNT,
+    FILE,
+    FOLDER,
+    FROM_0,
+    FROM_0_OR_UNSET,
+    NAME,
+    NOT_NEGATIVE,
+    PERCENT,
+    POSITIVE,
+    SHARE,
+    SHARE_ABOVE_0,
+    SHARE_BELOW_1,
+    SWITCH,
+    WHOLE,
+    Kind,
+    ShowDefaults,
+)
+from arguments.needs import (
+    ALL_LAYERS,
+    ASKED,
+    BOTH_MIXES,
+    CACHE,
+    CLASS_FOLDERS,
+    ERASED,
+    EVALUATION,
+    FINETUNE,
+    INTERPOLATED,
+    KD_OR_EVAL,
+    MIXED,
+    NO_HOLDOUT,
+    NOT_INCLUDED,
+    OUTPUT,
+    SAVING,
+    SOMETHING_SCORED,
+    STUDENT,
+    TRAINING,
+    USES_LABELS,
+    WITH_EMA,
+    WITH_KD,
+    Need,
+    on,
+)
+from utils import UserError
+
+# The role of a flag: what a resumed run and compare.py make of it.
+RECIPE = "recipe"  # what a run computes: follows the checkpoint, and a change is reported
+REPEAT = "repeat"  # follows the checkpoint; compare.py takes runs that differ in it for equal
+DATA = "data"  # names the data: a checkpoint knows its data by its contents, which may have moved
+VALIDATION = "validation data"  # the same, and these images score students and teachers
+MACHINE = "machine"  # where a run computes and what it writes: neither followed nor compared
+
+# What a teacher cache makes of a flag. A new flag that changes what the teacher is shown or what is
+# stored of its answers needs one of these.
+COMPARED = "compared"  # the manifest of the cache holds its value
+IF_MIXED = "compared if images are mixed"
+FOLLOWED = "followed"  # the manifest holds what follows from the flag, such as the file's hash
+
+
+class Flag(NamedTuple):
+    """One flag."""
+
+    name: str
+    kind: Kind | tuple[str, ...]  # or the names to choose from
+    default: Any
+    help: str
+    group: str  # title in --help
+    needs: tuple[Need, ...]  # without one of them, the flag is refused
+    role: str
+    cache: str
+    nargs: int | str | None
+    known_as: str  # what other scripts call it, separated by blanks
+
+
+FLAGS: dict[str, Flag] = {}  # by name, in the order of --help
+
+
+class Group:
+    """Declares flags of one group of --help, with what they have in common."""
+
+    def __init__(self, title: str, *needs: Need, role: str = RECIPE, cache: str = "") -> None:
+        self.title, self.needs, self.role, self.cache = title, needs, role, cache
+
+    def __call__(
+        self,
+        name: str,
+        kind: Kind | tuple[str, ...],
+        default: Any,
+        *needs: Need,
+        help: str,
+        role: str = "",
+        cache: str = "",
+        nargs: int | str | None = None,
+        known_as: str = "",
+    ) -> None:
+        """Declare one flag."""
+        needs, role, cache = self.needs + needs, role or self.role, cache or self.cache
+        common = self.title, needs, role, cache, nargs, known_as
+        FLAGS[name] = Flag(name, kind, default, help, *common)
+
+
 AUGMENTATION = "augmentation of training images"
 MIXING = "mixup and cutmix (student and teacher see the same mixed images)"
 
+# One paragraph per flag: what the program reads, then the help; a formatter would triple the lines.
+# fmt: off
+# ------------------------------------------------------------------------------ distillation
 
-def str2bool(value: str) -> bool:
-    """'true' and 'false', and their usual other spellings."""
-    if value.lower() in ("true", "t", "yes", "y", "1"):
-        return True
-    if value.lower() in ("false", "f", "no", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"'{value}' is neither true nor false")
+add = Group("knowledge distillation", TRAINING)
+add("kd", SWITCH, False, help="enable knowledge distillation")
+add = Group("knowledge distillation", TRAINING, WITH_KD)
+add("teacher_path", FILE, None, cache=FOLLOWED, nargs="+", help=
+    "checkpoint file(s) of the teacher(s) (required with --kd true)")
+add("teacher_arch", NAME, None, cache=COMPARED, nargs="+", help=
+    "timm architecture(s) of the teacher(s) (required with --kd true)")
+add("kd_alpha", SHARE, 0.7, known_as="alpha", help=
+    "weight of the distillation loss: 0 for labels only, 1 for teacher only")
+add("kd_temperature", POSITIVE, 4.0, ASKED, known_as="temperature", help=
+    "temperature that softens both networks' outputs")
+
+add = Group("teacher", TRAINING, WITH_KD, ASKED)
+add("teacher_weights", NAME, None,
+    Need("with a single teacher", lambda a: "," in a.teacher_arch), cache=FOLLOWED, nargs="+", help=
+    "relative weights of several teachers, e.g. 2,1 (default: equal)")
+add("teacher_norm", ("auto", "student", "arch"), "auto", cache=COMPARED, help=
+    "teacher's input normalization: from its checkpoint, else timm's (auto); the student's "
+    "(student); timm's for the architecture (arch)")
+add("teacher_input_size", COUNT, None, cache=COMPARED, help=
+    "side of the teacher's input in pixels (default: from its checkpoint, else timm's)")
+add("teacher_classes", FILE, None, cache=FOLLOWED, help=
+    "text file with the teacher's class names, one per line in the order of its outputs (default: "
+    "the names in its checkpoint)")
+add("teacher_eval", SWITCH, True, role=REPEAT, help=
+    "score the teacher on the validation images before training")
+add("teacher_min_acc1", PERCENT, 0.0,
+    Need("without --teacher_eval true", lambda a: a.teacher_eval), role=REPEAT, help=
+    "stop if the teacher's accuracy is below this, in percent")
+add("teacher_device", NAME, None, role=MACHINE, help=
+    "device for the teacher, such as cpu or cuda:1 (default: --device)")
+add("teacher_dtype", ("float32", "bfloat16", "float16"), "float32", cache=COMPARED, help=
+    "data type of the teacher's weights and computation")
+
+add = Group("teacher cache (teacher logits on disk)", TRAINING)
+add("teacher_cache", FOLDER, None, WITH_KD, ASKED, role=REPEAT, help=
+    "cache folder for teacher logits; filled by the first run and read by later runs")
+# Repeats augmented epochs without a cache and without a teacher, too.
+add("teacher_views", COUNT, None, cache=FOLLOWED, help=
+    "number of distinct augmented epochs (views); later epochs cycle through them (default: "
+    "--epochs)")
+add = Group("teacher cache (teacher logits on disk)", TRAINING, WITH_KD, ASKED, CACHE)
+add("teacher_cache_dtype", ("float16", "float32"), "float16", cache=COMPARED, help=
+    "data type of cached logits")
+add("teacher_cache_topk", COUNT, None, cache=COMPARED, help=
+    "cache only the k largest logits per image (default: all)")
+add("teacher_cache_only", SWITCH, False, role=REPEAT, help=
+    "fill the teacher cache and exit")
+add("teacher_cache_range", Kind(str, "FIRST:END"), None,
+    on("teacher_cache_only"), role=REPEAT, help=
+    "views to fill with --teacher_cache_only, such as 0:50 (default: all)")
+
+# --------------------------------------------------------------------------------------- run
+
+add = Group("run")
+add("batch_size", COUNT, None, cache=FOLLOWED, help=
+    "images per process and forward pass (default: 64; 32, 16 or 8 if an epoch would have fewer "
+    "than 50 batches)")
+add("epochs", COUNT, 300, TRAINING, help="passes over the training images")
+add("update_freq", COUNT, 1, TRAINING, STUDENT, help=
+    "batches accumulated into one optimizer step")
+add("seed", FROM_0, 0, role=REPEAT, help="random seed")
+add("data_seed", FROM_0, None, role=REPEAT, help=
+    "random seed of the training images: order, augmentation, subset; runs with one --data_seed "
+    "can share a teacher cache (default: --seed)")
+add("device", NAME, None, role=MACHINE, help=
+    "device to train on: cuda, cuda:1, mps or cpu (default: the first available)")
+add("compile", SWITCH, False, TRAINING, ALL_LAYERS, role=MACHINE, help=
+    "compile both networks with torch.compile")
+add("use_amp", SWITCH, False, cache=FOLLOWED, known_as="amp", help=
+    "use automatic mixed precision")
+add("amp_dtype", ("float16", "bfloat16"), None, on("use_amp"), cache=FOLLOWED, help=
+    "data type of mixed precision; float16 also scales the loss (default: bfloat16 on the CPU and "
+    "on GPUs that compute in it, else float16)")
+add("fast_cuda", SWITCH, True, role=MACHINE, help=
+    "use TF32 and cuDNN's fastest kernels on CUDA; false for restarts as exact as the GPU's "
+    "kernels")
+add("sync_bn", SWITCH, False, ALL_LAYERS, help=
+    "share BatchNorm statistics among all processes (CUDA only)")
+add("start_epoch", FROM_0, 0, TRAINING, STUDENT, role=MACHINE, help=
+    "first epoch; a resumed run takes it from the checkpoint")
+
+add = Group("processes (set by torchrun)", role=MACHINE)
+add("dist_url", Kind(str, "URL"), "env://", help="address at which the processes meet")
+add("local_rank", WHOLE, None, help=
+    "ignored, for old launchers; the variable LOCAL_RANK counts")
+
+# ----------------------------------------------------------------------------------- student
+
+add = Group("student")
+add("model", NAME, None, known_as="arch", help=
+    "timm architecture to train (default: convnext_tiny; cifar_resnet20 below 64 pixels)")
+add("drop_path", SHARE, 0.0, TRAINING, STUDENT, ALL_LAYERS, help="stochastic depth rate")
+add("input_size", COUNT, None, cache=COMPARED, known_as="img_size", help=
+    "side of the input images in pixels (default: 224; for cifar_* and mnist_* the data set's)")
+add = Group("student", TRAINING, STUDENT)
+add("pretrained", SWITCH, False, help=
+    "start from timm's weights of the architecture, with their input size and normalization unless "
+    "a flag says otherwise, and with a new classifier for different classes")
+add("finetune", FILE, "", help="start from the weights of this checkpoint file")
+add("linear_probe", SWITCH, False, help=
+    "train only the classifier, on features of the frozen backbone of --finetune or --pretrained "
+    "true; without augmentation unless one of its flags is given")
+add("head_init_scale", NOT_NEGATIVE, 1.0, help="factor on the classifier's initial weights")
+add("model_key", Kind(str, "KEY|KEY"), "model|module", FINETUNE, help=
+    "keys under which --finetune looks for weights, separated by |")
+add("model_prefix", NAME, "", FINETUNE, help=
+    "load only the parameters of --finetune whose names start with this prefix, and strip it")
+
+add = Group("exponential moving average (EMA)", TRAINING, STUDENT)
+add("model_ema", SWITCH, False, help="keep an exponential moving average of the student's weights")
+add("model_ema_decay", SHARE_BELOW_1, 0.9999, WITH_EMA, help="EMA decay per optimizer step")
+add("model_ema_warmup", SWITCH, True, WITH_EMA, help=
+    "let the EMA decay grow from 0, for short runs")
+add("model_ema_force_cpu", SWITCH, False, WITH_EMA, help="keep the EMA in host memory")
+add("model_ema_eval", SWITCH, False, EVALUATION, WITH_EMA, help=
+    "also evaluate the EMA")
+
+# --------------------------------------------------------------------------------- optimizer
+
+add = Group("optimizer and label loss", TRAINING, STUDENT)
+add("opt", NAME, "adamw", help="optimizer, any of timm's create_optimizer_v2")
+add("opt_eps", NOT_NEGATIVE, 1e-8, help="epsilon of the optimizer")
+add("opt_betas", SHARE_BELOW_1, None, nargs="+", help=
+    "betas of the optimizer, such as 0.9 0.999 (default: those of the optimizer)")
+add("clip_grad", POSITIVE, None, help=
+    "clip gradients to this norm (default: no clipping)")
+add("momentum", SHARE, 0.9, help="SGD momentum")
+add("weight_decay", NOT_NEGATIVE, None, known_as="wd", help=
+    "weight decay, except of biases and normalization layers (default: 0.05; 1e-4 for SGD)")
+add("weight_decay_end", NOT_NEGATIVE, None,
+    Need("with --weight_decay 0", lambda a: a.weight_decay > 0, ("weight_decay",)), help=
+    "final weight decay of a cosine schedule (default: constant weight decay)")
+add("lr", NOT_NEGATIVE, None, known_as="learning_rate", help=
+    "peak learning rate (default: 4e-3 at a total batch of 4096, or 0.1 at 128 for SGD, scaled by "
+    "the square root of the batch; higher for few steps from scratch; for --linear_probe 2 divided "
+    "by the number of features, unless with SGD)")
+add("layer_decay", POSITIVE, 1.0, ALL_LAYERS, help=
+    "factor on the learning rate from each layer to the layer below")
+add("min_lr", NOT_NEGATIVE, 1e-6, help="learning rate at the end of the cosine")
+add("warmup_epochs", FROM_0, None,
+    Need("beside --warmup_steps", lambda a: a.warmup_steps < 0), help=
+    "epochs of linear warm-up (default: 20, or a fifth of a short run)")
+add("warmup_steps", FROM_0_OR_UNSET, -1, help=
+    "optimizer steps of warm-up, in place of --warmup_epochs")
+add("smoothing", SHARE_BELOW_1, 0.1, USES_LABELS, help="label smoothing")
+add("class_weights", ("none", "balanced"), "none", USES_LABELS, help=
+    "weights of the classes in the label loss: all equal (none), or the inverse of each class's "
+    "share of the training images (balanced)")
+
+# ------------------------------------------------------------------------------------ images
+
+add = Group(AUGMENTATION, TRAINING, cache=COMPARED)
+add("color_jitter", NOT_NEGATIVE, 0.4,
+    Need("without --aa none", lambda a: not a.aa or "3a" in a.aa, ("aa",)), help=
+    "strength of color jitter; used only with --aa none")
+add("aa", Kind(str, "POLICY"), "rand-m9-mstd0.5-inc1", help=
+    "AutoAugment, RandAugment or AugMix policy in timm's notation; none for no policy")
+add("hflip", SHARE, None, help=
+    "probability of a horizontal flip (default: 0.5; 0 for DIGITS and MNIST)")
+add("train_interpolation", ("random", "bilinear", "bicubic"), "bicubic", INTERPOLATED, help=
+    "interpolation of the random crop")
+add("reprob", SHARE, 0.25, help="probability of random erasing")
+add("remode", ("const", "rand", "pixel"), "pixel", ERASED, help=
+    "fill for random erasing: zeros (const), one random color (rand) or random pixels (pixel)")
+add("recount", COUNT, 1, ERASED, help="maximum number of rectangles to erase per image")
+
+add = Group(MIXING, TRAINING, cache=IF_MIXED)
+add("mixup", NOT_NEGATIVE, 0.8, help="alpha of mixup; 0 for none")
+add("cutmix", NOT_NEGATIVE, 1.0,
+    Need("beside --cutmix_minmax", lambda a: not a.cutmix_minmax), help=
+    "alpha of cutmix; 0 for none")
+add("cutmix_minmax", SHARE, None, nargs=2, help="minimum and maximum cut ratio; replaces --cutmix")
+add("mixup_prob", SHARE, 1.0, MIXED, help="probability of mixing at all")
+add("mixup_switch_prob", SHARE, 0.5, BOTH_MIXES, help=
+    "probability of cutmix if both are on")
+add("mixup_mode", ("batch", "pair", "elem"), "batch", MIXED, help=
+    "draw the mix per batch, per pair or per image (elem); pair mixes neighbors in the order of "
+    "the epoch, and timm's pair mode mirrored positions of the batch")
+
+add = Group("data", role=VALIDATION, cache=FOLLOWED)
+add("data_set", NAME, None, known_as="dataset", help=
+    "DIGITS (included), IMNET (a folder with train/ and val/), image_folder (one folder of class "
+    "folders), CIFAR (100 classes), CIFAR10, MNIST, FashionMNIST, or a name for timm's "
+    "create_dataset such as hfds/… (default: DIGITS without --data_path, else IMNET, or "
+    "image_folder if that folder holds neither train/ nor val/)")
+add("data_path", FOLDER, None, NOT_INCLUDED, known_as="data data_dir", help=
+    "folder of the data set")
+add("eval_data_path", FOLDER, None, CLASS_FOLDERS, NO_HOLDOUT, help=
+    "folder of the validation images of --data_set image_folder (default: a fifth of the training "
+    "images is held out)")
+add("labels", FILE, None, CLASS_FOLDERS, role=DATA, help=
+    "text file with a path below --data_path and a class per line, separated by a comma, a tab or "
+    "a space, for training images that are not sorted into class folders")
+add("eval_labels", FILE, None, CLASS_FOLDERS, NO_HOLDOUT, help=
+    "text file like --labels for the validation images, with paths below --eval_data_path, or "
+    "without that flag below --data_path")
+add("holdout", COUNT, None, help=
+    "hold out this many training images and evaluate on them instead of the validation images; for "
+    "tuning (default: none, or a fifth for image_folder without validation images)")
+add("unlabeled", FOLDER, "", TRAINING, WITH_KD, ASKED, role=DATA, help=
+    "folder of images without labels, at any depth, that join the training images for the "
+    "distillation part of the loss; or 'rest': the images that --train_samples leaves out, their "
+    "labels unused (default: none)")
+add("nb_classes", COUNT, None, role=DATA, known_as="num_classes", help=
+    "expected number of classes (default: counted)")
+add = Group("data")
+add("train_samples", COUNT, None, TRAINING, cache=FOLLOWED, help=
+    "train on a random subset of this many images, with every class in its proportion (default: "
+    "all)")
+add("imagenet_default_mean_and_std", SWITCH, True, cache=COMPARED, help=
+    "normalize with the mean and standard deviation of ImageNet; false for 0.5 and 0.5")
+add("check_data", SWITCH, False, role=REPEAT, help=
+    "read every image before training; stop with a list of unreadable images")
+add("num_workers", FROM_0, None, role=MACHINE, known_as="workers", help=
+    "loader workers per process (default: the cores per process, at most one per batch)")
+add("pin_mem", SWITCH, True, role=MACHINE, help="use page-locked memory on CUDA")
+
+# ------------------------------------------------------------------------------------ output
+
+add = Group("output", role=MACHINE)
+add("output_dir", FOLDER, "", STUDENT, known_as="output", help=
+    "folder for checkpoints and log.txt (default: no files)")
+add("resume", FILE, "", STUDENT, help=
+    "checkpoint to resume from, or to score with --eval true; flags that are not given follow the "
+    "checkpoint")
+add = Group("output", TRAINING, STUDENT, role=MACHINE)
+add("log_dir", FOLDER, None, help=
+    "folder for TensorBoard files, or 'none' (default: tb in --output_dir)")
+add("print_seconds", NOT_NEGATIVE, 10, help=
+    "minimum seconds between progress lines if stdout is not a terminal")
+add("auto_resume", SWITCH, True, OUTPUT, help=
+    "resume from the newest checkpoint in --output_dir; false moves its files aside")
+add("save_ckpt", SWITCH, True, help="save checkpoints")
+add("save_ckpt_freq", COUNT, 1, OUTPUT, SAVING, help="epochs between two checkpoints")
+add("save_ckpt_num", COUNT, 3, OUTPUT, SAVING, help="number of epoch checkpoints to keep")
+add("save_ckpt_steps", COUNT, None, OUTPUT, SAVING, help=
+    "optimizer steps between two checkpoints within an epoch (default: none within)")
+
+add = Group("evaluation", role=MACHINE)
+add("eval", SWITCH, False, help="score --resume FILE and exit")
+add("use_ema", ("auto", "true", "false"), "auto", KD_OR_EVAL, help=
+    "which weights of a checkpoint with an EMA to use as a teacher: the better ones by their "
+    "recorded accuracy, else the EMA (auto), the EMA (true) or the raw weights (false); --eval "
+    "true scores both with auto")
+add("report", FILE, "", help=
+    "JSON file for accuracy per class, confusions and calibration of the last evaluation")
+add("calibrate", SWITCH, False, help=
+    "with --eval true, fit a temperature on the held-out training images and also report "
+    "calibrated scores")
+add("crop_pct", SHARE_ABOVE_0, None, role=RECIPE, help=
+    "fraction of the resized image that evaluation crops (default: 0.875; 1 for images below 64 "
+    "pixels or from 384 pixels up)")
+add("dist_eval", SWITCH, True, SOMETHING_SCORED, help=
+    "divide validation images among processes")
+add("eval_freq", COUNT, 1, TRAINING, EVALUATION, role=RECIPE, help=
+    "epochs between two evaluations; the last epoch is always evaluated")
+add("disable_eval", SWITCH, False, TRAINING, role=RECIPE, help="train without evaluation")
+
+# fmt: on
+# ------------------------------------------------------------------------------- the parser
 
 
-class ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds '(default: …)' to the help of every flag that does not state its default in words."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors, for the caller to print."""
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        help_text = action.help or ""
-        is_told = "(default" in help_text or action.default is None
-        return help_text if is_told else super()._get_help_string(action)
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+@cache
+def get_args_parser() -> Parser:
     """Every flag with its type, its default and its help."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "main.py",
         usage="%(prog)s [--flag value ...]",
         description="Train and evaluate image classifiers, with knowledge distillation.",
         formatter_class=ShowDefaults,
         allow_abbrev=False,
     )
-    _add_distillation_flags(parser)
-    _add_run_flags(parser)
-    _add_student_flags(parser)
-    _add_optimizer_flags(parser)
-    _add_image_flags(parser)
-    _add_data_flags(parser)
-    _add_output_flags(parser)
-    for action in parser._actions:
-        if action.type is str2bool:  # --kd alone means --kd true
-            action.nargs, action.const = "?", True
+    titles = dict.fromkeys(flag.group for flag in FLAGS.values())
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    for flag in FLAGS.values():
+        takes: dict[str, Any] = {"nargs": flag.nargs}
+        if not isinstance(flag.kind, Kind):
+            takes["choices"] = flag.kind
+        else:
+            takes |= {"type": flag.kind.parse, "metavar": flag.kind.metavar}
+        if flag.kind == SWITCH:  # --kd alone means --kd true
+            takes |= {"nargs": "?", "const": True}
+        name, default = f"--{flag.name}", flag.default
+        groups[flag.group].add_argument(name, default=default, help=flag.help, **takes)
     return parser
 
 
-def _add_distillation_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(KD).add_argument
-    add("--kd", type=str2bool, default=False, help="enable knowledge distillation")
-    add(
-        "--teacher_path",
-        nargs="+",
-        help="checkpoint file of the teacher, or of several (required with --kd true)",
-    )
-    add(
-        "--teacher_arch",
-        nargs="+",
-        help="timm architecture of the teacher, or of several (required with --kd true)",
-    )
-    add(
-        "--kd_alpha",
-        type=float,
-        default=0.7,
-        help="weight of the distillation loss, from 0 (labels only) to 1 (teacher only)",
-    )
-    add(
-        "--kd_temperature",
-        type=float,
-        default=4.0,
-        help="temperature that softens the outputs of student and teacher, above 0",
-    )
-
-    add = parser.add_argument_group(TEACHER).add_argument
-    add(
-        "--teacher_weights",
-        nargs="+",
-        help="weight of each teacher where several are given, such as 2,1 (default: equal)",
-    )
-    add(
-        "--teacher_norm",
-        default="auto",
-        choices=("auto", "student", "arch"),
-        help="how to normalize the teacher's input: from its checkpoint or else timm (auto), "
-        "like the student's (student), or timm's for the architecture (arch)",
-    )
-    add(
-        "--teacher_input_size",
-        type=int,
-        help="side of the teacher's input in pixels (default: from its checkpoint or else timm)",
-    )
-    add(
-        "--teacher_classes",
-        type=expanduser,
-        help="text file with the teacher's class names, one per line in the order of its outputs "
-        "(default: the names in its checkpoint)",
-    )
-    add(
-        "--teacher_eval",
-        type=str2bool,
-        default=True,
-        help="score the teacher on the validation images before training",
-    )
-    add(
-        "--teacher_min_acc1",
-        type=float,
-        default=0.0,
-        help="stop if the teacher's accuracy is below this, in percent",
-    )
-    add(
-        "--teacher_device",
-        help="device that runs the teacher, such as cpu or cuda:1 (default: the same as --device)",
-    )
-    add(
-        "--teacher_dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="data type of the teacher's weights and computation",
-    )
-
-    add = parser.add_argument_group(TEACHER_CACHE).add_argument
-    add(
-        "--teacher_cache",
-        type=expanduser,
-        help="cache folder for teacher logits; filled by the first run and read by later ones",
-    )
-    add(
-        "--teacher_views",
-        type=int,
-        help="number of distinct augmented epochs; later epochs repeat them "
-        "(default: as many as epochs)",
-    )
-    add(
-        "--teacher_cache_dtype",
-        default="float16",
-        choices=("float16", "float32"),
-        help="data type of cached logits",
-    )
-    add(
-        "--teacher_cache_topk",
-        type=int,
-        help="cache only the k largest logits per image (default: all)",
-    )
-    add(
-        "--teacher_cache_only",
-        type=str2bool,
-        default=False,
-        help="fill the teacher cache and exit without training",
-    )
-    add(
-        "--teacher_cache_range",
-        help="fill only these views with --teacher_cache_only, such as 0:50 (default: all)",
-    )
+# ------------------------------------------------------------------------- flags by what they do
 
 
-def _add_run_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "--batch_size",
-        type=int,
-        help="images per process and forward pass (default: 64, or 32, 16 or 8 so that an epoch "
-        "of few images has 50 batches)",
-    )
-    add("--epochs", type=int, default=300, help="number of passes over the training images")
-    add(
-        "--update_freq",
-        type=int,
-        default=1,
-        help="number of batches accumulated into one optimizer step",
-    )
-    add("--seed", type=int, default=0, help="random seed")
-    add(
-        "--data_seed",
-        type=int,
-        help="random seed of the order, the augmentation and the subset of the training images; a "
-        "teacher cache serves every --seed with one --data_seed (default: the same as --seed)",
-    )
-    add(
-        "--device",
-        help="device to train on: cuda, cuda:1, mps or cpu (default: the first that is available)",
-    )
-    add("--compile", type=str2bool, default=False, help="compile student and teacher with torch")
-    add("--use_amp", type=str2bool, default=False, help="train with automatic mixed precision")
-    add(
-        "--amp_dtype",
-        choices=("float16", "bfloat16"),
-        help="data type of mixed precision; float16 also scales the loss "
-        "(default: bfloat16 on the CPU and on GPUs that compute in it, else float16)",
-    )
-    add(
-        "--fast_cuda",
-        type=str2bool,
-        default=True,
-        help="on CUDA, use TF32 and let cuDNN choose the fastest kernels; pass false for restarts "
-        "that are as exact as the GPU's kernels",
-    )
-    add(
-        "--sync_bn",
-        type=str2bool,
-        default=False,
-        help="on CUDA, compute BatchNorm statistics over the batches of all processes",
-    )
-    add(
-        "--start_epoch",
-        type=int,
-        default=0,
-        help="number of the first epoch; a resumed run takes it from the checkpoint",
-    )
-
-    add = parser.add_argument_group("processes (set by torchrun)").add_argument
-    add("--dist_url", default="env://", help="address at which the processes meet")
-    add(
-        "--local_rank",
-        type=int,
-        help="accepted for old launchers and ignored; the variable LOCAL_RANK is used instead",
-    )
+def with_role(*roles: str) -> frozenset[str]:
+    """Names of the flags with one of these roles."""
+    return frozenset(flag.name for flag in FLAGS.values() if flag.role in roles)
 
 
-def _add_student_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("student").add_argument
-    add(
-        "--model",
-        help="timm architecture to train "
-        "(default: convnext_tiny, or cifar_resnet20 for images below 64 pixels)",
-    )
-    add("--drop_path", type=float, default=0.0, help="stochastic depth rate")
-    add(
-        "--input_size",
-        type=int,
-        help="side of the input images in pixels "
-        "(default: 224, or the size of the data set's images for cifar_* and mnist_* models)",
-    )
-    add(
-        "--pretrained",
-        type=str2bool,
-        default=False,
-        help="start the student from timm's weights of its architecture, with their input size and "
-        "normalization where no flag says otherwise, and with a new classifier for other classes",
-    )
-    add(
-        "--finetune",
-        type=expanduser,
-        default="",
-        help="checkpoint file whose weights the student starts from",
-    )
-    add(
-        "--linear_probe",
-        type=str2bool,
-        default=False,
-        help="train only the classifier, on the features of a frozen backbone from --finetune or "
-        "--pretrained true; augmentation is then off unless one of its flags is given",
-    )
-    add(
-        "--head_init_scale",
-        type=float,
-        default=1.0,
-        help="factor on the classifier's initial weights",
-    )
-    add(
-        "--model_key",
-        default="model|module",
-        help="keys under which --finetune looks for weights, separated by |",
-    )
-    add("--model_prefix", default="", help="load only the weights of --finetune with this prefix")
-
-    add = parser.add_argument_group(EMA).add_argument
-    add(
-        "--model_ema",
-        type=str2bool,
-        default=False,
-        help="keep an exponential moving average of the student's weights",
-    )
-    add("--model_ema_decay", type=float, default=0.9999, help="EMA decay per optimizer step")
-    add(
-        "--model_ema_warmup",
-        type=str2bool,
-        default=True,
-        help="let the EMA decay grow from 0, so that the average follows a short run",
-    )
-    add("--model_ema_force_cpu", type=str2bool, default=False, help="keep the EMA in host memory")
-    add(
-        "--model_ema_eval",
-        type=str2bool,
-        default=False,
-        help="also evaluate the EMA after each epoch",
-    )
-
-
-def _add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(OPTIMIZER).add_argument
-    add("--opt", default="adamw", help="any optimizer of timm's create_optimizer_v2")
-    add("--opt_eps", type=float, default=1e-8, help="epsilon of the optimizer")
-    add(
-        "--opt_betas",
-        type=float,
-        nargs="+",
-        help="betas of the optimizer, such as 0.9 0.999 (default: those of the optimizer)",
-    )
-    add(
-        "--clip_grad",
-        type=float,
-        help="maximum gradient norm; larger gradients are scaled down (default: no clipping)",
-    )
-    add("--momentum", type=float, default=0.9, help="SGD momentum")
-    add(
-        "--weight_decay",
-        type=float,
-        help="weight decay; not applied to biases and normalization layers "
-        "(default: 0.05, or 1e-4 for SGD)",
-    )
-    add(
-        "--weight_decay_end",
-        type=float,
-        help="final weight decay of a cosine schedule (default: constant weight decay)",
-    )
-    add(
-        "--lr",
-        type=float,
-        help="peak learning rate (default: 4e-3 at a total batch of 4096, or 0.1 at 128 for SGD, "
-        "scaled by the square root of the batch; higher for few steps from scratch; for "
-        "--linear_probe 2 divided by the number of features, unless with SGD)",
-    )
-    add(
-        "--layer_decay",
-        type=float,
-        default=1.0,
-        help="factor on the learning rate from each layer to the layer below",
-    )
-    add("--min_lr", type=float, default=1e-6, help="learning rate at the end of the cosine")
-    add(
-        "--warmup_epochs",
-        type=int,
-        help="epochs of linear warm-up (default: 20, or a fifth of a short run)",
-    )
-    add(
-        "--warmup_steps",
-        type=int,
-        default=-1,
-        help="optimizer steps of warm-up, instead of --warmup_epochs; -1 for unset",
-    )
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add(
-        "--class_weights",
-        default="none",
-        choices=("none", "balanced"),
-        help="weights of the classes in the label loss: all equal (none), or the inverse of each "
-        "class's share of the training images (balanced)",
-    )
-
-
-def _add_image_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(AUGMENTATION).add_argument
-    add(
-        "--color_jitter",
-        type=float,
-        default=0.4,
-        help="strength of color jitter; used only with --aa none",
-    )
-    add(
-        "--aa",
-        default="rand-m9-mstd0.5-inc1",
-        help="AutoAugment, RandAugment or AugMix policy in timm's notation; none for no policy",
-    )
-    add(
-        "--hflip",
-        type=float,
-        help="probability of a horizontal flip (default: 0.5; 0 for DIGITS and MNIST)",
-    )
-    add(
-        "--train_interpolation",
-        default="bicubic",
-        choices=("random", "bilinear", "bicubic"),
-        help="interpolation of the random crop",
-    )
-    add("--reprob", type=float, default=0.25, help="probability of random erasing")
-    add(
-        "--remode",
-        default="pixel",
-        choices=("const", "rand", "pixel"),
-        help="fill for random erasing: zeros, one random color, or random pixels",
-    )
-    add("--recount", type=int, default=1, help="maximum number of erased rectangles per image")
-
-    add = parser.add_argument_group(MIXING).add_argument
-    add("--mixup", type=float, default=0.8, help="alpha of mixup; 0 for none")
-    add("--cutmix", type=float, default=1.0, help="alpha of cutmix; 0 for none")
-    add(
-        "--cutmix_minmax",
-        type=float,
-        nargs=2,
-        help="minimum and maximum cut ratio; replaces --cutmix",
-    )
-    add("--mixup_prob", type=float, default=1.0, help="probability that images are mixed at all")
-    add(
-        "--mixup_switch_prob",
-        type=float,
-        default=0.5,
-        help="probability of cutmix instead of mixup where both are on",
-    )
-    add(
-        "--mixup_mode",
-        default="batch",
-        choices=("batch", "pair", "elem"),
-        help="draw the mix once per batch, per pair or per image; pair mixes neighbors in the "
-        "order of the epoch, where timm's pair mode mixes mirrored positions of the batch",
-    )
-
-
-def _add_data_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add(
-        "--data_set",
-        help="DIGITS (included), IMNET (a folder with train/ and val/), image_folder (one folder "
-        "of class folders), CIFAR (100 classes), CIFAR10, MNIST, FashionMNIST, or a name for "
-        "timm's create_dataset such as hfds/… (default: DIGITS without --data_path, else IMNET, or "
-        "image_folder where that folder holds neither train/ nor val/)",
-    )
-    add("--data_path", type=expanduser, help="folder of the data set")
-    add(
-        "--eval_data_path",
-        type=expanduser,
-        help="folder of the validation images of --data_set image_folder (default: a fifth of the "
-        "training images is held out)",
-    )
-    add(
-        "--labels",
-        type=expanduser,
-        help="text file with a path below --data_path and a class per line, separated by a comma, "
-        "a tab or a space, for training images that are not sorted into class folders",
-    )
-    add(
-        "--eval_labels",
-        type=expanduser,
-        help="text file like --labels for the validation images, with paths below "
-        "--eval_data_path, or without that flag below --data_path",
-    )
-    add("--nb_classes", type=int, help="expected number of classes (default: counted)")
-    add(
-        "--train_samples",
-        type=int,
-        help="train on a random subset of this many images, with every class in its proportion "
-        "(default: all)",
-    )
-    add(
-        "--unlabeled",
-        type=expanduser,
-        default="",
-        help="folder of images without labels, at any depth, that join the training images for the "
-        "distillation part of the loss; or 'rest': the images that --train_samples leaves out, "
-        "their labels unused (default: none)",
-    )
-    add(
-        "--holdout",
-        type=int,
-        help="hold out this many training images and evaluate on them instead of the validation "
-        "images; for tuning (default: none, or a fifth for image_folder without validation images)",
-    )
-    add(
-        "--imagenet_default_mean_and_std",
-        type=str2bool,
-        default=True,
-        help="normalize with the mean and standard deviation of ImageNet; false for 0.5 and 0.5",
-    )
-    add(
-        "--check_data",
-        type=str2bool,
-        default=False,
-        help="read every image before training; if some cannot be read, list all of them and stop",
-    )
-    add(
-        "--num_workers",
-        type=int,
-        help="loader workers per process (default: the cores per process, at most one per batch)",
-    )
-    add(
-        "--pin_mem",
-        type=str2bool,
-        default=True,
-        help="copy batches through page-locked memory on CUDA",
-    )
-
-
-def _add_output_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("output").add_argument
-    add(
-        "--output_dir",
-        type=expanduser,
-        default="",
-        help="folder for checkpoints and log.txt; nothing is saved where this is empty",
-    )
-    add(
-        "--log_dir",
-        type=expanduser,
-        help="folder for TensorBoard files, or 'none' (default: tb in --output_dir)",
-    )
-    add(
-        "--print_seconds",
-        type=float,
-        default=10,
-        help="least seconds between two lines within an epoch, where the output is no terminal",
-    )
-    add(
-        "--resume",
-        type=expanduser,
-        default="",
-        help="checkpoint to resume from, or to score with --eval true; flags that are not given "
-        "follow the checkpoint",
-    )
-    add(
-        "--auto_resume",
-        type=str2bool,
-        default=True,
-        help="resume from the newest checkpoint in --output_dir; false moves the files of the "
-        "earlier run aside",
-    )
-    add("--save_ckpt", type=str2bool, default=True, help="save checkpoints")
-    add("--save_ckpt_freq", type=int, default=1, help="epochs between two checkpoints")
-    add("--save_ckpt_num", type=int, default=3, help="number of epoch checkpoints to keep")
-    add(
-        "--save_ckpt_steps",
-        type=int,
-        help="optimizer steps between two checkpoints within an epoch (default: none within)",
-    )
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", type=str2bool, default=False, help="score the checkpoint of --resume and exit")
-    add(
-        "--use_ema",
-        default="auto",
-        choices=("auto", "true", "false"),
-        help="which weights of a checkpoint with an EMA to use as a teacher: the better ones by "
-        "their recorded accuracy, else the EMA (auto), the EMA (true) or the raw weights (false); "
-        "--eval true scores both with auto",
-    )
-    add(
-        "--report",
-        type=expanduser,
-        default="",
-        help="JSON file for accuracy per class, confusions and calibration of the last evaluation",
-    )
-    add(
-        "--calibrate",
-        type=str2bool,
-        default=False,
-        help="with --eval true: fit a temperature on the images that the training held out "
-        "(--holdout), and score with it too",
-    )
-    add(
-        "--crop_pct",
-        type=float,
-        help="fraction of the resized image that evaluation crops (default: 0.875; 1 for images "
-        "below 64 pixels or from 384 pixels up)",
-    )
-    add(
-        "--dist_eval",
-        type=str2bool,
-        default=True,
-        help="divide the validation images among the processes",
-    )
-    add(
-        "--eval_freq",
-        type=int,
-        default=1,
-        help="epochs between two evaluations; the last epoch is always evaluated",
-    )
-    add("--disable_eval", type=str2bool, default=False, help="train without evaluation")
+def with_cache(*kinds: str) -> list[str]:
+    """Names of the flags that a teacher cache treats in one of these ways."""
+    return [flag.name for flag in FLAGS.values() if flag.cache in kinds]
 
 
 def flags_of_group(title: str) -> list[str]:
-    """Names of the flags in one group of the parser, without dashes, as attributes of `args`."""
-    groups = get_args_parser()._action_groups
-    return [a.dest for group in groups if group.title == title for a in group._group_actions]
+    """Names of the flags in one group of --help."""
+    return [flag.name for flag in FLAGS.values() if flag.group == title]
 
 
-# Flags that say where and how a run computes and what it writes, not what it computes. They are
-# neither taken from a checkpoint nor compared with it.
-NOT_RECIPE = frozenset(
-    "given output_dir log_dir resume auto_resume start_epoch device teacher_device num_workers "
-    "pin_mem compile dist_url local_rank eval use_ema dist_eval save_ckpt save_ckpt_freq "
-    "save_ckpt_num save_ckpt_steps fast_cuda print_seconds report calibrate".split()
-)
-# Flags that name the data. A checkpoint knows its data by its contents, which may have moved.
-DATA_FLAGS = (
-    "data_set",
-    "data_path",
-    "eval_data_path",
-    "labels",
-    "eval_labels",
-    "holdout",
-    "nb_classes",
-    "unlabeled",
-)
-
-
-# Flags that set nothing in a run without a teacher; --teacher_views also repeats epochs without.
-OF_TEACHER = {*flags_of_group(KD), *flags_of_group(TEACHER), *flags_of_group(TEACHER_CACHE)}
-OF_TEACHER = (OF_TEACHER | {"unlabeled", "use_ema"}) - {"kd", "teacher_views"}
-
-
-def as_typed(value: Any) -> str:
-    """A value as one types it on the command line."""
-    values = value if isinstance(value, list) else [value]
-    return " ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+NOT_RECIPE = with_role(MACHINE) | {"given"}  # neither taken from a checkpoint nor compared with it
+DATA_FLAGS = with_role(DATA, VALIDATION)
+# Flags that set nothing in a run without a teacher.
+OF_TEACHER = frozenset(f.name for f in FLAGS.values() if {WITH_KD, KD_OR_EVAL} & {*f.needs})

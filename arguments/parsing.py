@@ -20,92 +20,89 @@ from arguments.derived import DATA_SETS, NO_AUGMENTATION
 from arguments.flags import (
     AUGMENTATION,
     DATA_FLAGS,
+    FLAGS,
     MIXING,
     NOT_RECIPE,
     flags_of_group,
     get_args_parser,
 )
+from utils import UserError
 
-# What other scripts call our flags and data sets.
-OTHER_FLAGS = {
-    "alpha": "kd_alpha",
-    "amp": "use_amp",
-    "arch": "model",
-    "data": "data_path",
-    "data_dir": "data_path",
-    "dataset": "data_set",
-    "img_size": "input_size",
-    "learning_rate": "lr",
-    "num_classes": "nb_classes",
-    "output": "output_dir",
-    "temperature": "kd_temperature",
-    "wd": "weight_decay",
-    "workers": "num_workers",
-}
 OTHER_DATA_SETS = {"cifar100": "CIFAR", "imagenet": "IMNET"}
 
 
+NOT_GIVEN = object()  # the value of a flag that a command line does not set
+
+
+def given_flags(argv: Sequence[str] | None) -> dict[str, Any]:
+    """The flags that a command line sets, with their values; UserError for one that is unknown."""
+    args = argparse.Namespace(**dict.fromkeys(FLAGS, NOT_GIVEN))
+    _, unknown = get_args_parser().parse_known_args(_words(argv), args)
+    if unknown:
+        raise UserError(unknown_flags(unknown))
+    return {name: value for name, value in vars(args).items() if value is not NOT_GIVEN}
+
+
 def parse_args(
-    argv: list[str] | None = None, saved: Mapping[str, Any] | None = None
+    argv: Sequence[str] | None = None, saved: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
+    """As `parse`, but a UserError ends the process with its line on stderr and code 2."""
+    try:
+        return parse(argv, saved)
+    except UserError as error:
+        argparse.ArgumentParser.error(get_args_parser(), str(error))
+
+
+def parse(
+    argv: Sequence[str] | None = None, saved: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:
     """Parse and check the command line and fill in every default.
 
     Args:
         argv: the flags; None for those of this process.
         saved: values for flags that are not given, such as those in a checkpoint.
-    Exits with code 2 and one line on stderr for a value that cannot work.
+    Raises: UserError for a value that cannot work.
     """
-    parser = get_args_parser()
-    words = _words(parser, argv)
-    parser.set_defaults(**(saved or {}))
-    args, unknown = parser.parse_known_args(words)
-    if unknown:
-        parser.error(unknown_flags(unknown, [action.dest for action in parser._actions]))
-    args.given = given_flags(words)
+    typed = given_flags(argv)
+    defaults = {flag.name: flag.default for flag in FLAGS.values()}
+    args = argparse.Namespace(**defaults | dict(saved or {}) | typed, given=sorted(typed))
     unify_spelling(args)
-    check_numbers(parser, args)
-    check_distillation(parser, args)
+    check_numbers(args)
+    check_distillation(args)
     of_images = {*flags_of_group(AUGMENTATION), *flags_of_group(MIXING)}
     if args.linear_probe and not of_images & {*args.given, *(saved or ())}:
         vars(args).update(NO_AUGMENTATION)
     fill_defaults(args)
     if not args.resume or saved is not None:  # else the checkpoint's flags are still to come
-        check_combinations(parser, args)
-        check_effects(parser, args)
-    check_names(parser, args)
+        check_combinations(args)
+        check_effects(args)
+    check_names(args)
     return args
 
 
-def given_flags(words: list[str]) -> list[str]:
-    """Names of the flags that a command line sets, whatever their values."""
-    parser = get_args_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return sorted(vars(parser.parse_args(words)))
-
-
-def _words(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
+def _words(argv: Sequence[str] | None) -> list[str]:
     """A command line, or that of this process for None, with --batch-size as --batch_size."""
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         flag, equals, value = word.partition("=")
-        underscored = flag[:2] + flag[2:].replace("-", "_")
-        is_flag = underscored in parser._option_string_actions
-        words.append(underscored + equals + value if is_flag else word)
+        name = flag[2:].replace("-", "_")
+        is_flag = flag.startswith("--") and name in FLAGS
+        words.append(f"--{name}{equals}{value}" if is_flag else word)
     return words
 
 
-def unknown_flags(words: Sequence[str], known: Collection[str]) -> str:
+def unknown_flags(words: Sequence[str]) -> str:
     """The error for words of a command line that belong to no flag, with similar flags."""
-    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    told = []
-    for flag in flags:
-        name = flag.lstrip("-").replace("-", "_")
-        other = OTHER_FLAGS.get(name)
-        similar = [other] if other else difflib.get_close_matches(name, known, n=2, cutoff=0.75)
-        names = " or ".join(f"--{flag}" for flag in similar)
-        told.append(f"{flag}; did you mean {names}?" if names else f"{flag}; see --help")
-    return "unrecognized arguments: " + " ".join(told or [*words[:-1], f"{words[-1]}; see --help"])
+    elsewhere = {word: flag.name for flag in FLAGS.values() for word in flag.known_as.split()}
+    problems = []
+    for typed in [word.partition("=")[0] for word in words if word.startswith("--")]:
+        name = typed.lstrip("-").replace("-", "_")
+        similar = difflib.get_close_matches(name, FLAGS, n=2, cutoff=0.75)
+        names = [elsewhere[name]] if name in elsewhere else similar
+        guess = " or ".join(f"--{flag}" for flag in names)
+        problems.append(f"{typed}; did you mean {guess}?" if guess else f"{typed}; see --help")
+    problems = problems or [*words[:-1], f"{words[-1]}; see --help"]
+    return f"unrecognized arguments: {' '.join(problems)}"
 
 
 def unify_spelling(args: argparse.Namespace) -> None:
@@ -133,11 +130,11 @@ def _plain(name: str) -> str:
 def follow_checkpoint(
     saved_args: Mapping[str, Any], given: Collection[str], is_eval: bool
 ) -> dict[str, Any]:
-    """What a run takes from the arguments in a checkpoint where the command line says nothing.
+    """What a run takes from the arguments in a checkpoint for flags that are not given.
 
     Args:
         is_eval: take the model and the data, but not the recipe of training.
-    Returns: values for `parse_args(argv, saved=…)`.
+    Returns: values for `parse(argv, saved=…)`.
     """
     skipped = set(NOT_RECIPE)
     if {"data_set", "data_path"} & set(given):
@@ -147,7 +144,7 @@ def follow_checkpoint(
     for flag, chosen in (("epochs", "warmup_epochs"), ("seed", "data_seed")):
         if flag in given and chosen not in saved_args.get("given", ()):
             skipped.add(chosen)  # was chosen by default for the earlier value of the flag
-    known = {action.dest for action in get_args_parser()._actions} - skipped
+    known = FLAGS.keys() - skipped
     if is_eval:
         known &= {"model", "input_size", "batch_size", *DATA_FLAGS} - {"unlabeled"}
     return {name: value for name, value in saved_args.items() if name in known}

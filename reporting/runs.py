@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arguments.flags import NOT_RECIPE, OF_TEACHER, as_typed
+from arguments.flags import NOT_RECIPE, OF_TEACHER, REPEAT, with_role
+from arguments.kinds import as_typed
 from reporting.plots import Curve
 from utils import UserError
 
-# Flags that do not change what a run computes, or only how it is repeated.
-NOT_COMPARED = NOT_RECIPE | {"seed", "data_seed", "teacher_cache", "teacher_cache_only"}
-NOT_COMPARED |= {"teacher_cache_range", "teacher_eval", "teacher_min_acc1", "check_data"}
+NOT_COMPARED = NOT_RECIPE | with_role(REPEAT)
 SCORE = "test_acc1"
 VAL_IMAGES, CHANGES = "val_images", "changes"  # in args.json beside the flags
 NAMED_BY_SEED = ("teacher_path", "finetune")  # may be teacher_0/best.pth for seed 0, and so on

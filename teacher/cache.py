@@ -22,7 +22,7 @@ from arguments.derived import (
     is_own_module,
     teachers_of,
 )
-from arguments.flags import AUGMENTATION, MIXING, flags_of_group
+from arguments.flags import COMPARED, IF_MIXED, with_cache
 from data.loaders import image_sample
 from data.order import EpochBatches
 from data.pictures import DECODER
@@ -84,14 +84,12 @@ def manifest_of(
 ) -> dict[str, Any]:
     """Everything that the teacher's logits on the training images depend on, in plain values.
 
-    Other flags may differ between runs that share a cache. A new flag that changes the images
-    belongs in one of the groups AUGMENTATION and MIXING of flags.py, and is then compared.
+    Other flags may differ between runs that share a cache. A flag says in arguments/flags.py what
+    a cache makes of it.
     """
-    flags = ["input_size", "imagenet_default_mean_and_std", *flags_of_group(AUGMENTATION)]
-    flags += ["teacher_arch", "teacher_norm", "teacher_input_size", "teacher_dtype"]
-    flags += ["teacher_cache_dtype", "teacher_cache_topk"]
+    flags = with_cache(COMPARED)
     if is_mixed(args):
-        flags += flags_of_group(MIXING)
+        flags += with_cache(IF_MIXED)
         if args.mixup_mode != "pair":  # an image is mixed with another image of its batch
             flags.append("batch_size")
     teachers = teachers_of(args)

@@ -14,6 +14,7 @@ from torch import nn
 import models
 import utils
 from arguments.derived import teachers_of, views_of
+from arguments.flags import VALIDATION, with_role
 from data.loaders import DeviceLoader
 from data.order import EpochBatches
 from data.sources import ImageSource, Source, Subset, evenly
@@ -35,7 +36,6 @@ CAUSES = (
 )
 EMA_CAUSE = "an average (EMA) that had too few steps to follow the weights"
 CHANCE_LEVEL = 0.01  # how often a teacher that guesses may go without a warning
-SCORED_BY = ("data_set", "data_path", "eval_data_path", "eval_labels", "holdout")
 LOST = 2.0  # percentage points below the recorded accuracy from which on a run warns
 MOST_ASKED = 1000  # images without a label that the teacher is asked about before training
 FOREIGN = 0.2  # by how much less sure the teacher is of images that are not of its kind
@@ -192,7 +192,7 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
         dtype = getattr(torch, args.teacher_dtype)
         adapter = TeacherAdapter(network, data.config, dtype)
         trained = network.info.args
-        if all(trained.get(name) == getattr(args, name) for name in SCORED_BY):
+        if all(trained.get(name) == getattr(args, name) for name in with_role(VALIDATION)):
             adapter.expected_acc1 = network.info.recorded_acc1
         networks.append(adapter)
         weights.append(weight)

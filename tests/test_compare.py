@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import QUICK, ROOT
+from helpers import QUICK, ROOT, teacher_flags
 
 import compare
 import sweep
@@ -313,31 +313,54 @@ def test_a_picture_is_drawn_after_the_table_or_the_missing_package_named(tmp_pat
 # -------------------------------------------------------------------------------------- sweeps
 
 
-def sweep_lines(capsys, *argv: object) -> list[list[str]]:
-    words = ["--out", "runs", "--print_commands", *map(str, argv)]
-    assert sweep.main(words) == 0
-    return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+@pytest.fixture
+def sweep_lines(capsys):
+    """The commands that a sweep would run, in words."""
+
+    def lines(*argv: object) -> list[list[str]]:
+        words = ["--out", "runs", "--print_commands", *map(str, argv)]
+        capsys.readouterr()  # of the test so far
+        assert sweep.main(words) == 0
+        return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+    return lines
+
+
+@pytest.fixture
+def refused_sweep(capsys, tmp_path):
+    """The error of a sweep that ends with code 2."""
+
+    def error(*argv: str) -> str:
+        assert sweep.main(["--out", str(tmp_path / "runs"), *argv]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return error
 
 
 def after(flag: str, argv: list[str]) -> str | None:
     return argv[argv.index(flag) + 1] if flag in argv else None
 
 
-def test_flags_of_the_teacher_are_dropped_and_one_cache_serves_a_seed(capsys):
+def test_flags_of_the_teacher_are_dropped_and_one_cache_serves_a_seed(sweep_lines, tmp_path):
+    teacher = tmp_path / "b c.pth"
+    teacher.touch()
     vary = ["--vary", "kd=false,true", "--vary", "kd_alpha=0.5,0.9", "--vary", "seed=0,1"]
-    common = ["--epochs", 2, "--teacher_arch", "a", "--teacher_path", "b c.pth", "--lr", "1e-3"]
-    lines = sweep_lines(capsys, *vary, "--", *common)
+    common = ["--epochs", 2, "--teacher_arch", "resnet18", "--teacher_path", teacher]
+    common += ["--lr", "1e-3"]
+    lines = sweep_lines(*vary, "--", *common)
     plain, distilled = lines[:2], lines[2:]
     assert len(lines) == 6 and not any("--teacher_path" in argv for argv in plain)
     assert not any({"--kd_alpha", "--teacher_cache"} & set(argv) for argv in plain)
-    assert all(after("--teacher_path", argv) == "b c.pth" for argv in distilled)
+    assert all(after("--teacher_path", argv) == str(teacher) for argv in distilled)
     caches = {after("--seed", argv): after("--teacher_cache", argv) for argv in distilled}
     assert caches == {"0": "runs/teacher_cache,seed=0", "1": "runs/teacher_cache,seed=1"}
     assert len({after("--output_dir", argv) for argv in lines}) == 6
     assert all(after("--lr", argv) == "1e-3" for argv in lines)
-    shared = sweep_lines(capsys, *vary, "--", *common, "--data_seed", 0)
+    shared = sweep_lines(*vary, "--", *common, "--data_seed", 0)
     assert {after("--teacher_cache", argv) for argv in shared[2:]} == {"runs/teacher_cache"}
-    launched = sweep_lines(capsys, "--launcher", "torchrun --nproc_per_node=8", *vary)
+    launcher = ["--launcher", "torchrun --nproc_per_node=8"]
+    launched = sweep_lines(*launcher, "--vary", "seed=0,1")
     assert launched[0][:2] == ["torchrun", "--nproc_per_node=8"]
 
 
@@ -349,14 +372,44 @@ BAD_SWEEPS = {
     "--vary seed=0 -- --seed 1": "--seed: is set by --vary",
     "--vary seed=0 -- --output_dir x": "--output_dir: is set by the sweep",
     "--vary data_path=a/b,a_b": "two combinations would share the folder data_path=a_b",
+    "--vary seed=0,1 --epochs 1": "unrecognized arguments: --epochs 1; flags of main.py follow "
+    "after --",
+    "--vary lr=1e-3,abc": "argument --lr: invalid float value: 'abc' (commas separate values",
+    "--vary kd=false,true": "run kd=true: --kd true needs --teacher_path and --teacher_arch",
+    "--vary kd_alpha=0.5,0,9 -- KD": "--vary kd_alpha=0.5,0,9: 9 must lie in 0…1 (commas "
+    "separate values; decimals take a point",
+    "--vary model=cifar_resnet8,resnet19": "run model=resnet19: --model resnet19: timm knows no "
+    "such architecture",
+    "--vary opt=adamw,adamm": "run opt=adamm: --opt adamm: ",
+    "--print_commands --vary lr=1e-3,nan": "lr=1e-3,nan: nan must be 0 or more",
 }
 
 
 @pytest.mark.parametrize("flags", BAD_SWEEPS)
-def test_a_sweep_that_cannot_work_is_refused(capsys, tmp_path, flags):
-    with pytest.raises(SystemExit) as stop:
-        sweep.main(["--out", str(tmp_path / "runs"), *flags.split()])
-    assert stop.value.code == 2 and BAD_SWEEPS[flags] in capsys.readouterr().err
+def test_a_sweep_that_cannot_work_is_refused_before_its_first_run(
+    refused_sweep, tmp_path, teacher_file, monkeypatch, flags
+):
+    monkeypatch.setattr(sweep, "run", lambda argv: pytest.fail("a run was started"))
+    kd = teacher_flags(teacher_file)
+    words = [w for word in flags.split() for w in (kd if word == "KD" else [word])]
+    assert BAD_SWEEPS[flags] in refused_sweep(*words)
+
+
+def test_a_moved_clone_or_another_python_is_the_same_sweep(
+    sweep_lines, refused_sweep, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sweep, "run", lambda argv: 0)
+    out = tmp_path / "runs"
+    out.mkdir()
+    argv = ["--vary", "seed=0,1", "--out", str(out), "--", "--epochs", "3"]
+    assert sweep.main(argv) == 0
+    record = out / sweep.RECORD
+    moved = record.read_text().replace(str(sweep.MAIN.parent), "/elsewhere")
+    record.write_text(moved.replace(sys.executable, "/usr/bin/python4"))
+    assert "/elsewhere/main.py" in record.read_text()
+    assert sweep_lines("--vary", "seed=0,1,2", "--out", out, "--", "--epochs=3")[0][-3] == "2"
+    error = refused_sweep("--vary", "seed=0,1", "--", "--epochs", "4")
+    assert "seed=0 was trained by another command" in error
 
 
 def test_a_sweep_is_resumed_skips_what_is_finished_and_refuses_other_commands(tmp_path):

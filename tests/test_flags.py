@@ -13,14 +13,25 @@ import pytest
 import timm.data
 from helpers import ROOT, teacher_flags
 
-from arguments.checks import REMEDIES, dependences, effects_line
+from arguments.checks import REMEDIES, effects_line
 from arguments.derived import teachers_of
-from arguments.flags import KD, TEACHER, TEACHER_CACHE, flags_of_group, get_args_parser, str2bool
-from arguments.parsing import OTHER_FLAGS, parse_args
+from arguments.flags import (
+    COMPARED,
+    DATA,
+    FLAGS,
+    FOLLOWED,
+    IF_MIXED,
+    MACHINE,
+    OF_TEACHER,
+    REPEAT,
+    VALIDATION,
+    with_cache,
+    with_role,
+)
+from arguments.kinds import FILE, FOLDER, SWITCH, Kind
+from arguments.parsing import parse_args
 from examples import digits_demo
 from tools import kill_test, weight_hashes
-
-ACTIONS = {a.dest: a for a in get_args_parser()._actions if a.dest != "help"}
 
 
 @pytest.fixture
@@ -40,19 +51,20 @@ def parse(capsys):
 
 # ------------------------------------------------------------------------------------ numbers
 
-NUMERIC = sorted(flag for flag, action in ACTIONS.items() if action.type in (int, float))
+NUMERIC = [f for f in FLAGS.values() if isinstance(f.kind, Kind) and f.kind.parse in (int, float)]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-2"])
-@pytest.mark.parametrize("flag", NUMERIC)
-def test_no_numeric_flag_takes_nan_infinity_or_a_negative_number(parse, flag, value):
-    """A new numeric flag needs a range in arguments.RANGES; without one this test fails."""
-    if flag == "local_rank" and value == "-2":
-        return  # old launchers pass -1; the flag is ignored
-    error = parse(f"--{flag}", *[value] * (2 if ACTIONS[flag].nargs else 1))
-    assert f"--{flag}" in error and value in error
-    assert "invalid int value" in error or re.search(r"must (be|lie) ", error)
-    assert "negative" not in error
+def test_no_numeric_flag_takes_nan_infinity_or_a_negative_number(parse, value):
+    assert len(NUMERIC) >= 48
+    for flag in NUMERIC:
+        if flag.name == "local_rank" and value == "-2":
+            continue  # old launchers pass -1; the flag is ignored
+        error = parse(f"--{flag.name}", *[value] * (2 if flag.nargs else 1))
+        assert isinstance(error, str), flag.name
+        assert f"--{flag.name}" in error and value in error
+        assert "invalid int value" in error or re.search(r"must (be|lie) ", error)
+        assert "negative" not in error
 
 
 NOT_ALLOWED = {
@@ -67,14 +79,15 @@ NOT_ALLOWED = {
     "--epochs 5 --warmup_epochs 6": "--warmup_epochs 6: longer than the run of 5 epochs",
     "--drop_path 2": "--drop_path 2.0: must lie in 0…1",
     "--data_set IMNET": "--data_set IMNET: needs a folder; pass --data_path FOLDER",
-    "--eval true": "--eval true needs a checkpoint",
+    "--eval true": "--eval true: needs a checkpoint to score; pass --resume FILE",
     "--lr nan": "--lr nan: must be 0 or more and finite",
     "--momentum 5": "--momentum 5.0: must lie in 0…1",
     "--smoothing 1": "--smoothing 1.0: must be 0 or more and below 1",
     "--crop_pct 0": "--crop_pct 0.0: must be above 0 and at most 1",
     "--opt_betas 0.9 1": "--opt_betas 0.9 1.0: must be 0 or more and below 1",
     "--opt_betas 0.9": "--opt_betas 0.9: pass two numbers",
-    "--teacher_min_acc1 101": "--teacher_min_acc1 101.0: must lie in 0…100",
+    "--teacher_min_acc1 101": "--teacher_min_acc1 101.0: must be 0, or lie in 1…100",
+    "--teacher_min_acc1 0.4": "pass 40 for a fraction of 0.4",
     "--model_ema_decay 1": "--model_ema_decay 1.0: must be 0 or more and below 1",
     "--start_epoch 5 --epochs 5": "--start_epoch 5: must be below the number of epochs (5)",
     "--min_lr 1 --lr 0.1": "--min_lr 1.0: above --lr 0.1",
@@ -151,18 +164,13 @@ def test_a_flag_without_effect_is_refused_with_its_remedy(parse, flags):
     assert "no effect" in error and WITHOUT_EFFECT[flags] in error and "; " in error
 
 
-KD_GROUPS = (KD, TEACHER, TEACHER_CACHE)
-OF_KD = [flag for group in KD_GROUPS for flag in flags_of_group(group)]
-
-
-@pytest.mark.parametrize("flag", [f for f in OF_KD if f not in ("kd", "teacher_views")])
+@pytest.mark.parametrize("flag", sorted(OF_TEACHER - {"unlabeled", "use_ema"}))
 def test_no_flag_of_the_teacher_is_swallowed_without_kd(parse, flag):
-    action = ACTIONS[flag]
-    value = action.choices[0] if action.choices else "1"
-    assert "--kd true" in parse(f"--{flag}", value)
+    kind = FLAGS[flag].kind
+    assert "--kd true" in parse(f"--{flag}", "1" if isinstance(kind, Kind) else kind[0])
 
 
-# Where the switch itself is on the command line, as in a script that varies the switch.
+# If the switch itself is on the command line, as in a script that varies the switch.
 REPORTED = {
     "--kd false --kd_alpha 0.9 --teacher_arch a --teacher_path b": "--teacher_path, "
     "--teacher_arch, --kd_alpha (without --kd true)",
@@ -205,7 +213,7 @@ def test_an_evaluation_names_the_flags_of_training_and_scores_the_same(run_main,
     run_main(*short, output_dir=tmp_path)
     flags = ["--eval", "true", "--resume", tmp_path / "checkpoint-1.pth"]
     plain, named = run_main(*flags), run_main(*flags, "--epochs", 7, "--mixup", 0)
-    assert named.out.startswith("Without effect in this run: --mixup, --epochs (with --eval true)")
+    assert named.out.startswith("Without effect in this run: --epochs, --mixup (with --eval true)")
     assert plain.out.splitlines() == named.out.splitlines()[1:]
 
 
@@ -216,11 +224,50 @@ def test_a_resumed_run_judges_flags_with_those_of_its_checkpoint(parse, teacher_
     assert "--kd_alpha 0.3 has no effect without --kd true" in parse(*words, saved={})
 
 
-def test_the_table_of_dependences_names_flags_and_remedies():
-    for row in dependences():
-        assert row.flags and {*row.flags, *row.switches} <= ACTIONS.keys(), row.otherwise
-        assert row.otherwise.split()[0] in REMEDIES
-        assert len(set(row.flags)) == len(row.flags), row.otherwise
+def test_what_a_flag_needs_names_flags_and_a_remedy():
+    for flag in FLAGS.values():
+        assert len(set(flag.needs)) == len(flag.needs), flag.name
+        for need in flag.needs:
+            assert set(need.switches) <= FLAGS.keys(), flag.name
+            assert need.otherwise.split()[0] in REMEDIES
+            assert set(re.findall(r"--(\w+)", need.otherwise)) <= FLAGS.keys()
+
+
+ROLES = {
+    DATA: "labels nb_classes unlabeled",
+    VALIDATION: "data_path data_set eval_data_path eval_labels holdout",
+    REPEAT: "check_data data_seed seed teacher_cache teacher_cache_only teacher_cache_range "
+    "teacher_eval teacher_min_acc1",
+    MACHINE: "auto_resume calibrate compile device dist_eval dist_url eval fast_cuda local_rank "
+    "log_dir num_workers output_dir pin_mem print_seconds report resume save_ckpt save_ckpt_freq "
+    "save_ckpt_num save_ckpt_steps start_epoch teacher_device use_ema",
+}
+IN_CACHE = {
+    COMPARED: "aa color_jitter hflip imagenet_default_mean_and_std input_size recount remode "
+    "reprob teacher_arch teacher_cache_dtype teacher_cache_topk teacher_dtype teacher_input_size "
+    "teacher_norm train_interpolation",
+    IF_MIXED: "cutmix cutmix_minmax mixup mixup_mode mixup_prob mixup_switch_prob",
+    FOLLOWED: "amp_dtype batch_size data_path data_set eval_data_path eval_labels holdout labels "
+    "nb_classes teacher_classes teacher_path teacher_views teacher_weights train_samples "
+    "unlabeled use_amp",
+}
+
+
+WITH_A_TEACHER = (
+    "kd_alpha kd_temperature teacher_arch teacher_cache teacher_cache_dtype teacher_cache_only "
+    "teacher_cache_range teacher_cache_topk teacher_classes teacher_device teacher_dtype "
+    "teacher_eval teacher_input_size teacher_min_acc1 teacher_norm teacher_path teacher_weights "
+    "unlabeled use_ema"
+)
+
+
+def test_a_new_flag_enters_these_lists_on_purpose():
+    """What is in none of them is part of the recipe, and does not change what a cache holds."""
+    for role, names in ROLES.items():
+        assert sorted(with_role(role)) == names.split(), role
+    for kind, names in IN_CACHE.items():
+        assert sorted(with_cache(kind)) == names.split(), kind
+    assert sorted(OF_TEACHER) == WITH_A_TEACHER.split()
 
 
 def test_a_minimum_for_a_teacher_that_is_not_scored_is_refused(run_main, kd, short):
@@ -266,9 +313,9 @@ def test_a_mistyped_flag_gets_near_names(parse, words):
     assert MISTYPED[words] in parse(*words.split())
 
 
-def test_every_other_name_of_a_flag_leads_to_a_flag():
-    assert set(OTHER_FLAGS.values()) <= ACTIONS.keys()
-    assert not OTHER_FLAGS.keys() & ACTIONS.keys()
+def test_no_name_that_other_scripts_use_is_a_flag_or_leads_to_two():
+    names = [name for flag in FLAGS.values() for name in flag.known_as.split()]
+    assert len(names) == len(set(names)) >= 13 and not set(names) & FLAGS.keys()
 
 
 def test_dashes_are_taken_for_underscores(parse):
@@ -278,7 +325,7 @@ def test_dashes_are_taken_for_underscores(parse):
 
 
 def test_a_switch_alone_means_true(parse, teacher_file):
-    switches = [flag for flag, a in ACTIONS.items() if a.type is str2bool]
+    switches = [flag.name for flag in FLAGS.values() if flag.kind == SWITCH]
     assert {"kd", "model_ema", "use_amp", "eval", "compile"} <= set(switches)
     for switch in switches:
         alone = parse("--resume", teacher_file, *teacher_flags(teacher_file)[2:], f"--{switch}")
@@ -291,9 +338,7 @@ def test_a_tilde_in_a_path_is_the_home_folder(parse, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("a.pth", "b.pth"):
         (tmp_path / name).touch()
-    starts = r"(cache )?folder|(text|checkpoint) file|checkpoint to"
-    paths = {f for f, action in ACTIONS.items() if re.match(starts, action.help)}
-    assert len(paths) == 12
+    paths = {flag.name for flag in FLAGS.values() if flag.kind in (FILE, FOLDER)}
     paths -= {"teacher_path", "unlabeled"}  # a list, and one that must exist: see below
     words = [f"--{flag}=~/a.pth" for flag in paths]
     words += "--kd true --data_set image_folder --teacher_arch cifar_resnet8,resnet18".split()

@@ -5,13 +5,13 @@
 A test compares the file with what this writes, so run it after every change of a flag.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from arguments.flags import get_args_parser  # noqa: E402
+from arguments.flags import FLAGS, Flag, flags_of_group  # noqa: E402
+from arguments.kinds import Kind, as_typed  # noqa: E402
 
 HEAD = """# Every flag
 
@@ -19,39 +19,26 @@ HEAD = """# Every flag
 Names and defaults follow the ConvNeXt and DeiT scripts where those have the flag. Switches take
 `true` or `false`.
 """
-TABLE = "| flag | default | meaning |\n| --- | --- | --- |\n"
 
 
-def row(action: argparse.Action) -> str:
+def row(flag: Flag) -> str:
     """One line of the table."""
-    meaning, _, stated = (action.help or "").partition(" (default: ")
-    if stated:
-        default = stated.rstrip(")")
-    elif isinstance(action.default, bool):
-        default = str(action.default).lower()
-    elif action.default in (None, ""):
-        default = "none"
-    else:
-        default = str(action.default)
-    if action.choices and not all(choice in meaning for choice in action.choices):
-        meaning += f" ({', '.join(action.choices)})"
-    cells = [f"`{action.option_strings[0]}`", default, meaning]
+    meaning, _, stated = flag.help.partition(" (default: ")
+    no_default = flag.default in (None, "")
+    default = stated.rstrip(")") or ("none" if no_default else as_typed(flag.default))
+    if not isinstance(flag.kind, Kind) and not all(choice in meaning for choice in flag.kind):
+        meaning += f" ({', '.join(flag.kind)})"
+    cells = [f"`--{flag.name}`", default, meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def page() -> str:
     """The whole page."""
     text = HEAD
-    for group in get_args_parser()._action_groups:
-        actions = [a for a in group._group_actions if a.dest != "help"]
-        if actions:
-            title = f"{group.title}"
-            title = title[:1].upper() + title[1:]
-            rows = [row(action) for action in actions]
-            text += "\n".join(
-                ["", f"## {title}", "", "| flag | default | meaning |", "| --- | --- | --- |"]
-            )
-            text += "\n" + "\n".join(rows) + "\n"
+    for title in dict.fromkeys(flag.group for flag in FLAGS.values()):
+        text += f"\n## {title[:1].upper()}{title[1:]}\n\n| flag | default | meaning |\n"
+        text += "| --- | --- | --- |\n"
+        text += "".join(f"{row(FLAGS[name])}\n" for name in flags_of_group(title))
     return text
 
 

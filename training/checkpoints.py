@@ -18,7 +18,8 @@ from torch import nn
 
 import utils
 from arguments.derived import teachers_of
-from arguments.flags import DATA_FLAGS, NOT_RECIPE, as_typed
+from arguments.flags import DATA_FLAGS, NOT_RECIPE
+from arguments.kinds import as_typed
 from models.weights import FORMAT, Checkpoint, load_network, read_checkpoint
 from reporting.recorder import scores_of
 from runtime import distributed
@@ -265,7 +266,7 @@ class RunState:
         if not checkpoint.run_args:
             return  # a release, or a file of another project
         path, recipe = checkpoint.path, utils.changes(checkpoint.args, self.args)
-        skipped = NOT_RECIPE | {*DATA_FLAGS, "val_images"}
+        skipped = NOT_RECIPE | DATA_FLAGS | {"val_images"}
         self.changes = {name: change for name, change in recipe.items() if name not in skipped}
         differences = itertools.chain(
             _data_differences(utils.changes(checkpoint.data, self.data_config)),

@@ -1,0 +1,80 @@
+"""What a flag takes: files, names, switches, and numbers with the range that is allowed."""
+
+import argparse
+import math
+from collections.abc import Callable
+from os.path import expanduser
+from typing import Any, NamedTuple
+
+
+def str2bool(value: str) -> bool:
+    """'true' and 'false', and their usual other spellings."""
+    if value.lower() in ("true", "t", "yes", "y", "1"):
+        return True
+    if value.lower() in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{value}' is neither true nor false")
+
+
+def as_typed(value: Any) -> str:
+    """A value as one types it on the command line."""
+    values = value if isinstance(value, list) else [value]
+    return " ".join(str(v).lower() if isinstance(v, bool) else str(v) for v in values)
+
+
+class ShowDefaults(argparse.HelpFormatter):
+    """Adds '(default: …)' to the help of every flag that does not state its default in words."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **{"max_help_position": 28} | keywords)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        help_text = action.help or ""
+        is_stated = "(default" in help_text or action.default in (None, "", argparse.SUPPRESS)
+        return help_text if is_stated else f"{help_text} (default: {as_typed(action.default)})"
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        text = self._metavar_formatter(action, default_metavar)(1)[0]
+        if action.nargs == "?":  # argparse would print [true|false]
+            return text
+        if action.nargs == "+":  # and FILE [FILE ...]
+            return f"{text} ..."
+        return super()._format_args(action, default_metavar)
+
+
+class Kind(NamedTuple):
+    """What a flag takes.
+
+    Attributes:
+        parse: text -> value.
+        metavar: what --help shows for the value.
+        remedy: 'must …' for a number that is out of range; every kind of number has one.
+        holds: whether a number is allowed; False for NaN, since NaN compares as False.
+    """
+
+    parse: Callable[[str], Any]
+    metavar: str
+    remedy: str = ""
+    holds: Callable[[float], bool] = lambda value: True
+
+
+NAME = Kind(str, "NAME")
+FILE = Kind(expanduser, "FILE")
+FOLDER = Kind(expanduser, "FOLDER")
+SWITCH = Kind(str2bool, "true|false")  # alone, the flag means true
+
+WHOLE = Kind(int, "N", "must be a whole number")
+COUNT = Kind(int, "N", "must be 1 or more", lambda value: value >= 1)
+FROM_0 = Kind(int, "N", "must be 0 or more", lambda value: value >= 0)
+FROM_0_OR_UNSET = Kind(int, "N", "must be 0 or more, or -1 for unset", lambda value: value >= -1)
+POSITIVE = Kind(float, "X", "must be above 0 and finite", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Kind(float, "X", "must be 0 or more and finite", lambda value: 0 <= value < math.inf)
+SHARE = Kind(float, "X", "must lie in 0…1", lambda value: 0 <= value <= 1)
+SHARE_BELOW_1 = Kind(float, "X", "must be 0 or more and below 1", lambda value: 0 <= value < 1)
+SHARE_ABOVE_0 = Kind(float, "X", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
+PERCENT = Kind(
+    float,
+    "X",
+    "must be 0, or lie in 1…100: it is in percent, so pass 40 for a fraction of 0.4",
+    lambda value: value == 0 or 1 <= value <= 100,
+)
