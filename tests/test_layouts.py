@@ -15,10 +15,10 @@ from helpers import CPU, QUICK, teacher_flags, write_images
 
 import datasets
 import losses
-from arguments.derived import is_mixed
 from arguments.parsing import parse_args
 from data.readers import labeled_images
 from data.sources import ImageSource
+from losses import WeightedCrossEntropy
 from training.criterion import make_criterion
 
 SMALL = ["--input_size", 32, "--batch_size", 8]
@@ -191,26 +191,54 @@ def test_balanced_weights_are_those_of_their_definition():
     assert losses.balanced_weights(np.arange(5), 5).tolist() == [1.0] * 5
 
 
-@pytest.mark.parametrize("flags", ["", "--smoothing 0", "--mixup 0 --cutmix 0", "PLAIN"])
-def test_the_weighted_label_loss_is_its_formula_and_torchs(flags):
-    args = parsed(*flags.replace("PLAIN", "--mixup 0 --cutmix 0 --smoothing 0").split())
-    rng = torch.Generator().manual_seed(3)
-    logits = torch.randn(7, 4, generator=rng, dtype=torch.float64)
-    weights = torch.tensor([0.5, 1.0, 0.0, 4.0], dtype=torch.float64)
-    loss = -logits.log_softmax(1)
-    if is_mixed(args):
-        targets = torch.rand(7, 4, generator=rng, dtype=torch.float64).softmax(1)
-        expected = (weights * targets * loss).sum() / 7
-        torchs = F.cross_entropy(logits, targets, weights)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["plain", "mixed", "partly labeled"])
+def test_a_class_weight_belongs_to_the_image_and_not_to_the_terms_of_its_label(kind, smoothing):
+    flags = ["--smoothing", smoothing, *(["--mixup", 0, "--cutmix", 0] if kind == "plain" else [])]
+    args, rng = parsed(*flags), np.random.default_rng(3)
+    w, images, classes = np.array([0.5, 1.0, 0.0, 4.0]), 7, 4
+    logits = rng.normal(size=(images, classes))
+    first, second = rng.choice([0, 1, 3], (2, images))
+    kept = {"plain": np.ones(images), "mixed": rng.random(images)}.get(kind, np.arange(images) / 6)
+    ce, weight = np.zeros(images), np.zeros(images)
+    soft = np.zeros((images, classes))
+    for i, row in enumerate(logits):
+        minus_log_p = np.log(np.exp(row).sum()) - row
+        parts = {"plain": [(1, first)], "mixed": [(kept[i], first), (1 - kept[i], second)]}
+        for share, labels in parts.get(kind, [(kept[i], first)]):
+            smooth = (1 - smoothing) * minus_log_p[labels[i]] + smoothing * minus_log_p.mean()
+            ce[i] += share * smooth
+            weight[i] += share * w[labels[i]]
+            soft[i] += share * ((1 - smoothing) * np.eye(classes)[labels[i]] + smoothing / classes)
+    expected = (weight * ce).sum() / weight.sum()
+    targets = torch.from_numpy(first if kind == "plain" else soft)
+    if kind == "partly labeled":  # an image counts by its labeled part, and a batch by its images
+        expected = (w[first] * ce).sum() / images
+        loss = WeightedCrossEntropy(torch.from_numpy(w), smoothing, per_image=True)
     else:
-        targets, s = torch.tensor([0, 1, 1, 3, 0, 3, 1]), args.smoothing
-        total = weights[targets].sum()
-        expected = (1 - s) * (weights[targets] * loss[range(7), targets]).sum() / total
-        expected += s / 4 * (weights * loss).sum() / total
-        torchs = F.cross_entropy(logits, targets, weights, label_smoothing=s)
-    found = make_criterion(args, weights)(logits, targets)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found, torchs)
+        loss = make_criterion(args, torch.from_numpy(w))
+    assert loss(torch.from_numpy(logits), targets).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("partly", [False, True])
+def test_balanced_classes_do_not_cost_the_common_class_its_accuracy(partly):
+    """The optimum for 30 images of one class and 1 of another, which can be told apart."""
+    targets = torch.tensor([0] * 30 + [1])
+    criterion = WeightedCrossEntropy(losses.balanced_weights(targets.numpy(), 2), 0.1, partly)
+    if partly:
+        targets = 0.9 * F.one_hot(targets) + 0.05
+    logits = torch.zeros(2, 2, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=50)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = criterion(logits[[0] * 30 + [1]], targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(step)
+    found = logits.detach().softmax(dim=1)
+    torch.testing.assert_close(found, torch.tensor([[0.95, 0.05], [0.05, 0.95]]), atol=1e-3, rtol=0)
 
 
 def test_class_weights_change_training_and_are_part_of_the_recipe(run_main, tmp_path):
