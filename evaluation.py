@@ -18,10 +18,12 @@ from data.sources import Source, held_out_identity
 from datasets import build_eval_loader, data_config
 from distillation import SelectClasses
 from engine import evaluate
+from models.calibration import Tempered, write_temperature
 from models.classes import match_classes
-from models.weights import Checkpoint, load_network
+from models.weights import Checkpoint, Weights, load_network
 from reporting import metrics, summary
 from reporting.terminal import MANY_CLASSES
+from runtime import distributed
 from runtime.distributed import log
 from training.settings import LoopSettings, loop_settings
 from training.student import make_student
@@ -150,27 +152,37 @@ def images_to_calibrate(args: argparse.Namespace, checkpoint: Checkpoint) -> Sou
     return held_out
 
 
-def calibrate(loader: DeviceLoader, network: nn.Module, settings: LoopSettings) -> float:
+def calibrate(
+    loader: DeviceLoader, network: nn.Module, settings: LoopSettings
+) -> tuple[float, str]:
     """The temperature with which a network's answers for these images have the smallest loss.
 
     Args:
         loader: every image, on each process.
+    Returns: see metrics.fit_temperature.
     """
     found = evaluate(loader, network, settings, shared=False, keep_logits=True)
     targets = torch.cat([batch.targets for batch in found.answers]).cpu()
     return metrics.fit_temperature(torch.cat(list(found.logits.values())), targets)
 
 
-class Tempered(nn.Module):
-    """A network whose logits are divided by a temperature."""
+def keep_temperature(weights: Weights, temperature: float, problem: str, suffix: str) -> None:
+    """Report a fitted temperature and keep it beside the checkpoint, for export.py and predict.py.
 
-    def __init__(self, network: nn.Module, temperature: float) -> None:
-        super().__init__()
-        self.network, self.temperature = network, temperature
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, C)"""
-        return self.network(images) / self.temperature
+    Args:
+        problem: why no temperature could be fitted, or ''.
+    """
+    log(f"temperature{suffix} {temperature:.4f}")
+    if problem:
+        log(f"Warning: --calibrate true: no temperature can be fitted, {problem}; it stays 1")
+    if not distributed.is_main_process():
+        return
+    try:
+        path = write_temperature(weights, temperature)  # also 1, in place of an earlier one
+        if not problem:
+            log(f"Kept in {path}; export.py and predict.py divide the logits by the temperature")
+    except UserError as error:  # the scores stay right
+        log(f"Warning: the temperature is lost: {error}")
 
 
 def score_checkpoint(
@@ -208,17 +220,17 @@ def score_checkpoint(
     for use_ema in both if args.use_ema == "auto" else [args.use_ema]:
         name, suffix = ("ema", "_ema") if use_ema == "true" else ("student", "")
         with flags_for(checkpoint="--resume", use_ema="--use_ema"):
-            load_network(student, checkpoint, use_ema)
+            weights = load_network(student, checkpoint, use_ema)
         scores, answers, _ = evaluate(loader, network, settings, args.dist_eval)
         found = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
         if held_out is not None:
-            temperature = calibrate(held_out, student, settings)
+            temperature, problem = calibrate(held_out, student, settings)
+            keep_temperature(weights, temperature, problem, suffix)
             found["temperature"] = temperature
             tempered = Tempered(network, temperature)
             scaled = evaluate(loader, tempered, settings, args.dist_eval).scores
             scores |= {f"{name}_calibrated": scaled[name] for name in ("loss", "ece")}
             found |= {"nll_calibrated": scaled["loss"], "ece_calibrated": scaled["ece"]}
-            log(f"temperature{suffix} {temperature:.4f}")
         for score, value in scores.items():
             if score != "acc5" or len(val.classes) > MANY_CLASSES:
                 log(f"test_{score}{suffix} {value:.4f}")

@@ -44,6 +44,7 @@ from deploy.model import (
     CPU,
     ONNX_PACKAGES,
     ModelCard,
+    import_onnxruntime,
     network_from_checkpoint,
     open_model,
     open_onnx,
@@ -103,6 +104,13 @@ def get_parser() -> argparse.ArgumentParser:
         help="quantize weights and activations to 8 bits with onnxruntime, calibrated on training "
         "images; onnx",
     )
+    add(
+        "--opset",
+        type=int,
+        metavar="N",
+        default=OPSET,
+        help=f"version of the ONNX operators, at least {OPSET}; onnx",
+    )
     add("--data_set", help="data set to compare on (default: that of the checkpoint)")
     add("--data_path", help="folder of the images to compare on (default: that of the checkpoint)")
     add("--eval_data_path", help="folder of validation images, as for main.py (default: none)")
@@ -136,7 +144,11 @@ def export(args: argparse.Namespace) -> None:
         f"{args.checkpoint}: {card.architecture}, {len(card.classes)} classes, {card.input_size} "
         f"pixels, {card.weights} weights{reason}"
     )
-    log(f"Compared on {images.words}")
+    if card.temperature != 1:
+        log(f"Logits are divided by the temperature {card.temperature:.4f} of --calibrate true")
+    is_onnx = args.format == "onnx"
+    runtime = f" in onnxruntime {import_onnxruntime().__version__}" if is_onnx else ""
+    log(f"Compared{runtime} on {images.words}")
     precision = "int8" if args.int8 else "float16" if args.half else "float32"
     card = replace(card, dtype=precision, with_preprocessing=args.with_preprocessing)
     with temporary_folder(args.out) as folder:
@@ -146,12 +158,15 @@ def export(args: argparse.Namespace) -> None:
         else:
             # INT8 begins with a float32 file.
             precise = replace(card, dtype="float32") if args.int8 else card
-            write_program(network, precise, path)
+            write_program(network, precise, path, args.opset)
         rows = []
         checked = run_network(network, replace(card, with_preprocessing=False), CPU, "checkpoint")
         if args.int8:
             rows.append(Row("float32 .onnx", open_onnx(str(path), CPU), size_of(path)))
-            log(f"INT8 is calibrated on up to {CALIBRATION} training images")
+            log(
+                f"INT8 is calibrated on up to {CALIBRATION} training images; runtimes other than "
+                "onnxruntime may give different answers"
+            )
             path = quantize(path, card, calibration_batches(data, card))
         exported = open_model(str(path), CPU)
         check_card(exported.card, card)
@@ -168,7 +183,7 @@ def export(args: argparse.Namespace) -> None:
     if args.format == "timm":
         log(f"Wrote {args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
     else:
-        kind = f"ONNX opset {OPSET}" if args.format == "onnx" else "torch.export"
+        kind = f"ONNX opset {args.opset}" if args.format == "onnx" else "torch.export"
         log(f"Wrote {args.out} ({kind}, any batch size) and {sidecar(args.out)}")
 
 
@@ -191,6 +206,10 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--out {args.out}: must end in {ENDING[args.format]} for --format {args.format}: "
             "predict.py knows a file by its ending"
         )
+    if args.opset < OPSET:
+        raise UserError(f"--opset {args.opset}: torch writes versions from {OPSET} on")
+    if args.opset != OPSET and args.format != "onnx":
+        raise UserError(f"--opset {args.opset}: --format {args.format} has no ONNX operators")
     if args.int8 and args.format != "onnx":
         raise UserError("--int8 true: onnxruntime quantizes; pass --format onnx")
     if args.int8 and args.half:

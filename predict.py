@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -92,11 +93,15 @@ def predict(args: argparse.Namespace) -> int:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
+    if not os.path.isdir(args.model) and has_file_allowed_extension(args.model, IMG_EXTENSIONS):
+        raise UserError(f"{args.model}: is an image; pass the model first, then the images")
     files = find_images(args.images)
     name = args.device or ("cpu" if args.model.endswith(".onnx") else default_device())
     with flags_for(device="--device", use_ema="--use_ema"):
         device = find_device(name)
         model = open_model(args.model, device, args.use_ema)
+    if model.card.temperature != 1:
+        print(f"Calibrated: temperature {model.card.temperature:.4f}", file=sys.stderr)
     if args.num_workers is None:
         args.num_workers = max(1, int(cores_per_process())) if len(files) > LONG else 0
     top_k = min(args.top_k, len(model.card.classes))
@@ -112,7 +117,7 @@ def predict(args: argparse.Namespace) -> int:
     sys.stdout.flush()
     if broken:
         print(f"{len(broken)} of {len(files)} images could not be read:", file=sys.stderr)
-        print("\n".join(broken), file=sys.stderr)
+        print("\n".join(map(one_line, broken)), file=sys.stderr)
     return int(bool(broken))
 
 
@@ -234,20 +239,30 @@ class Writer(Protocol):
         """Print an image and its classes, best first."""
 
 
+def one_line(text: str) -> str:
+    """A name as one line that no terminal takes for a command: control characters escaped."""
+    return "".join(repr(c)[1:-1] if category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+
+
+def as_cell(text: str) -> str:
+    """A name that no spreadsheet runs as a formula (OWASP, 'CSV injection')."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 class Table:
     """Aligned columns: the image, then class and probability in percent."""
 
     def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None:
-        self.path, self.name = (max(map(len, words)) for words in (files, classes))
+        self.path, self.name = (max(len(one_line(w)) for w in words) for words in (files, classes))
 
     def write(self, path: str, guesses: Sequence[Guess]) -> None:
         """Print a line."""
-        cells = [f"{g.name.ljust(self.name)} {100 * g.probability:6.2f} %" for g in guesses]
-        print("  ".join([path.ljust(self.path), *cells]))
+        cells = [f"{one_line(g.name):{self.name}} {100 * g.probability:6.2f} %" for g in guesses]
+        print("  ".join([f"{one_line(path):{self.path}}", *cells]))
 
 
 class Csv:
-    """Columns image, class_1, probability_1, class_2 and so on, with a header."""
+    """Columns image, class_1, probability_1, class_2 and so on, with a header line."""
 
     def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None:
         self.writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -257,8 +272,8 @@ class Csv:
 
     def write(self, path: str, guesses: Sequence[Guess]) -> None:
         """Print a line."""
-        cells = [cell for g in guesses for cell in (g.name, f"{g.probability:.8g}")]
-        self.writer.writerow([path, *cells])
+        cells = [cell for g in guesses for cell in (as_cell(g.name), f"{g.probability:.8g}")]
+        self.writer.writerow([as_cell(path), *cells])
 
 
 class JsonLines:

@@ -77,7 +77,7 @@ def size_of(path: Path) -> float:
 
 def check_card(exported: ModelCard, card: ModelCard) -> None:
     """Raise UserError if a file does not hold the card that was written into it."""
-    for name in ("classes", *card.config):
+    for name in ("classes", "temperature", *card.config):
         if getattr(exported, name) != getattr(card, name):
             raise UserError(
                 f"the file says {name} {getattr(exported, name)}, but the checkpoint "

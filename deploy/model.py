@@ -2,8 +2,9 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,27 +17,29 @@ from torch.export.passes import move_to_device_pass
 
 import models
 from data.transforms import HostBatch, ToNetwork
+from models.calibration import Tempered, read_temperature
 from models.weights import Checkpoint, load_network, read_checkpoint
 from runtime.device import send
 from utils import UserError, few, first_line
 
 CPU = torch.device("cpu")
-CARD = "card.json"  # what the card is called inside .onnx and .pt2 files
+CARD = "card.json"  # the name of the card inside .onnx and .pt2 files
 ONNX_PACKAGES = "pip install onnx onnxscript onnxruntime"
 
 
 @dataclass
 class ModelCard:
-    """What has to be known of a network to use it; written beside and into every export.
+    """What one must know about a network to use it; written beside and into every export.
 
     Attributes:
-        architecture: timm's name, or one of models/.
+        architecture: a name of timm or of models/.
         classes: names, in the order of the outputs.
         input_size … interpolation: from an image to pixels, see transforms.data_config.
         weights: 'EMA' or 'raw'.
         dtype: of the weights: float32, float16 or int8.
         with_preprocessing: whether the network takes pixels (B, H, W, 3) uint8 and returns
             probabilities, instead of normalized images (B, 3, H, W) and logits.
+        temperature: by which the logits are divided in the network, see models/calibration.py.
     """
 
     architecture: str
@@ -50,6 +53,7 @@ class ModelCard:
     weights: str = "raw"
     dtype: str = "float32"
     with_preprocessing: bool = False
+    temperature: float = 1.0
 
     @property
     def config(self) -> dict[str, Any]:
@@ -62,21 +66,36 @@ class ModelCard:
         """What the network returns."""
         return "probabilities" if self.with_preprocessing else "logits"
 
+    @property
+    def preprocessing(self) -> str:
+        """How an image file becomes RGB pixels, in words (data/pictures.py, eval_transform)."""
+        size, resized = self.input_size, int(self.input_size / self.crop_pct)
+        sides = f"the shorter side has {resized} pixels"
+        if self.crop_mode == "squash":
+            sides = f"both sides have {resized} pixels"
+        return (
+            "turned upright (EXIF orientation), transparency on white, 16-bit values divided by "
+            f"257, RGB; resized so that {sides} ({self.interpolation}, antialiased); the central "
+            f"{size} x {size} pixels"
+        )
+
     def to_json(self) -> str:
-        """The card, with its input and output in words."""
+        """The card, with its preprocessing, input and output in words."""
         size = self.input_size
-        taken = f"normalized images (batch, 3, {size}, {size}) float32: (RGB / 255 - mean) / std"
+        input_ = f"normalized images (batch, 3, {size}, {size}) float32: (RGB / 255 - mean) / std"
         if self.with_preprocessing:
-            taken = f"RGB pixels (batch, {size}, {size}, 3) uint8"
-        told = {"input": taken, "output": f"{self.output} (batch, {len(self.classes)}) float32"}
-        return json.dumps(asdict(self) | told, indent=2, ensure_ascii=False)
+            input_ = f"RGB pixels (batch, {size}, {size}, 3) uint8"
+        words = {"preprocessing": self.preprocessing, "input": input_}
+        words["output"] = f"{self.output} (batch, {len(self.classes)}) float32"
+        return json.dumps(asdict(self) | words, indent=2, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, source: object) -> "ModelCard":
-        """Read a card; raises UserError where it is not one."""
+        """Read a card, also of an earlier version. Raises: UserError for text that is no card."""
         try:
-            found = json.loads(text)
-            card = cls(**{f.name: found[f.name] for f in fields(cls)})
+            values = json.loads(text)
+            names = [f.name for f in fields(cls) if f.name in values or f.default is MISSING]
+            card = cls(**{name: values[name] for name in names})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{source}: does not say which classes and which input this network has "
@@ -92,7 +111,7 @@ class Model:
     """A network that is ready to use, wherever it came from.
 
     Attributes:
-        run: what the network takes, see Card.with_preprocessing, on `device` -> its output (B, C).
+        run: the network's input on `device`, see ModelCard.with_preprocessing -> output (B, C).
         kind: 'checkpoint', 'timm', 'onnx' or 'pt2'.
     """
 
@@ -129,6 +148,8 @@ class Model:
 def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCard, Checkpoint]:
     """The network of a checkpoint of main.py in eval mode on the CPU, its card, and the checkpoint.
 
+    The logits of weights that were calibrated (`--calibrate true`) are divided by the temperature.
+
     Args:
         use_ema: 'true', 'false' or 'auto', see Checkpoint.weights.
     Returns: for images (B, 3, H, W) of the card's input_size -> logits (B, C); the card; the file.
@@ -145,6 +166,11 @@ def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCa
     architecture, size = checkpoint.run_args["model"], data["input_size"]
     network = models.create_model(architecture, len(classes), size)
     weights = load_network(network, checkpoint, use_ema)
+    temperature, warning = read_temperature(weights)
+    if warning:
+        print(warning, file=sys.stderr)
+    if temperature != 1:
+        network = Tempered(network, temperature)
     card = ModelCard(
         architecture,
         classes,
@@ -156,6 +182,7 @@ def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCa
         data.get("crop_mode", "squash" if size >= 384 else "center"),
         data.get("interpolation", "bicubic"),
         weights="EMA" if weights.is_ema else "raw",
+        temperature=temperature,
     )
     return network.eval(), card, checkpoint
 
@@ -170,9 +197,9 @@ def run_network(network: nn.Module, card: ModelCard, device: torch.device, kind:
 
 
 def open_model(path: str, device: torch.device, use_ema: str = "auto") -> Model:
-    """Any of the four kinds of model, ready to use.
+    """A model of any of the four kinds, ready to use.
 
-    Raises: UserError for a file or a folder that is none of them, or that cannot be read.
+    Raises: UserError for a file or folder of no such kind, or that cannot be read.
     """
     if os.path.isdir(path):
         return open_timm(path, device)
@@ -212,15 +239,18 @@ def open_timm(folder: str, device: torch.device) -> Model:
             "checkpoint with export.py, which writes them",
             "model",
         )
-    found = timm.data.resolve_model_data_config(network)
-    config = {name: found[name] for name in ("crop_pct", "crop_mode", "interpolation")}
-    config |= {"mean": list(found["mean"]), "std": list(found["std"])}
-    card = ModelCard(architecture, classes, found["input_size"][-1], **config)
+    data = timm.data.resolve_model_data_config(network)
+    shown = {name: data[name] for name in ("crop_pct", "crop_mode", "interpolation")}
+    shown |= {"mean": list(data["mean"]), "std": list(data["std"])}
+    temperature = config.get("temperature", 1.0)
+    card = ModelCard(
+        architecture, classes, data["input_size"][-1], **shown, temperature=temperature
+    )
     return run_network(network, card, device, "timm")
 
 
 def open_pt2(path: str, device: torch.device) -> Model:
-    """A program of torch.export.
+    """A program of torch.export. Loading runs whatever code the file's author put in (pickle).
 
     Raises: UserError for a file that torch cannot load, or that has no card.
     """
@@ -230,7 +260,7 @@ def open_pt2(path: str, device: torch.device) -> Model:
         if device.type != "cpu":
             program = move_to_device_pass(program, device)
         network = program.module()
-    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+    except Exception as error:  # a damaged file may raise anything
         raise UserError(
             f"{path}: torch.export cannot load this file ({type(error).__name__}: "
             f"{first_line(error)}); export the checkpoint again",
@@ -240,7 +270,7 @@ def open_pt2(path: str, device: torch.device) -> Model:
 
 
 def import_onnxruntime() -> ModuleType:
-    """onnxruntime; raises UserError where it is missing."""
+    """onnxruntime. Raises: UserError if it is missing."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -261,14 +291,14 @@ def open_onnx(path: str, device: torch.device) -> Model:
     provider = providers.get(device.type)
     if provider not in onnxruntime.get_available_providers():
         raise UserError(
-            f"{device.type}: this onnxruntime does not run on it (it has "
+            f"{device.type}: this onnxruntime has no provider for it (only "
             f"{few(onnxruntime.get_available_providers())}); pass cpu, or pip install "
             "onnxruntime-gpu for CUDA",
             "device",
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that wait for work would spin, and slow torch and whatever else uses these cores.
+    # Threads that spin while they wait for work slow torch and whatever else uses these cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors only: the result is compared, not its fused operators
     try:
@@ -279,7 +309,7 @@ def open_onnx(path: str, device: torch.device) -> Model:
             "checkpoint again",
             "model",
         ) from error
-    if provider not in session.get_providers():  # it falls back to the CPU by itself
+    if provider not in session.get_providers():  # onnxruntime falls back to the CPU by itself
         raise UserError(
             f"{device.type}: onnxruntime cannot start {provider}; pass cpu, or install the CUDA "
             "that this onnxruntime was built for",

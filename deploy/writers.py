@@ -2,12 +2,14 @@
 
 import copy
 import io
+import json
 import logging
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +18,11 @@ from torch import nn
 
 from arguments.derived import is_own_module
 from deploy.model import CARD, CPU, Model, ModelCard, open_onnx
+from models.calibration import Tempered
 from models.fusion import fuse_layers
 from utils import UserError, first_line
 
-OPSET = 18  # of ONNX; torch's exporter writes this version without converting
+OPSET = 18  # of ONNX: the oldest that torch writes, and the default
 
 
 @contextmanager
@@ -38,13 +41,23 @@ def saving(path: Path, action: str = "written") -> Iterator[None]:
 
 def write_timm(network: nn.Module, card: ModelCard, folder: Path) -> None:
     """Write config.json and model.safetensors, as timm uploads them to the hub."""
+    if isinstance(network, Tempered):
+        network = network.folded()
     if card.dtype == "float16":
         network = copy.deepcopy(network).half()
     config = card.config | {"input_size": (3, card.input_size, card.input_size)}
     # Without these, timm names its own weights for this architecture, and their license.
-    extra = {"label_names": card.classes, "pretrained_cfg": {"tag": "", "license": None}}
+    extra: dict[str, Any] = {"pretrained_cfg": {"tag": "", "license": None}}
+    extra |= {"label_names": card.classes, "temperature": card.temperature}
+    extra["preprocessing"] = card.preprocessing
     with saving(folder):
         save_for_hf(network, str(folder), extra, safe_serialization=True, data_config=config)
+        # The number of classes stands in the file already, and transformers' TimmWrapper passes
+        # both to timm.create_model, which takes it once.
+        file = folder / "config.json"
+        content = json.loads(file.read_text("utf-8"))
+        content.get("model_args", {}).pop("num_classes", None)
+        file.write_text(json.dumps(content, indent=2), "utf-8")
 
 
 class Preprocessed(nn.Module):
@@ -78,7 +91,7 @@ class Half(nn.Module):
         return self.network(images.half()).float()
 
 
-def write_program(network: nn.Module, card: ModelCard, path: Path) -> None:
+def write_program(network: nn.Module, card: ModelCard, path: Path, opset: int = OPSET) -> None:
     """Write an .onnx or .pt2 file for any batch size, with BatchNorms fused and the card inside.
 
     Raises: UserError for a network that cannot be traced or converted.
@@ -117,7 +130,7 @@ def write_program(network: nn.Module, card: ModelCard, path: Path) -> None:
             converted = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 dynamic_shapes=({0: "batch"},),
                 input_names=[input_name(card)],
                 output_names=[card.output],
@@ -129,6 +142,11 @@ def write_program(network: nn.Module, card: ModelCard, path: Path) -> None:
             "pass --format pt2"
         ) from error
     assert converted is not None
+    if converted.model.opset_imports[""] != opset:  # torch goes on with a log line
+        raise UserError(
+            f"--opset {opset}: torch cannot convert {card.architecture} to this version; pass a "
+            "lower one"
+        )
     converted.model.metadata_props[CARD] = card.to_json()
     with saving(path):
         converted.save(path, external_data=False)

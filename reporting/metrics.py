@@ -84,28 +84,36 @@ def calibration_error(gaps: Sequence[float], images: float) -> float:
     return 100 * sum(map(abs, gaps)) / images
 
 
-def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> float:
+def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, str]:
     """The temperature T with which softmax(logits / T) has the smallest cross-entropy.
 
     Guo et al. 2017, section 4.2. The cross-entropy is convex in b = 1/T, and its slope is the mean
-    of sum_c p_c(b) z_c - z_y; bisection finds the zero of that, in float64.
+    of sum_c p_c(b) z_c - z_y; bisection finds the zero of the slope, in float64. If every image is
+    right, the slope has no zero: the cross-entropy falls to 0 with T, whatever the network is worth
+    on other images.
 
     Args:
         logits: (N, C).
         targets: (N,) int64.
-    Returns: T, between 1/HOTTEST and HOTTEST; at either end nothing smaller was found.
+    Returns: T between 1/HOTTEST and HOTTEST, and ''; or 1, and why no temperature can be fitted.
     """
+    right = int((logits.argmax(dim=1) == targets).sum())
+    if right in (0, len(targets)):
+        return 1.0, f"all {len(targets)} held-out images are {'right' if right else 'wrong'}"
     logits = logits.double()
     of_targets = logits.gather(1, targets[:, None])[:, 0]
+
+    def slope(inverse: float) -> float:
+        expected = ((logits * inverse).softmax(dim=1) * logits).sum(dim=1)
+        return (expected - of_targets).mean().item()
+
     low, high = 1 / HOTTEST, HOTTEST
+    if not slope(low) < 0 < slope(high):
+        return 1.0, f"the best one is not between {1 / high:g} and {1 / low:g}"
     for _ in range(60):
-        middle = (low * high) ** 0.5  # of b
-        expected = ((logits * middle).softmax(dim=1) * logits).sum(dim=1)
-        if (expected - of_targets).mean().item() < 0:
-            low = middle
-        else:
-            high = middle
-    return 1 / low
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return 1 / low, ""
 
 
 # ------------------------------------------------------------------------------- the report

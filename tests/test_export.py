@@ -12,6 +12,7 @@ import timm
 import torch
 from helpers import CLASSES, CONFIG, images_of, is_same, network_of, tree, write_checkpoint
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import IterableImageDataset
 from torch import nn
 
@@ -114,6 +115,41 @@ def test_with_preprocessing_takes_pixels_and_returns_probabilities(
     found = run_file(exported, pixels.contiguous())
     assert_close(found, wanted, 1e-4 if half == "false" else 2e-2)
     assert (found != wanted).any() or half == "false"
+
+
+def test_transformers_loads_a_folder_of_timm(checkpoint, run_export, photos):
+    """By what its TimmWrapper reads (5.24): transformers itself would be the largest dependency."""
+    path = checkpoint("test_resnet")
+    code, _, err, exported = run_export(path, "timm")
+    assert code == 0, err
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    assert config["label_names"] == CLASSES
+    network = timm.create_model(
+        config["architecture"],
+        pretrained=False,
+        num_classes=config["num_classes"],
+        **config.get("model_args") or {},
+    )
+    network.load_state_dict(load_file(exported / "model.safetensors"))
+    data = timm.data.resolve_data_config(config["pretrained_cfg"], model=None)
+    transform = timm.data.create_transform(**data, is_training=False)
+    files = sorted((photos / "val").rglob("*.png"))
+    images = torch.stack([transform(Image.open(file)) for file in files])
+    torch.testing.assert_close(images, images_of(photos))
+    with torch.inference_mode():
+        assert_close(network.eval()(images), network_of(path, "test_resnet")(images), 1e-6)
+
+
+def test_the_onnx_version_is_the_one_asked_for(checkpoint, run_export, monkeypatch):
+    needs_onnx()
+    path = checkpoint("cifar_resnet8")
+    code, out, err, exported = run_export(path, "onnx", "--opset", 20)
+    assert code == 0 and "ONNX opset 20" in out and "Compared in onnxruntime" in out, err
+    onnx = importlib.import_module("onnx")
+    versions = {entry.domain: entry.version for entry in onnx.load(exported).opset_import}
+    assert versions[""] == 20
+    code, _, err, exported = run_export(path, "onnx", "--opset", 99, name="new.onnx")
+    assert code == 2 and "--opset 99: torch cannot convert" in err and not exported.exists()
 
 
 def test_half_stores_half_the_bytes(checkpoint, run_export, photos):
@@ -264,6 +300,8 @@ def test_an_export_that_exists_is_left_as_it_is(checkpoint, run_export):
         ("timm", ["--int8"], "", "--int8 true: --format timm holds only the network"),
         ("pt2", ["--int8"], "", "--int8 true: onnxruntime quantizes"),
         ("onnx", ["--int8", "--half"], "", "--int8 true --half true: pass one of them"),
+        ("onnx", ["--opset", "17"], "", "--opset 17: torch writes versions from 18 on"),
+        ("pt2", ["--opset", "20"], "", "--opset 20: --format pt2 has no ONNX operators"),
         ("pt2", ["--compare_images", "0"], "", "--compare_images 0: must be at least 1"),
     ],
 )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import CLASSES, CONFIG, ROOT, images_of, network_of, write_checkpoint
@@ -16,6 +17,9 @@ from PIL import Image
 
 import export
 import predict
+from deploy.model import ModelCard
+from models.calibration import write_temperature
+from models.weights import read_checkpoint
 
 
 @pytest.fixture
@@ -108,6 +112,43 @@ def test_odd_class_names_survive_csv_and_json_lines(student, run_predict, photos
     assert sums == pytest.approx([1, 1, 1], abs=1e-6)
 
 
+def test_odd_file_names_are_one_line_of_the_table_and_no_formula_of_a_spreadsheet(
+    student, run_predict, photos, monkeypatch
+):
+    monkeypatch.chdir(photos / "val" / "bee")
+    names = ["=1+1.png", "@2.png", "two\nlines.png", "\x1b[2J.png"]
+    for name in names:
+        Path(name).write_bytes(Path("0.png").read_bytes())
+    code, out, err = run_predict(student, "0.png", *names, "--top_k", 1)
+    assert code == 0 and len(out.splitlines()) == 5 and "\x1b" not in out, err
+    assert r"two\nlines.png" in out and len({len(line) for line in out.splitlines()}) == 1
+    code, out, err = run_predict(student, *names, "--format", "csv", "--top_k", 1)
+    cells = [row[0] for row in csv.reader(io.StringIO(out))][1:]
+    assert code == 0 and cells == ["'=1+1.png", "'@2.png", *names[2:]], err
+    code, out, err = run_predict(student, *names, "--format", "jsonl", "--top_k", 1)
+    assert [row["image"] for row in as_json(out)] == names
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("full disk", 2), ("closed pipe", 141)])
+def test_output_that_cannot_be_written_is_not_taken_for_images_that_cannot_be_read(
+    student, photos, monkeypatch, capfd, kind, expected
+):
+    photo = str(photos / "val" / "bee" / "0.png")
+    if kind == "full disk":
+        output = open("/dev/full", "w")  # noqa: SIM115
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        output = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", output)
+    code = predict.main([str(student), photo, "--device", "cpu"])
+    output.close()  # what is left goes nowhere
+    err = capfd.readouterr().err
+    assert code == expected and "Traceback" not in err
+    full = "predict.py: error: cannot write the output (No space left on device)\n"
+    assert err == (full if expected == 2 else "")
+
+
 def test_files_folders_and_globs_name_each_image_once_in_order(student, run_predict, photos):
     first, folder = photos / "val" / "bee" / "2.png", photos / "val" / "bee"
     (folder / "deep" / "deeper").mkdir(parents=True)
@@ -131,6 +172,7 @@ def test_files_folders_and_globs_name_each_image_once_in_order(student, run_pred
         (["nothing*.png"], "nothing*.png: no file matches"),
         (["EMPTY"], "holds no image"),
         (["PHOTO", "--top_k", "0"], "--top_k 0: must be at least 1"),
+        (["PHOTO"], "/0.png: is an image; pass the model first"),
         (["PHOTO", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
     ],
 )
@@ -139,7 +181,9 @@ def test_commands_that_cannot_work_are_one_line(
 ):
     (tmp_path / "empty").mkdir()
     names = {"EMPTY": tmp_path / "empty", "PHOTO": photos / "val" / "bee" / "0.png"}
-    code, out, err = run_predict(student, *(names.get(word, word) for word in words))
+    words = [names.get(word, word) for word in words]
+    model, *words = [*words, student] if "model first" in message else [student, *words]
+    code, out, err = run_predict(model, *words)
     assert code == 2 and not out and err.count("\n") == 1 and message in err
 
 
@@ -182,22 +226,66 @@ def test_logits_that_are_not_finite_are_no_prediction(tmp_path, run_predict, pho
     assert export.main([str(path), "--format", "pt2", "--out", str(tmp_path / "a.pt2")]) == 2
 
 
+# ------------------------------------------------------------------------ a kept temperature
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "timm", "pt2", "onnx"])
+def test_a_kept_temperature_divides_the_logits_of_every_model_made_from_the_checkpoint(
+    checkpoint, run_predict, photos, tmp_path, capsys, kind
+):
+    arch, temperature = "test_resnet", 2.5
+    path = model = checkpoint(arch, with_ema=True)
+    write_temperature(read_checkpoint(str(path)).weights("false"), temperature)
+    before = path.read_bytes()
+    raw = ["--use_ema", "false"]
+    if kind != "checkpoint":
+        if kind == "onnx":
+            pytest.importorskip("onnxruntime")
+        model = tmp_path / f"student{export.ENDING.get(kind, '')}"
+        assert export.main([str(path), "--format", kind, "--out", str(model), *raw]) == 0
+        printed = capsys.readouterr().out
+        assert "Logits are divided by the temperature 2.5000" in printed
+        card = model / "config.json" if kind == "timm" else model.with_name(f"{model.name}.json")
+        assert json.loads(card.read_text(encoding="utf-8"))["temperature"] == temperature
+    code, out, err = run_predict(model, photos / "val", "--format", "jsonl", *raw)
+    assert code == 0 and "Calibrated: temperature 2.5000" in err
+    with torch.inference_mode():
+        logits = network_of(path, arch)(images_of(photos))
+    for row, wanted in zip(as_json(out), (logits / temperature).softmax(dim=1), strict=True):
+        probabilities = {guess["name"]: guess["probability"] for guess in row["classes"]}
+        expected = dict(zip(CLASSES, wanted.tolist(), strict=True))
+        assert probabilities == pytest.approx(expected, abs=1e-5)
+    assert path.read_bytes() == before
+
+    code, out, err = run_predict(path, photos / "val" / "bee" / "0.png", "--use_ema", "true")
+    assert code == 0 and "holds no temperature for these weights" in err  # those of the EMA
+    assert "Calibrated" not in err
+
+
+def test_cards_of_earlier_exports_are_read():
+    text = ModelCard("cifar_resnet8", CLASSES, **CONFIG).to_json()
+    values = json.loads(text)
+    assert "shorter side has 40 pixels (bilinear" in values["preprocessing"]
+    del values["temperature"], values["preprocessing"]
+    assert ModelCard.from_json(json.dumps(values), "a.onnx") == ModelCard.from_json(text, "b.onnx")
+
+
 # ----------------------------------------------------------------------------- the whole way
 
 ALONE = """
 import importlib.util, sys
-for name in ("main", "exported", "transforms"):
+for name in ("main", "export", "deploy"):
     assert importlib.util.find_spec(name) is None, name
 """
 
 
-def run_alone(code: str, folder: Path) -> str:
+def run_alone(code: str, folder: Path, *words: object) -> str:
     """Run Python in a new process in a folder, without this repository on its path."""
     (folder / "alone.py").write_text(ALONE + code)
     kept = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     kept = [path for path in kept if ROOT not in (Path(path).resolve(), *Path(path).parents)]
     run = subprocess.run(
-        [sys.executable, "alone.py"],
+        [sys.executable, "alone.py", *map(str, words)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(kept), "PYTHONUTF8": "1"},
         capture_output=True,
@@ -206,6 +294,21 @@ def run_alone(code: str, folder: Path) -> str:
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def odd_images(folder: Path, photo: Path) -> list[Path]:
+    """A photograph of 50 x 40 pixels: plain, on its side, partly transparent, and in 16 bits."""
+    image, rng = Image.open(photo), np.random.default_rng(1)
+    paths = [folder / name for name in ("plain.png", "rotated.jpg", "clear.png", "deep.png")]
+    image.save(paths[0])
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees
+    ramp = np.linspace(0, 255, 2000).reshape(40, 50).astype(np.uint8)
+    Image.fromarray(ramp).convert("RGB").save(paths[1], exif=exif, quality=95)
+    image.putalpha(Image.fromarray(rng.integers(0, 2, (40, 50), dtype=np.uint8) * 255))
+    image.save(paths[2])
+    Image.fromarray((ramp * 200.0).astype(np.uint16)).save(paths[3])
+    return paths
 
 
 def test_from_a_folder_of_images_to_predictions_without_this_repository(
@@ -225,14 +328,14 @@ def test_from_a_folder_of_images_to_predictions_without_this_repository(
     run = run_main("--eval", "true", "--resume", best, "--model", "test_efficientnet")
     assert run.code == 0 and "test_acc1" in run.out
 
-    photo = tmp_path / "photo.png"
-    Image.open(photos / "val" / "bee" / "0.png").save(photo)  # 50 x 40 pixels
-    code, out, err = run_predict(best, photo, "--format", "jsonl", "--top_k", 1)
+    images = odd_images(tmp_path, photos / "val" / "bee" / "0.png")
+    code, out, err = run_predict(best, *images, "--format", "jsonl", "--top_k", 1)
     assert code == 0, err
-    wanted = as_json(out)[0]["classes"][0]
-    with_timm, with_onnx = re.findall(
+    wanted = [row["classes"][0] for row in as_json(out)]
+    pixels, with_timm, with_onnx = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL
     )
+    (tmp_path / "pixels.py").write_text(pixels)
     programs = [("timm", [], "student", with_timm)]
     try:
         import onnxruntime  # noqa: F401
@@ -245,6 +348,8 @@ def test_from_a_folder_of_images_to_predictions_without_this_repository(
     for kind, flags, name, program in programs:
         out = tmp_path / "exports" / name
         assert export.main([str(best), "--format", kind, "--out", str(out), *flags]) == 0
-        name, _, probability = run_alone(program, tmp_path).strip().rpartition(" ")
-        assert name == wanted["name"]
-        assert float(probability) == pytest.approx(wanted["probability"], abs=1e-5)
+        lines = run_alone(program, tmp_path, *images).splitlines()
+        for line, guess in zip(lines, wanted, strict=True):
+            name, _, probability = line.rpartition(" ")
+            assert name == guess["name"]
+            assert float(probability) == pytest.approx(guess["probability"], abs=1e-5)

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import compare
 import main
+from deploy.model import open_model
 from distillation import DistillationLoss
 from models import cost
 from reporting import metrics
@@ -45,17 +46,27 @@ def test_calibration_error_is_that_of_the_paper_over_any_batches():
     assert metrics.bins_of(torch.tensor([1e-9, 1 / 15, 0.5, 1.0])).tolist() == [0, 0, 7, 14]
 
 
-def test_fitted_temperature_has_the_smallest_loss_and_bounds():
-    best = metrics.fit_temperature(LOGITS.float(), TARGETS)
+def test_fitted_temperature_has_the_smallest_loss():
+    best, problem = metrics.fit_temperature(LOGITS.float(), TARGETS)
+    assert not problem
 
     def loss(temperature):
         return F.cross_entropy(LOGITS / temperature, TARGETS).item()
 
     assert all(loss(best) < loss(best * factor) for factor in (0.5, 0.99, 1.01, 2))
-    certain = metrics.fit_temperature(
-        LOGITS, LOGITS.argmax(dim=1)
-    )  # no mistake: the colder, the better
-    assert certain == pytest.approx(1 / metrics.HOTTEST, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (LOGITS.argmax(dim=1), "all 400 held-out images are right"),  # the colder, the better
+        (LOGITS.argmin(dim=1), "all 400 held-out images are wrong"),
+        (torch.cat([LOGITS.argmin(dim=1)[:399], LOGITS.argmax(dim=1)[399:]]), "not between"),
+    ],
+)
+def test_no_temperature_is_fitted_to_images_that_allow_none(targets, reason):
+    temperature, problem = metrics.fit_temperature(LOGITS, targets)
+    assert temperature == 1 and reason in problem
 
 
 def test_report_counts_classes_and_confusions():
@@ -100,6 +111,8 @@ def test_evaluation_reports_and_calibrates_on_held_out_images(run_main, tmp_path
     assert f"test_loss {report['nll']:.4f}" in plain.out and "calibrated" not in plain.out
     assert report["nll_calibrated"] < report["nll"]  # after 3 epochs a network is far too unsure
     assert report["ece_calibrated"] < report["ece"] and 0.01 < report["temperature"] < 1
+    model = open_model(str(resume[-1]), torch.device("cpu"))
+    assert model.card.temperature == report["temperature"]
 
     same = run_main(*resume, "--calibrate", "true", "--holdout", 100)
     assert same.code == 2 and "leaves only the held-out images" in same.err

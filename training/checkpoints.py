@@ -55,7 +55,7 @@ def link_checkpoint(existing: Path, path: Path) -> None:
 def files_of_run(folder: Path) -> list[Path]:
     """The checkpoints and the records of a run in a folder."""
     names = ("log.txt", "args.json", "environment.json", "summary.json", "tb")
-    found = [*sorted(folder.glob("checkpoint-*.pth")), *(folder / name for name in names)]
+    found = [*sorted(folder.glob("checkpoint-*.pth*")), *(folder / name for name in names)]
     return [path for path in found if path.exists()]
 
 

@@ -1,0 +1,87 @@
+"""The temperature that calibrates a checkpoint, kept in a small file beside the checkpoint."""
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+from models.weights import Weights, local_file
+from utils import UserError, first_line, write_whole
+
+
+class Tempered(nn.Module):
+    """A network whose logits are divided by a temperature (Guo et al. 2017)."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, C)"""
+        return self.network(images) / self.temperature
+
+    def folded(self) -> nn.Module:
+        """A copy of the network whose classifier divides by the temperature."""
+        network = copy.deepcopy(self.network)
+        classifiers = models.classifier_of(network)
+        with torch.no_grad():
+            for layer in classifiers if isinstance(classifiers, tuple) else (classifiers,):
+                for parameter in layer.parameters():
+                    parameter.div_(self.temperature)
+        return network
+
+
+def file_of(checkpoint: str) -> Path:
+    """The file beside a checkpoint (a path or an address) that holds its temperatures."""
+    path = Path(local_file(checkpoint))
+    return path.with_name(f"{path.name}.calibration.json")
+
+
+def _identity(weights: Weights) -> str:
+    """What identifies weights, wherever they are stored: a resumed run replaces checkpoints."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(weights.state.items()):
+        total.update(name.encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return f"{'EMA' if weights.is_ema else 'raw'} {total.hexdigest()[:16]}"
+
+
+def _read(path: Path) -> dict[str, float]:
+    """Temperatures by the identity of their weights. Raises: UserError for a damaged file."""
+    try:
+        return {str(k): float(t) for k, t in json.loads(path.read_text("utf-8")).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: does not hold the temperatures of a checkpoint ({first_line(error)}); remove "
+            "it, or calibrate the checkpoint again"
+        ) from error
+
+
+def read_temperature(weights: Weights) -> tuple[float, str]:
+    """The temperature that was kept for the weights of a checkpoint; 1 if there is none.
+
+    Returns: the temperature, and a warning if the file beside the checkpoint is for other weights.
+    Raises: UserError for a damaged file.
+    """
+    path = file_of(weights.source)
+    temperatures, identity = _read(path), _identity(weights)
+    if not temperatures or identity in temperatures:
+        return temperatures.get(identity, 1.0), ""
+    return 1.0, f"Warning: {path} holds no temperature for these weights; calibrate them again"
+
+
+def write_temperature(weights: Weights, temperature: float) -> Path:
+    """Keep the temperature of the weights of a checkpoint; returns the file beside the checkpoint.
+
+    Raises: UserError if the file system refuses.
+    """
+    path = file_of(weights.source)
+    temperatures = _read(path) | {_identity(weights): temperature}
+    write_whole(path, json.dumps(temperatures, indent=1) + "\n")
+    return path
