@@ -117,12 +117,15 @@ class Group:
     def err(self) -> str:
         return self.printed("err")
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Wait until a process has printed this text to its standard output."""
+    def wait_for(self, text: str, after: str = "", seconds: float = 120) -> None:
+        """Wait until a process has printed this text, after another one, to its output."""
         end = time.monotonic() + seconds
-        while text not in self.out:
+        while True:
             is_over = time.monotonic() > end or not any(p.is_alive() for p in self.processes)
-            assert not is_over or text in self.out, f"'{text}' never came:\n{self.out}{self.err}"
+            out = self.out
+            if text in out[out.find(after) :]:
+                return
+            assert not is_over, f"'{text}' never came:\n{out}{self.err}"
             time.sleep(0.01)
 
     def wait(self, seconds: float = 120) -> list[int]:

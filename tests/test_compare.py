@@ -2,15 +2,17 @@
 
 import json
 import math
+import os
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import QUICK, ROOT, teacher_flags
+from forked import Group, program
+from helpers import QUICK, teacher_flags
 
 import compare
 import sweep
@@ -412,27 +414,40 @@ def test_a_moved_clone_or_another_python_is_the_same_sweep(
     assert "seed=0 was trained by another command" in error
 
 
+class ForkedRun:
+    """What sweep.py uses of subprocess.Popen."""
+
+    def __init__(self, argv: list[str]) -> None:
+        assert argv[:2] == [sys.executable, str(sweep.MAIN)]
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(program(argv[2:]))
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def sweep_that_forks(argv: list[str]) -> int:
+    sweep.subprocess = SimpleNamespace(Popen=ForkedRun)
+    return sweep.main(argv)
+
+
 def test_a_sweep_is_resumed_skips_what_is_finished_and_refuses_other_commands(tmp_path):
     """Interrupted in its second run."""
-    argv = [sys.executable, "sweep.py", "--vary", "seed=0,1", "--out", str(tmp_path), "--"]
-    argv += [*QUICK, "--train_samples", "64", "--epochs", "40", "--eval_freq", "40"]
-
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(
-            argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    process = start()
-    for line in process.stdout:
-        if line.startswith("[2/2]"):
-            break
-    assert any(line.split()[:2] == ["Epoch", "1"] for line in process.stdout)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and "the same command goes on with this run" in err
-    out, err = start().communicate(timeout=120)
-    assert "2 runs, 1 of them finished" in out and "Resumed from" in out, err
-    assert out.count("accuracy %, last epoch") == 1 and "All 2 runs are finished" in out
-    argv[-3] = "41"
-    _, err = start().communicate(timeout=60)
-    assert "seed=0 was trained by another command" in err
+    argv = ["--vary", "seed=0,1", "--out", str(tmp_path), "--"]
+    argv += [*QUICK, "--train_samples", "64", "--epochs", "20", "--eval_freq", "20"]
+    with Group(sweep_that_forks, argv) as group:
+        group.wait_for("Epoch  1 ", after="[2/2]")
+        os.kill(group.processes[0].pid, signal.SIGTERM)
+        assert group.wait() == [143] and "the same command goes on with this run" in group.err
+    with Group(sweep_that_forks, argv) as group:
+        assert group.wait() == [0], group.err
+        assert "2 runs, 1 of them finished" in group.out and "Resumed from" in group.out
+        assert group.out.count("accuracy %, last epoch") == 1
+        assert "All 2 runs are finished" in group.out
+    argv[-3] = "21"
+    with Group(sweep_that_forks, argv) as group:
+        assert group.wait() == [2] and "seed=0 was trained by another command" in group.err
