@@ -297,7 +297,7 @@ def train(
     n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
     with flags_for(folder="--log_dir"):
         recorder = Recorder.open(
-            vars(args), settings.device, data.config, training.start, training.first_step
+            state.args, settings.device, data.config, training.start, training.first_step
         )
     answers: dict[str, list[metrics.Answers]] = {}
     with recorder:

@@ -177,6 +177,30 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(run_main, kd, tmp_path, mo
             assert is_same(a[part], b[part]), f"{part} of {name}"
 
 
+def test_args_json_notes_what_changed_when_a_run_was_resumed(
+    run_main, short, kd, teacher_file, tmp_path
+):
+    def changes():
+        return json.loads((tmp_path / "args.json").read_text())["changes"]
+
+    other = tmp_path / "other.pth"
+    other.write_bytes(teacher_file.read_bytes())
+    flags = [*short, *kd, "--lr", 1e-3, "--min_lr", 0, "--warmup_epochs", 0]
+    run_main(*flags, output_dir=tmp_path)
+    assert changes() == []
+    longer = [*flags, "--epochs", 3]
+    assert "Resumed with another recipe" in run_main(*longer, output_dir=tmp_path).out
+    first = "--epochs 2 → 3 after epoch 1"
+    assert changes() == [first]
+    last = [*longer, "--epochs", 4, "--teacher_path", other]
+    run_main(*last, output_dir=tmp_path)
+    both = [first, f"--teacher_path {teacher_file} → {other}, --epochs 3 → 4 after epoch 2"]
+    assert changes() == both
+    (tmp_path / "checkpoint-3.pth").unlink()
+    again = run_main(*last, output_dir=tmp_path)  # from the checkpoint of epoch 2, once more
+    assert changes() == both and again.checkpoint(3)["args"]["changes"] == both
+
+
 def test_a_truncated_newest_checkpoint_is_passed_over(run_main, short, tmp_path):
     whole = run_main(*short, output_dir=tmp_path)
     final = whole.checkpoint(1)

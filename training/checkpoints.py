@@ -188,7 +188,8 @@ class RunState:
         images: dict[str, Any] | None = None,
     ) -> None:
         self.student, self.ema, self.optimizer, self.scaler = student, ema, optimizer, scaler
-        self.args, self.data_config, self.images = dict(args), data_config, images or {}
+        self.args = {**args, "changes": []}  # of the recipe on the way, in words
+        self.data_config, self.images = data_config, images or {}
         self.changes: dict[str, tuple[Any, Any]] = {}  # of the recipe since the resumed checkpoint
         self.epoch = -1  # the last finished epoch
         self.best: dict[str, float] = {}  # checkpoint name -> accuracy it was saved with
@@ -242,6 +243,9 @@ class RunState:
         self.best = dict(saved.get("best", {}))
         self.scores = dict(checkpoint.scores)
         self.progress = Progress.from_saved(saved.get("progress"))
+        self.args["changes"] = list(checkpoint.args.get("changes", ()))
+        if self.changes:
+            self._note(list_changes(self.changes))
         if checkpoint.format < FORMAT:
             log(
                 f"Warning: {path}: written by an earlier version, which showed images in another "
@@ -266,7 +270,7 @@ class RunState:
         if not checkpoint.run_args:
             return  # a release, or a file of another project
         path, recipe = checkpoint.path, utils.changes(checkpoint.args, self.args)
-        skipped = NOT_RECIPE | DATA_FLAGS | {"val_images"}
+        skipped = NOT_RECIPE | DATA_FLAGS | {"val_images", "changes"}
         self.changes = {name: change for name, change in recipe.items() if name not in skipped}
         differences = itertools.chain(
             _data_differences(utils.changes(checkpoint.data, self.data_config)),
@@ -295,7 +299,9 @@ class RunState:
             )
         if done < asked:
             if self.changes:
-                log(f"Warning: resumed with another recipe: {list_changes(self.changes)}")
+                is_longer = "epochs" in self.changes and "epochs" in self.args["given"]
+                how = "Resumed" if is_longer else "Warning: resumed"
+                log(f"{how} with another recipe, noted in args.json: {list_changes(self.changes)}")
             return
         if self.changes:
             raise UserError(
@@ -320,6 +326,13 @@ class RunState:
                 "checkpoint",
             )
         log(f"Warning: {path}: {difference}; the resumed run will not match an uninterrupted one")
+        if not self.changes.keys() & {"batch_size", "update_freq"}:  # else noted already
+            self._note(difference)
+
+    def _note(self, change: str) -> None:
+        """Add to what args.json and each checkpoint say of changes on the way."""
+        steps = f", step {self.progress.updates} of the next" if self.progress else ""
+        self.args["changes"].append(f"{change} after epoch {self.epoch}{steps}")
 
     def finish_epoch(self, epoch: int, record: dict[str, float]) -> list[str]:
         """Note the scores of an epoch; returns which of 'best' and 'best-ema' it improved."""
