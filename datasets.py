@@ -27,6 +27,7 @@ from arguments.derived import (
     PRETRAINED,
     SMALL,
     TORCHVISION_SETS,
+    data_flag,
     follows_network,
     is_augmented,
     is_mixed,
@@ -38,8 +39,12 @@ from data import pictures, transforms
 from data.checks import (
     check_at_most,
     check_disjoint,
+    check_images,
     check_same_classes,
     report_class_counts,
+    warn_of_dark_images,
+    warn_of_missing_classes,
+    warn_of_similar_classes,
     warn_of_validation_copies,
 )
 from data.loaders import DeviceLoader, Stream, TransformedImages
@@ -69,7 +74,7 @@ from models.weights import read_checkpoint
 from runtime import distributed, signals
 from runtime.device import default_amp_dtype, has_streams, local_rank
 from runtime.distributed import log
-from utils import UserError, flags_for
+from utils import UserError, few, flags_for, is_hidden
 
 
 def open_split(
@@ -163,6 +168,7 @@ def is_flat(args: argparse.Namespace) -> bool:
         return False
     is_split = args.data_set == "IMNET" and os.path.isdir(os.path.join(args.data_path, "train"))
     names = (entry.name for entry in os.scandir(args.data_path) if entry.is_file())
+    names = (name for name in names if not is_hidden(name))
     return not is_split and any(has_file_allowed_extension(name, IMG_EXTENSIONS) for name in names)
 
 
@@ -198,6 +204,11 @@ def open_splits(
         train, val = _open_flat(args, teacher_classes)
     else:
         train = open_split(args, is_train=True)
+        if with_validation and len(train.classes) < 2:
+            raise UserError(
+                f"{data_flag(args)}: has a single class ({few(train.classes)}), so nothing can be "
+                "learned; pass the folder that holds one folder of images per class"
+            )
         holdout = _choose_holdout(args, train)
         if with_validation and not holdout:
             val = _open_validation_of(args, train)
@@ -227,21 +238,15 @@ def _open_flat(
 
 
 def _choose_holdout(args: argparse.Namespace, train: Source) -> int | None:
-    """--holdout, or a fifth of the images if nothing says which images are for validation.
-
-    Raises: UserError for a single class.
-    """
+    """--holdout, or a fifth of the images if nothing says which images are for validation."""
     if not must_hold_out(args):
         return args.holdout
-    if len(train.classes) < 2:
-        raise UserError(
-            f"--data_path {args.data_path}: has a single class ({train.classes[0]}), so nothing "
-            "can be learned; pass the folder that holds one folder of images per class"
-        )
+    assert isinstance(train, ImageSource)  # from a folder
     count = max(1, len(train) // 5)
+    of_each = " of each class" if np.bincount(train.targets).min() >= 5 else ""
     log(
-        f"{args.data_path} holds no validation images; {count} of its {len(train)} images, a fifth "
-        "of each class, are held out for validation, the same ones in every run (--holdout N for "
+        f"{args.data_path} holds no validation images; {count} of its {len(train)} images, a fifth"
+        f"{of_each}, are held out for validation, the same images in every run (--holdout N for "
         "another number)"
     )
     return count
@@ -277,14 +282,44 @@ def _choose_training(args: argparse.Namespace, train: ImageSource) -> ImageSourc
 
 def _report_splits(args: argparse.Namespace, splits: Splits) -> None:
     """Print what a user should know of the images before they are trained on; on rank 0."""
-    train, val, _ = splits
+    train, val, held_out = splits
+    warn_of_similar_classes(train.classes)
     if not isinstance(train, ImageSource) or not distributed.is_main_process():
         return
+    warn_of_dark_images(train)
     if not len(train.without_label()):
         learns_labels = not args.teacher_cache_only and not (args.kd and args.kd_alpha == 1)
         report_class_counts(train, learns_labels and args.class_weights == "none")
     if isinstance(val, ImageSource):
+        if held_out:
+            warn_of_missing_classes(val, "validation", "raise --holdout, or add images of them")
         warn_of_validation_copies(train, val)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise UserError for an output folder among the images, where it would look like a class."""
+    if args.data_set not in ("IMNET", "image_folder") or args.labels:
+        return
+    images = [
+        args.data_path,
+        args.eval_data_path,
+        "" if args.unlabeled == "rest" else args.unlabeled,
+    ]
+    roots = {os.path.realpath(path): path for path in images if path}
+    for flag in ("output_dir", "teacher_cache", "log_dir"):
+        path = getattr(args, flag)
+        if not path or path == "none":
+            continue
+        real = os.path.realpath(path)
+        for root, name in roots.items():
+            inside = os.path.relpath(real, root).split(os.sep)
+            # Beside the folders train and val there is room for other folders.
+            is_beside = name == args.data_path and args.data_set == "IMNET" and not is_flat(args)
+            if inside[0] != os.pardir and (not is_beside or inside[0] in (".", "train", "val")):
+                raise UserError(
+                    f"--{flag} {path}: lies inside the images of {name}, which it would spoil; "
+                    "pass a folder outside of it"
+                )
 
 
 def complete(args: argparse.Namespace, device: torch.device, splits: Splits | None = None) -> None:
@@ -351,6 +386,8 @@ def build_data(args: argparse.Namespace, device: torch.device) -> Data:
     """
     splits = open_splits(args, partial(_classes_of_teacher, args))
     _report_splits(args, splits)
+    if args.check_data:  # first, since anything else ends at the first file that is missing
+        check_images([splits.train, splits.val], args.num_workers)
     complete(args, device, splits)
     train, val, held_out = splits
     images = _same_images(train, "training")
@@ -361,6 +398,7 @@ def build_data(args: argparse.Namespace, device: torch.device) -> Data:
     val_loader = feature_loader = None
     if val is not None:
         val_loader = build_eval_loader(args, val, config, device)
+        val_loader.is_read = args.check_data
     if not is_augmented(args) and isinstance(train, ImageSource):
         feature_loader = build_eval_loader(args, train, config, device, shared=True)
     else:

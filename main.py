@@ -39,10 +39,10 @@ from arguments.checks import effects_line
 from arguments.defaults import cores_per_process
 from arguments.derived import teachers_of, views_of
 from arguments.parsing import follow_checkpoint
-from data.checks import check_images, read_validation
+from data.checks import read_validation
 from data.loaders import Batch, Loader
 from data.sources import ImageSource
-from datasets import Data, build_data
+from datasets import Data, build_data, check_outputs
 from distillation import StudentWithDistillation
 from engine import TrainedModel, evaluate, train_one_epoch
 from evaluation import score_checkpoint
@@ -148,6 +148,7 @@ def run(argv: list[str] | None) -> None:
         score_checkpoint(args, checkpoint, device)
         return
     check_optimizer(args)
+    check_outputs(args)
     with flags_for(folder="--output_dir"):
         lock = claim_output_dir(args)  # held until the end of the run
 
@@ -195,10 +196,6 @@ def open_data(args: argparse.Namespace, device: torch.device) -> Data:
         )
     if device.type == "cuda" and (cores := cores_per_process()) < 2:
         log(f"Warning: {cores:.1f} cores per process; see docs/distributed.md for SLURM's setting")
-    if args.check_data:
-        check_images([data.train, data.val], args.num_workers)
-        if data.val_loader is not None:
-            data.val_loader.is_read = True
     return data
 
 

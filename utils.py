@@ -98,6 +98,11 @@ def few(names: Iterable[object], most: int = 3) -> str:
 # -------------------------------------------------------------------------------- small files
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a program made this for itself: .ipynb_checkpoints, ._photo.jpg, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def read_lines(path: str) -> list[str]:
     """The lines of a text file that are not empty, without surrounding blanks.
 

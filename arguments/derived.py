@@ -4,6 +4,8 @@ import argparse
 import os
 from typing import NamedTuple
 
+from utils import is_hidden
+
 SMALL = 64  # below this side, images are padded and cropped as for CIFAR, at one scale
 TORCHVISION_SETS = ("CIFAR", "CIFAR10", "MNIST", "FashionMNIST")
 DATA_SETS = ("DIGITS", "IMNET", "image_folder", *TORCHVISION_SETS)
@@ -42,10 +44,10 @@ def teachers_of(args: argparse.Namespace) -> list[Teacher]:
 
 
 def folders_in(path: str | None) -> list[str]:
-    """Names of the folders in a folder, sorted; none where the folder cannot be listed."""
+    """Names of the folders in a folder, sorted; none of hidden ones, or if it cannot be listed."""
     try:
         with os.scandir(path or "") as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
+            return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
     except OSError:
         return []
 

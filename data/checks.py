@@ -1,17 +1,20 @@
 """Checks of the images before training, so that a fault is found before an epoch is paid for."""
 
-import filecmp
+import hashlib
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from data import pictures
 from data.loaders import READ_ONLY, DeviceLoader
 from data.pictures import CANNOT_READ, REMEDY
-from data.sources import ImageSource, Source, StreamSource, evenly
+from data.sources import THREADS, ImageSource, Source, StreamSource, evenly
 from runtime import distributed, signals
 from runtime.distributed import log
 from utils import UserError, few
@@ -20,6 +23,8 @@ T = TypeVar("T")
 BATCH = 32  # images that a worker reads before it answers
 MOST = 20  # images that are named; the others are counted
 SECONDS = 10  # between two printed lines
+PART = 2**16  # bytes of a file that are compared at its beginning, middle and end
+FEW, DARK = 16, 2**13  # images that are looked at, and the value of which 16 bits have eight times
 
 
 class UnreadableImages(Dataset):
@@ -116,26 +121,86 @@ def with_progress(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
 
 
 def warn_of_validation_copies(train: ImageSource, val: ImageSource) -> None:
-    """Warn of images without a label that are validation images: files with the same bytes.
+    """Warn of images to train on that are validation images too: files with the same bytes.
 
-    Where there are more than IDENTIFYING of either, only so many are looked at.
+    Of more than IDENTIFYING images of one kind, only so many are compared, evenly spread.
     """
-    positions = train.without_label()
-    if not len(positions) or not train.path(positions[0]) or not val.path(0):
-        return
-    files = [train.path(index) for index in positions[evenly(len(positions))]]
-    by_size: dict[int, list[str]] = {}
-    for index in evenly(len(val)):
-        by_size.setdefault(os.path.getsize(val.path(index)), []).append(val.path(index))
-    copies = []
-    for file in files:
-        same_size = by_size.get(os.path.getsize(file), [])
-        if any(filecmp.cmp(file, other, shallow=False) for other in same_size):
-            copies.append(file)
-    if copies:
+    of_val = _paths(val, np.arange(len(val)))
+    has_label = train.targets < len(train.classes)
+    for kind, positions in (
+        ("training images", np.flatnonzero(has_label)),
+        ("images without a label", train.without_label()),
+    ):
+        files = _paths(train, positions)
+        if copies := _copies(files, of_val):
+            log(
+                f"Warning: {len(copies):,} of {len(files):,} {kind} are validation images too "
+                f"({few(copies)}), so the score is not that of unseen images; remove them"
+            )
+
+
+def _paths(source: ImageSource, positions: np.ndarray) -> list[str]:
+    """Files of at most IDENTIFYING of these images; none for images that are not in files."""
+    paths = (source.path(positions[index]) for index in evenly(len(positions)))
+    return [path for path in paths if path]
+
+
+def _copies(files: list[str], others: list[str]) -> list[str]:
+    """Those of the files whose bytes one of the others has."""
+    names = files
+    with ThreadPoolExecutor(THREADS) as pool:
+        for key in (_size, _parts):  # few files have a size in common, so few are read
+            keys = [list(pool.map(key, paths)) for paths in (names, others)]
+            common = (set(keys[0]) & set(keys[1])) - {None}
+            names, others = (
+                [path for path, own in zip(paths, found, strict=True) if own in common]
+                for paths, found in zip((names, others), keys, strict=True)
+            )
+    return names
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # found and named when the images are read
+        return None
+
+
+def _parts(path: str) -> bytes | None:
+    """A hash of a file, or of the beginning, the middle and the end of a large one."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256()
+            for place in (0, size // 2, size - PART) if size > 3 * PART else (0, PART, 2 * PART):
+                file.seek(place)
+                digest.update(file.read(PART))
+            return digest.digest()
+    except OSError:
+        return None
+
+
+def warn_of_similar_classes(classes: Sequence[str]) -> None:
+    """Warn of classes whose names differ only in upper and lower case."""
+    names = Counter(name.lower() for name in classes)
+    if similar := [name for name in classes if names[name.lower()] > 1]:
         log(
-            f"Warning: {len(copies)} of {len(files)} images without a label are validation images "
-            f"too ({few(copies)}), so the score is not that of unseen images; remove them"
+            f"Warning: classes that differ only in upper and lower case: {few(similar, most=10)}; "
+            "if they are one class, give them one name"
+        )
+
+
+def warn_of_dark_images(source: ImageSource) -> None:
+    """Warn of images with 16 bits per pixel that use a small part of the range, as of 12 bits."""
+    paths = _paths(source, evenly(len(source), FEW))
+    values = map(pictures.brightest, paths)
+    wide = [value for value in values if value is not None]
+    if wide and max(wide) < DARK:
+        bits = max(wide).bit_length()
+        log(
+            f"Warning: {len(wide)} images with 16 bits per pixel were looked at, and none has a "
+            f"value above {max(wide):,} of 65,535, so they are shown nearly black; if they hold "
+            f"{bits} bits, multiply their values by {65536 >> bits}"
         )
 
 
@@ -160,11 +225,11 @@ def check_disjoint(train: Source, val: Source, folder: str) -> None:
         )
 
 
-UNEVEN = 3  # times as many images of the largest class as of the smallest, from which that is told
+UNEVEN = 3  # how many times as many images of one class as of another are reported
 
 
 def report_class_counts(train: ImageSource, can_weigh: bool) -> None:
-    """Print which classes have no training image, and the counts where they are uneven.
+    """Print which classes have no training image, and the counts if they are uneven.
 
     Args:
         can_weigh: whether --class_weights could help.
@@ -174,17 +239,23 @@ def report_class_counts(train: ImageSource, can_weigh: bool) -> None:
     order = [int(index) for index in np.argsort(counts, kind="stable") if counts[index]]
     if counts[largest] > UNEVEN * counts[order[0]]:
         most = 10
-        told = [f"{train.classes[index]} {counts[index]}" for index in order]
-        if len(told) > most:
-            told = [*told[: most // 2], f"… {train.classes[largest]} {counts[largest]}"]
+        lines = [f"{train.classes[index]} {counts[index]}" for index in order]
+        if len(lines) > most:
+            lines = [*lines[: most // 2], f"… {train.classes[largest]} {counts[largest]}"]
         remedy = "; --class_weights balanced gives each class the same weight in the label loss"
         hint = remedy if can_weigh else ""
-        log(f"Uneven classes, images of the rarest first: {', '.join(told)}{hint}")
-    if untaught := [name for name, count in zip(train.classes, counts, strict=True) if not count]:
+        log(f"Class imbalance (images per class, rarest first): {', '.join(lines)}{hint}")
+    remedy = "raise --train_samples if it is given, or lower --holdout"
+    warn_of_missing_classes(train, "training", remedy)
+
+
+def warn_of_missing_classes(source: ImageSource, kind: str, remedy: str) -> None:
+    """Warn of classes that have no image in a source."""
+    counts = np.bincount(source.targets, minlength=len(source.classes))
+    if missing := [source.classes[index] for index in np.flatnonzero(counts == 0)]:
         log(
-            f"Warning: classes without a training image: {len(untaught)} of {len(train.classes)} "
-            f"({few(untaught, most=10)}); raise --train_samples where it is given, or lower "
-            "--holdout"
+            f"Warning: classes without a {kind} image: {len(missing)} of {len(source.classes)} "
+            f"({few(missing, most=10)}); {remedy}"
         )
 
 

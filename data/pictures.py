@@ -159,6 +159,15 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def brightest(path: str) -> int | None:
+    """The largest value of an image with 16 or more bits per pixel; None for any other file."""
+    try:
+        with Image.open(path) as image:
+            return int(np.asarray(image).max()) if image.mode.startswith("I") else None
+    except Exception:  # what cannot be read is reported when it is decoded
+        return None
+
+
 def _eight_bits(image: Image.Image) -> np.ndarray:
     """Integers of 16 bits, or floating-point values in 0…1 or 0…255 -> (H, W) uint8.
 

@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 import torchvision
 from timm.data import IterableImageDataset, create_dataset
-from torchvision.datasets.folder import (
-    IMG_EXTENSIONS,
-    find_classes,
-    has_file_allowed_extension,
-    make_dataset,
-)
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from arguments.derived import TORCHVISION_SETS
 from data.labels import read_labels
@@ -32,7 +27,7 @@ from data.sources import (
 from runtime import distributed
 from runtime.device import local_rank
 from runtime.distributed import log
-from utils import UserError, few, first_line
+from utils import UserError, few, first_line, is_hidden
 
 DIGITS_FILE = Path(__file__).parent / "digits.npz"
 
@@ -79,32 +74,29 @@ def image_folder(folder: str) -> ImageSource:
         raise UserError(
             f"{folder}: is not a folder; it must hold one folder of images per class", "folder"
         )
-    try:
-        classes, _ = find_classes(folder)
-    except FileNotFoundError as error:
-        raise _no_images(folder, first_line(error)) from error
-    arrays = distributed.once_per_machine(lambda: _list_images(folder, classes))
+    listing = _Listing(folder)
+    if not (classes := listing.classes()):
+        raise _no_images(folder, "it holds no folder")
+    arrays = distributed.once_per_machine(lambda: _list_images(listing, classes))
     return FileSource(folder, arrays, classes)
 
 
-def _list_images(folder: str, classes: list[str]) -> list[np.ndarray]:
+def _list_images(listing: "_Listing", classes: list[str]) -> list[np.ndarray]:
     """The images of class folders, in the order of torchvision's ImageFolder."""
-    endings = _Endings()
-    empty = []
+    folder, empty = listing.folder, []
 
     def files_by_class() -> Iterator[list[tuple[str, int]]]:
         for index, name in enumerate(classes):
-            of_class = {name: index}
-            found = make_dataset(folder, of_class, is_valid_file=endings.is_image, allow_empty=True)
-            if not found:
+            paths = listing.images(os.path.join(folder, name))
+            if not paths:
                 empty.append(name)
-            yield found
+            yield [(path, index) for path in paths]
 
     arrays = arrays_of_files(folder, files_by_class())
     if empty:
-        others = f"left out: {endings}; " if endings.skipped else ""
+        others = f"left out: {listing}; " if listing.left_out else ""
         raise _no_images(folder, f"no image of {few(empty)}; {others}{ENDINGS}")
-    endings.report(folder)
+    listing.report()
     return arrays
 
 
@@ -113,50 +105,99 @@ def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:
 
     Args:
         classes: the names of the classes of the images that have a label.
-    Raises: UserError where there is no image.
+    Raises: UserError if there is no image.
     """
     folder = os.path.expanduser(folder)
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: is not a folder", "folder")
 
     def list_all() -> list[np.ndarray]:
-        endings = _Endings()
-        one = {os.curdir: len(classes)}  # the folder itself, as the folder of a class
-        found = make_dataset(folder, one, is_valid_file=endings.is_image, allow_empty=True)
-        if not found:
+        listing = _Listing(folder)
+        paths = listing.images(folder)
+        if not paths:
             raise UserError(f"{folder}: holds no image at any depth; {ENDINGS}", "folder")
-        endings.report(folder)
-        return arrays_of_files(os.path.join(folder, os.curdir), [found])
+        listing.report()
+        return arrays_of_files(folder, [[(path, len(classes)) for path in paths]])
 
     return FileSource(folder, distributed.once_per_machine(list_all), classes)
 
 
-class _Endings:
-    """Tells images from other files by the ending of their names, and counts the others."""
+class _Listing:
+    """Lists the images below a folder, and counts what is left out.
 
-    def __init__(self) -> None:
-        self.skipped: Counter[str] = Counter()
+    Left out are files with other endings, what programs write for themselves (utils.is_hidden), and
+    links to a folder that holds the link, below which the same images would come again and again.
+    """
 
-    def is_image(self, path: str) -> bool:
-        is_known = has_file_allowed_extension(path, IMG_EXTENSIONS)
+    def __init__(self, folder: str) -> None:
+        self.folder, self.left_out = folder, Counter[str]()
+        here = Path(os.path.abspath(folder))
+        self.above = frozenset(_identity(path) for path in (here, *here.parents))
+
+    def classes(self) -> list[str]:
+        """The names of the class folders, sorted."""
+        return sorted(self._look(self.folder, self.above)[0])
+
+    def images(self, folder: str) -> list[str]:
+        """Paths of the images below a folder, in the order of torchvision's ImageFolder."""
+        folders = sorted(self._walk(folder, self.above | {_identity(folder)}))
+        return [os.path.join(parent, name) for parent, names in folders for name in sorted(names)]
+
+    def _walk(self, folder: str, above: frozenset) -> Iterator[tuple[str, list[str]]]:
+        """(folder, names of the images in it), for a folder and all folders below it."""
+        folders, files = self._look(folder, above)
+        yield folder, [name for name in files if self._is_image(name)]
+        for name in folders:
+            inner = os.path.join(folder, name)
+            yield from self._walk(inner, above | {_identity(inner)})
+
+    def _look(self, folder: str, above: frozenset) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the files in a folder. Raises: UserError."""
+        folders, files = [], []
+        try:
+            with os.scandir(folder) as entries:
+                found = list(entries)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be listed ({error.strerror})", "folder") from error
+        for entry in found:
+            is_folder = entry.is_dir()
+            if is_hidden(entry.name):
+                self.left_out["hidden folder" if is_folder else "hidden file"] += 1
+            elif not is_folder:
+                files.append(entry.name)
+            elif entry.is_symlink() and _identity(entry.path) in above:
+                self.left_out["link to a folder that holds it"] += 1
+            else:
+                folders.append(entry.name)
+        return folders, files
+
+    def _is_image(self, name: str) -> bool:
+        is_known = has_file_allowed_extension(name, IMG_EXTENSIONS)
         if not is_known:
-            self.skipped[os.path.splitext(path)[1].lower() or "without ending"] += 1
+            self.left_out[os.path.splitext(name)[1].lower() or "without ending"] += 1
         return is_known
 
     def __str__(self) -> str:
-        return few((f"{ending} {count}" for ending, count in self.skipped.most_common()), most=5)
+        return few((f"{what} {count}" for what, count in self.left_out.most_common()), most=5)
 
-    def report(self, folder: str) -> None:
-        if self.skipped:
-            log(f"{folder}: {self.skipped.total()} file(s) left out ({self}); {ENDINGS}")
+    def report(self) -> None:
+        if self.left_out:
+            total = self.left_out.total()
+            log(f"{self.folder}: {total} file(s) or folder(s) left out ({self}); {ENDINGS}")
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    """What a folder has in common with every link to it."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 ENDINGS = f"images end in {' '.join(IMG_EXTENSIONS)}"
 
 
-def _no_images(folder: str, found: str) -> UserError:
+def _no_images(folder: str, reason: str) -> UserError:
     return UserError(
-        f"{folder}: holds no images, or a class folder in it is empty ({found}); it must hold one "
+        f"{folder}: holds no images, or a class folder in it is empty ({reason}); it must hold one "
         "folder of images per class",
         "folder",
     )

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import random
+import shutil
 import tracemalloc
 from collections import Counter
 from operator import itemgetter
@@ -459,8 +460,10 @@ def test_odd_images_look_alike_in_training_and_in_evaluation(tmp_path):
     shown = []
     for name in ("odd", "plain"):
         flags = ["--data_path", tmp_path / name, "--model", "cifar_resnet8", "--input_size", 64]
+        for part in ("train", "val"):
+            write_images(tmp_path / name / part, ["b"], count=1)
         data = datasets.build_data(parsed(*flags, "--batch_size", 2), CPU)
-        assert len(data.train) == len(data.val) == 37
+        assert len(data.train) == len(data.val) == 38
         shown.append(
             [batch.images for one in (data.train_loader, data.val_loader) for batch in one]
         )
@@ -782,13 +785,19 @@ SMALL_RUN = ["--input_size", 32, "--epochs", 1, "--batch_size", 8]
 def test_check_data_lists_every_bad_image_with_its_reason(workers, run_main, imnet, tmp_path):
     bad = spoil(imnet, "train/ant/1.jpg", "train/cat/7.jpg", "val/bee/0.jpg")
     bad[1].write_bytes(b"")
+    bad[2].unlink()
+    bad[2].symlink_to("nowhere.jpg")
     flags = ["--data_path", imnet, *SMALL_RUN, "--num_workers", workers, "--check_data", "true"]
     run = run_main(*flags, output_dir=tmp_path / "out")
     assert run.code == 2 and "Model" not in run.out
     first, *lines = run.err.splitlines()
     assert "--check_data true: 3 of 33 images cannot be read; repair or remove them" in first
     assert [line.split(" (")[0].strip() for line in lines] == list(map(str, bad))
-    assert "cannot identify image file" in lines[1] and all(line.endswith(")") for line in lines)
+    assert (
+        "cannot identify image file" in lines[1]
+        and "No such file" in lines[2]
+        and all(line.endswith(")") for line in lines)
+    )
 
 
 def test_check_data_names_20_images_and_counts_the_others(run_main, imnet):
@@ -868,12 +877,51 @@ def test_files_that_are_left_out_are_counted_by_their_ending(run_main, imnet):
     for name in ("a.heic", "b.HEIC", "c.heic", "notes.txt", "README"):
         (imnet / "train" / "bee" / name).write_bytes(b"")
     out = run_main("--data_path", imnet, *SMALL_RUN, "--disable_eval", "true").out
-    assert f"{imnet}/train: 5 file(s) left out (.heic 3, without ending 1, .txt 1)" in out
+    assert (
+        f"{imnet}/train: 5 file(s) or folder(s) left out (.heic 3, without ending 1, .txt 1)" in out
+    )
     assert "24 images" in out
     for path in (imnet / "train" / "bee").glob("*.jpg"):
         path.unlink()
     run = run_main("--data_path", imnet)
     assert run.code == 2 and "left out: .heic 3" in run.err and ".jpeg .png" in run.err
+
+
+def test_hidden_names_and_links_to_a_parent_are_left_out_and_counted(imnet, tmp_path, capsys):
+    """What Jupyter and macOS leave behind, and a link that shows a folder to itself."""
+    train = imnet / "train"
+    names = [os.fsencode(os.path.relpath(path, train)) for path, _ in ImageFolder(train).samples]
+    for folder in (train / ".ipynb_checkpoints", train / "bee" / "__MACOSX"):
+        folder.mkdir()
+        shutil.copy(train / "ant" / "0.jpg", folder)
+    (train / "cat" / "._0.jpg").write_bytes(b"Mac OS X")
+    (train / "ant" / "loop").symlink_to("..")
+    (tmp_path / "more").mkdir()
+    shutil.copy(train / "ant" / "0.jpg", tmp_path / "more" / "1.jpg")
+    (tmp_path / "more" / "again").symlink_to(tmp_path / "more")
+    (train / "bee" / "more").symlink_to(tmp_path / "more")
+    source = image_folder(str(train))
+    assert source.classes == ["ant", "bee", "cat"]
+    listed = source.names(np.arange(len(source))).tolist()
+    assert listed == sorted([*names, b"bee/more/1.jpg"])
+    out = capsys.readouterr().out
+    for kind in ("hidden folder 2", "hidden file 1", "link to a folder that holds it 2"):
+        assert kind in out, out
+    assert f"{train}: 5 file(s) or folder(s) left out (" in out
+
+
+def test_16_bit_images_that_hold_12_bits_are_reported(tmp_path, capsys):
+    for name, factor in (("dark", 1), ("light", 16)):
+        for number, label in enumerate("ab"):
+            (tmp_path / name / label).mkdir(parents=True)
+            values = np.full((9, 9), (4000 - number) * factor, np.uint16)
+            Image.fromarray(values).save(tmp_path / name / label / "1.png")
+        flags = ["--data_path", tmp_path / name, "--disable_eval", "true", "--batch_size", 2]
+        datasets.build_data(parsed(*flags), CPU)
+        out = capsys.readouterr().out
+        told = "Warning: 2 images with 16 bits per pixel were looked at, and none has a value above"
+        assert (f"{told} 4,000 of 65,535" in out) == (name == "dark")
+        assert ("if they hold 12 bits, multiply their values by 16" in out) == (name == "dark")
 
 
 def test_a_class_whose_name_is_not_utf_8_trains_with_a_teacher_cache(run_main, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forked import run_group
-from helpers import CPU, QUICK, teacher_flags, write_images
+from helpers import CPU, QUICK, teacher_flags, tree, write_images
 
 import datasets
 import losses
@@ -151,7 +151,8 @@ LAYOUTS = {
     "railway": ("car train", "", "if train and car are classes, pass --data_set image_folder"),
     "capital": ("Train Val", "", "no folder train, but Train; rename Train to train"),
     "explicit": ("train val", "--data_set image_folder", "holds train and val, which are hardly"),
-    "one": ("photos", "", "has a single class (photos)"),
+    "one": ("photos", "", "has a single class (photos), so nothing can be learned"),
+    "one of two": ("train/a val/a", "", "has a single class (a), so nothing can be learned"),
 }  # fmt: skip
 
 
@@ -164,6 +165,77 @@ def test_folders_that_are_hardly_classes_are_refused(run_main, tmp_path, layout)
     assert len(run.err.splitlines()) <= 2
 
 
+def test_classes_that_differ_only_in_case_are_reported(classes, capsys):
+    flags = ["--data_path", classes, "--disable_eval", "true"]
+    datasets.build_data(parsed(*flags), CPU)
+    assert "upper and lower case" not in capsys.readouterr().out
+    write_images(classes, ["Bee"], count=1)
+    datasets.build_data(parsed(*flags), CPU)
+    assert "differ only in upper and lower case: Bee, bee; if they" in capsys.readouterr().out
+
+
+def test_validation_images_with_the_bytes_of_training_images_are_reported(classes, capsys):
+    """Whatever they are called: in train and val, and on both sides of the hold-out."""
+    for path in list(classes.rglob("*.jpg")):
+        path.write_bytes(path.read_bytes() + os.fsencode(path))  # all different now
+    root = classes.parent / "split"
+    shutil.copytree(classes, root / "train")
+    for name in ("ant", "bee", "cat"):
+        (root / "val" / name).mkdir(parents=True)
+        (root / "train" / name / "7.jpg").rename(root / "val" / name / "x.jpg")
+    for folder in (root, classes):
+        datasets.build_data(parsed("--data_path", folder), CPU)
+        assert "validation images too" not in capsys.readouterr().out
+    shutil.copy(root / "train" / "bee" / "1.jpg", root / "val" / "bee" / "y.jpg")
+    datasets.build_data(parsed("--data_path", root), CPU)
+    assert (
+        f"Warning: 1 of 21 training images are validation images too ({root}/train/bee/1.jpg), so "
+        "the score is not that of unseen images" in capsys.readouterr().out
+    )
+    for name in ("ant", "bee", "cat"):
+        for path in sorted((classes / name).glob("?.jpg")):
+            shutil.copy(path, path.with_stem(f"{path.stem}_copy"))
+    data = datasets.build_data(parsed("--data_path", classes), CPU)
+    original = {name.replace("_copy", "") for name in names_of(data.val)}
+    shared = sum(name.replace("_copy", "") in original for name in names_of(data.train))
+    assert shared > 5  # each of the nine held-out images, unless its copy is held out too
+    told = f"Warning: {shared} of 39 training images are validation images too"
+    assert told in capsys.readouterr().out
+
+
+OUTPUTS = {  # the output folder below the data, and whether the data hold train/ and val/
+    "out": False,
+    ".": False,
+    "ant/tb": False,
+    "train/out": True,
+    "val": True,
+    "./": True,
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_an_output_folder_among_the_images_is_refused_before_it_is_made(
+    output, run_main, classes, imnet
+):
+    data = imnet if OUTPUTS[output] else classes
+    before = tree(data)
+    for flag in ("--output_dir", "--teacher_cache", "--log_dir"):
+        run = run_main("--data_path", data, *SMALL, flag, data / output, *teacher_flags(__file__))
+        assert run.code == 2 and f"{flag} {data / output}: lies inside the images of" in run.err
+        assert len(run.err.splitlines()) == 1 and tree(data) == before
+    beside = ["--data_path", imnet, *SMALL, "--epochs", 1]
+    assert output != "val" or run_main(*beside, output_dir=imnet / "out").code == 0
+
+
+def test_classes_of_one_image_have_none_held_out_and_the_run_says_so(tmp_path, capsys):
+    write_images(tmp_path, ["ant", "bee", "cat", "dog", "eel"], count=1)
+    datasets.build_data(parsed("--data_path", tmp_path), CPU)
+    out = capsys.readouterr().out
+    assert "1 of its 5 images, a fifth, are held out" in out
+    assert "classes without a validation image: 4 of 5" in out
+    assert "classes without a training image: 1 of 5" in out
+
+
 # ------------------------------------------------------------------------- uneven classes
 
 
@@ -172,14 +244,14 @@ def test_uneven_classes_are_counted_and_even_ones_are_not(tmp_path, capsys):
         write_images(tmp_path, [name], count)
     flags = ["--data_set", "image_folder", "--data_path", tmp_path, "--disable_eval"]
     datasets.build_data(parsed(*flags), CPU)
-    told = "Uneven classes, images of the rarest first: bee 4, cat 6, ant 13; --class_weights"
+    told = "Class imbalance (images per class, rarest first): bee 4, cat 6, ant 13; --class_weights"
     assert told in capsys.readouterr().out
     datasets.build_data(parsed(*flags, "--class_weights", "balanced"), CPU)
     assert "ant 13; --class_weights" not in capsys.readouterr().out
     (tmp_path / "ant" / "12.jpg").unlink()  # 12 and 4: not more than three times as many
     datasets.build_data(parsed(*flags), CPU)
     datasets.build_data(parsed(), CPU)
-    assert "Uneven" not in capsys.readouterr().out
+    assert "imbalance" not in capsys.readouterr().out
 
 
 def test_balanced_weights_are_those_of_their_definition():
