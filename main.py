@@ -83,7 +83,7 @@ from training.optimizer import (
     report_schedule,
 )
 from training.settings import LoopSettings, loop_settings
-from training.student import exchange_gradients, explain_batch_norm, make_ema, make_student
+from training.student import explain_batch_norm, make_ema, make_student
 from utils import UserError, flags_for
 
 
@@ -265,8 +265,9 @@ def prepare_training(
             if features.val is not None:
                 val_loader, part = features.val, linear_probe.head_of
     else:
+        zeros = torch.zeros(2, 3, args.input_size, args.input_size, device=settings.device)
         is_alone = distributed.world_size() == 1
-        exchanged = student if is_alone else exchange_gradients(student, settings.device)
+        exchanged = student if is_alone else distributed.exchange_gradients(student, zeros)
         # The teacher stays outside DDP.
         model = StudentWithDistillation(
             exchanged, teacher.model, partial(times.on_device, "teacher")

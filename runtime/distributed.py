@@ -1,6 +1,7 @@
 """The processes of a run: how they start, what they share, and how they end together."""
 
 import atexit
+import inspect
 import json
 import os
 import shutil
@@ -261,6 +262,37 @@ def _delete_old_files() -> None:
                 path.unlink()
 
 
+def exchange_gradients(network: nn.Module, inputs: torch.Tensor) -> DistributedDataParallel:
+    """A network with gradients averaged over the processes after each backward pass. Collective.
+
+    Buffers are not sent with each forward pass: rank 0 computes with its own, as it would with
+    them sent, and the evaluation and the checkpoints hand these to all ranks.
+
+    DDP moves the gradients into new buckets after the first backward pass of a process. From three
+    ranks on, the place in a bucket decides in which order the ranks are added, so the first step
+    after a restart would be rounded differently than without one. A backward pass of zeros comes
+    before the first step for that reason; in eval mode, so that statistics of BatchNorm stay as
+    they are and dropout draws nothing.
+
+    Args:
+        inputs: a batch of zeros such as the network takes, on its device.
+    """
+    keywords: dict[str, Any] = {"gradient_as_bucket_view": True}
+    if has_streams(inputs.device):
+        keywords["device_ids"] = [inputs.device]
+    # Newer than the oldest torch that we support.
+    known = inspect.signature(DistributedDataParallel).parameters
+    newer = {"forward_sync_buffers": False, "batched_grad_copy": True}
+    keywords |= {name: value for name, value in newer.items() if name in known}
+    wrapped = DistributedDataParallel(network, **keywords)
+    modes = [(module, module.training) for module in wrapped.modules()]
+    (0 * wrapped.eval()(inputs)).sum().backward()
+    wrapped.zero_grad(set_to_none=True)
+    for module, mode in modes:
+        module.training = mode
+    return wrapped
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside a DistributedDataParallel, or the network itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -336,6 +368,15 @@ def gather(value: T) -> list[T]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """(…) of every process -> (processes, …), in the order of the ranks. Collective."""
+    parts = [tensor]
+    if world_size() > 1:
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor)
+    return torch.stack(parts)
 
 
 def require_same(values: dict[str, Any], of: str = "") -> dict[str, Any]:

@@ -51,22 +51,35 @@ class RowFormat:
         else:
             self.dtype = np.dtype((self.value, num_classes))
 
-    def encode(self, logits: torch.Tensor) -> np.ndarray:
-        """(N, C) float, on any device -> (N,) rows. Raises: UserError for logits beyond range."""
-        logits = logits.float()
+    def shorten(self, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(N, C) float -> what is stored of them, on the same device, without waiting for it.
+
+        Returns: all logits (N, C), or the k largest (N, k), their classes (N, k), and the mean of
+            the others (N,) in the sense of the class.
+        """
+        logits = logits.detach().float()
+        value = getattr(torch, self.value.name)
+        if not self.topk:
+            return (logits.to(value),)
+        largest = logits.topk(self.topk, dim=1)
+        others = logits.scatter(1, largest.indices, -math.inf) / self.temperature
+        rest = others.logsumexp(dim=1) - math.log(self.num_classes - self.topk)
+        return largest.values.to(value), largest.indices, self.temperature * rest
+
+    def restore(self, *parts: torch.Tensor) -> torch.Tensor:
+        """The parts that `shorten` returned -> (N, C) float32, on the same device."""
+        if len(parts) == 1:
+            return parts[0].float()
+        values, classes, rest = parts
+        return rest[:, None].repeat(1, self.num_classes).scatter_(1, classes, values.float())
+
+    def encode(self, *parts: torch.Tensor) -> np.ndarray:
+        """The parts that `shorten` returned -> (N,) rows. Raises: UserError beyond the range."""
+        arrays = [part.cpu().numpy() for part in parts]
+        values = rows = arrays[0]
         if self.topk:
-            largest = logits.topk(self.topk, dim=1)
-            others = logits.scatter(1, largest.indices, -math.inf) / self.temperature
-            rest = others.logsumexp(dim=1) - math.log(self.num_classes - self.topk)
-            rows = np.empty(len(logits), self.dtype)
-            with np.errstate(over="ignore"):
-                rows["values"] = largest.values.cpu().numpy()
-            rows["classes"] = largest.indices.cpu().numpy()
-            rows["rest"] = (self.temperature * rest).cpu().numpy()
-            values = rows["values"]
-        else:
-            with np.errstate(over="ignore"):
-                rows = values = logits.cpu().numpy().astype(self.value)
+            rows = np.empty(len(values), self.dtype)
+            rows["values"], rows["classes"], rows["rest"] = arrays
         if not np.isfinite(values).all():
             raise UserError(
                 f"the teacher's logits are not finite, or too large for {self.value}, the data "
@@ -76,12 +89,12 @@ class RowFormat:
         return rows
 
     def decode(self, rows: np.ndarray) -> torch.Tensor:
-        """(N,) rows -> (N, C) float32"""
+        """(N,) rows -> (N, C) float32, on the CPU"""
         if not self.topk:
-            return torch.from_numpy(rows.astype(np.float32, copy=False))
-        logits = torch.from_numpy(rows["rest"][:, None].repeat(self.num_classes, axis=1))
-        classes = torch.from_numpy(rows["classes"].astype(np.int64))
-        return logits.scatter_(1, classes, torch.from_numpy(rows["values"].astype(np.float32)))
+            return self.restore(torch.from_numpy(rows))
+        values, classes, rest = (rows[name] for name in ("values", "classes", "rest"))
+        arrays = values.copy(), classes.astype(np.int64), rest.copy()
+        return self.restore(*map(torch.from_numpy, arrays))
 
 
 class LogitFile:
@@ -164,10 +177,10 @@ class LogitFile:
         """Number of rows that are not complete."""
         return len(self.sums) - int(np.count_nonzero(self.sums))
 
-    def write(self, pending: list[tuple[range, torch.Tensor]]) -> None:
-        """Store logits (N, C) of rows, except where a row is complete already.
+    def write(self, pending: list[tuple[range, tuple[torch.Tensor, ...]]]) -> None:
+        """Store what RowFormat.shorten made of the logits of rows, unless a row is complete.
 
-        Raises: UserError where the file system refuses.
+        Raises: UserError if the file system refuses.
         """
         if not pending:
             return
@@ -176,15 +189,17 @@ class LogitFile:
         except OSError as error:
             raise cache_not_written(self.stem, error) from error
 
-    def _write(self, pending: list[tuple[range, torch.Tensor]]) -> None:
+    def _write(self, pending: list[tuple[range, tuple[torch.Tensor, ...]]]) -> None:
         places = np.concatenate([np.asarray(places) for places, _ in pending])
-        rows = self.format.encode(torch.cat([logits for _, logits in pending]))
+        parts = zip(*(parts for _, parts in pending), strict=True)
+        rows = self.format.encode(*map(torch.cat, parts))
         order = np.argsort(places, kind="stable")
         with (
             open(self.stem.with_suffix(".sums"), "r+b", buffering=0) as marks,
             open(self.stem.with_suffix(".logits"), "r+b", buffering=0) as file,
         ):
             utils.lock(marks)
+            utils.lock(file)  # too: NFS writes whole pages of a file that is not locked
             order = order[self.sums[places[order]] == 0]
             if not len(order):
                 return  # another process stored them first
@@ -283,7 +298,7 @@ class LogitStore:
         self.format, self.id = row_format, store_id
         self._view = -1
         self._file: LogitFile | None = None
-        self._pending: list[tuple[range, torch.Tensor]] = []
+        self._pending: list[tuple[range, tuple[torch.Tensor, ...]]] = []
         self._pending_bytes = 0
 
     def file_of(self, view: int) -> LogitFile:
@@ -305,13 +320,18 @@ class LogitStore:
         sums = (read_sums(self._stem(view), self.images, self.format) for view in views)
         return sum(self.needed - int(np.count_nonzero(found[: self.needed])) for found in sums)
 
-    def put(self, view: int, places: range, logits: torch.Tensor) -> None:
-        """Take logits (N, C) to be written by a later flush()."""
+    def put(self, view: int, places: range, logits: torch.Tensor) -> torch.Tensor:
+        """Take logits (N, C) to be written by a later flush().
+
+        Returns: what later runs will read of them, (N, C) float32 on the same device.
+        """
         self.file_of(view)
-        self._pending.append((places, logits.detach()))
-        self._pending_bytes += logits.numel() * logits.element_size()
+        parts = self.format.shorten(logits)
+        self._pending.append((places, parts))
+        self._pending_bytes += sum(part.nbytes for part in parts)
         if self._pending_bytes >= PENDING_BYTES:
             self.flush()
+        return self.format.restore(*parts)
 
     def flush(self) -> None:
         """Write what is pending."""
@@ -393,9 +413,7 @@ class StoredTeacher:
                 f"{view} disappeared during training; run the same command again to recompute them",
                 "cache",
             )
-        logits = self.teacher(images)
-        self.store.put(view, places, logits)
-        return logits
+        return self.store.put(view, places, self.teacher(images))
 
 
 def hash_of(value: object) -> str:

@@ -116,7 +116,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     if cached is not None and loader is not None:
         if source is not None and unscored:
             teacher.scores, known = _score(args, settings, data, loader, source)
-            cached.write(list(known.items()))
+            cached.write([(places, cached.format.shorten(known[places])) for places in known])
         else:
             teacher.scores, _ = _score(args, settings, data, loader, cached)
         teacher.logits = ValidationLogits(cached)

@@ -14,7 +14,9 @@ from forked import Group, program, run_group
 from helpers import CPU, RECORDS, children_of, is_same, read_log, start, torchrun
 
 from runtime import distributed, signals
+from training import history
 from training.checkpoints import INSIDE_EPOCH, save_checkpoint
+from training.history import History
 from utils import UserError, append_line, flags_for, write_whole
 
 LONG = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 640 --batch_size 8
@@ -175,3 +177,59 @@ def test_a_misspelt_subject_is_an_error_of_the_program():
     """Else the error of a user would silently lose the name of its flag."""
     with pytest.raises(AssertionError), flags_for(chekpoint="--resume"):
         pass
+
+
+THREE = """--device cpu --num_workers 0 --model cifar_resnet8 --train_samples 336 --batch_size 8
+--epochs 2 --model_ema true"""
+
+
+def stop_on_the_way(argv: list[str]) -> int:
+    """Rank 1 gets a signal in the second epoch, and all look for it at each step."""
+    history.SECONDS_BETWEEN_LOOKS = 0
+    end_update = History.end_update
+
+    def end_update_and_signal(self: History, update: int, grad_norm: torch.Tensor) -> None:
+        if (self.epoch, update, os.environ["RANK"]) == (1, 4, "1"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        end_update(self, update, grad_norm)
+
+    History.end_update = end_update_and_signal
+    return program(argv)
+
+
+def test_three_processes_that_were_interrupted_end_in_the_bits_of_a_run_left_alone(tmp_path):
+    """From three on, the order in which ranks are added decides how a sum is rounded."""
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    run_group(*THREE.split(), "--output_dir", alone, processes=3)
+    argv = [*THREE.split(), "--output_dir", str(stopped)]
+    with Group(stop_on_the_way, argv, processes=3) as group:
+        assert group.wait() == [128 + signal.SIGTERM] * 3, group.err
+        assert "SIGTERM after step 5 of epoch 1" in group.out
+    assert "5 steps of the next" in run_group(*argv, processes=3)
+    assert (alone / "log.txt").read_bytes() == (stopped / "log.txt").read_bytes()
+    a, b = (
+        torch.load(folder / "checkpoint-1.pth", weights_only=True) for folder in (alone, stopped)
+    )
+    for part in ("model", "model_ema", "optimizer", "scores"):
+        assert is_same(a[part], b[part]), part
+
+
+def test_the_start_of_a_group_leaves_the_network_and_random_numbers_as_they_were():
+    with Group(start_of_a_group, processes=2) as group:
+        assert group.wait() == [0, 0], group.err
+
+
+def start_of_a_group() -> None:
+    distributed.init_process(CPU, "env://")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout(), torch.nn.Flatten()
+    )
+    network[1].eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    numbers = torch.get_rng_state()
+    wrapped = distributed.exchange_gradients(network, torch.zeros(2, 3, 4, 4))
+    assert is_same(dict(network.state_dict()), before)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert [module.training for module in network] == [True, False, True, True]
+    assert wrapped.training and all(p.grad is None for p in wrapped.parameters())

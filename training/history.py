@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data.loaders import Batch
 from reporting.recorder import Recorder
@@ -191,13 +190,13 @@ class History:
     def _fetch(self, update: int) -> None:
         self._compute()
         first = self.epoch * self.updates + update + 1 - len(self.norms)
-        table = torch.cat(self.tables)  # (batches, metrics + 1)
         norms = torch.stack(self.norms).float()  # (optimizer steps,)
-        largest = table[:, -1].clone()
-        distributed.all_reduce_(table)
-        distributed.all_reduce_(largest, dist.ReduceOp.MAX)
-        rows = (table[:, :-1] / distributed.world_size()).cpu().numpy()
-        step_norms, largest_logits = norms.cpu().numpy(), largest.cpu().numpy()
+        # Added here, in the order of the ranks: a reduction would round by the length of the table,
+        # which depends on when the processes looked.
+        tables = distributed.gather_tensor(torch.cat(self.tables)).cpu().numpy()
+        total, largest_logits = sum(tables[:, :, :-1]), tables[:, :, -1].max(axis=0)
+        rows = total / len(tables)  # (batches, metrics)
+        step_norms = norms.cpu().numpy()
         images = self.images * distributed.world_size()
 
         step_of_row = np.repeat(np.arange(len(step_norms)), self.batches_per_update)

@@ -118,7 +118,11 @@ class TrainedClassifier(nn.Module):
         self.student, self.takes_features = student, takes_features
         head = head_of(student)
         # Only the classifier has gradients to exchange.
-        self.head = DistributedDataParallel(head) if distributed.world_size() > 1 else head
+        self.head = head
+        if distributed.world_size() > 1:
+            weight = next(p for p in head.parameters() if p.ndim > 1)  # (…, D, …)
+            zeros = weight.new_zeros(2, weight.shape[1])
+            self.head = distributed.exchange_gradients(head, zeros)
 
     def train(self, mode: bool = True) -> "TrainedClassifier":
         """Put the classifier in that mode; the backbone stays in eval mode."""

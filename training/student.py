@@ -1,42 +1,22 @@
-"""The student: created, seeded, averaged (EMA), and exchanged between processes."""
+"""The student: created, seeded and averaged (EMA)."""
 
 import argparse
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch.distributed
+import torch
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import models
 from models.classes import names_of_weights
 from models.weights import load_finetune
 from runtime import distributed
-from runtime.device import has_streams
 from runtime.distributed import log
 from runtime.randomness import RandomUse, seed_rng
 from training import linear_probe
 from utils import UserError, flags_for
-
-
-def exchange_gradients(student: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The student with gradients averaged over the processes after each backward pass.
-
-    Buffers are not sent with each forward pass: rank 0 computes with its own, as it would with
-    them sent, and `evaluate_all` and the checkpoints hand these to all ranks.
-    """
-    keywords: dict[str, Any] = {"gradient_as_bucket_view": True}
-    if has_streams(device):
-        keywords["device_ids"] = [device]
-    # Newer than the oldest torch that we support.
-    known = inspect.signature(DistributedDataParallel).parameters
-    newer = {"forward_sync_buffers": False, "batched_grad_copy": True}
-    keywords |= {name: value for name, value in newer.items() if name in known}
-    return DistributedDataParallel(student, **keywords)
 
 
 def make_student(
