@@ -3,6 +3,7 @@
 import os
 import signal
 
+import utils
 from arguments.parsing import parse_args
 
 # Threads of torch that wait for work spin for 10,000 turns and then sleep. By default they spin 30
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     # The imports below take seconds. Ctrl-C ends them without a traceback, and --help and mistyped
     # flags are answered before them.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    utils.open_streams()
     parse_args()
 
 import argparse
@@ -62,7 +64,7 @@ from reporting.summary import (
 from reporting.timing import TimeSplit
 from runtime import distributed, signals
 from runtime.device import (
-    allow_fast_kernels,
+    choose_kernels,
     choose_threads,
     default_device,
     find_device,
@@ -126,8 +128,8 @@ def run(argv: list[str] | None) -> None:
         distributed.init_process(device, args.dist_url)
     if device.type == "cpu":
         keep_freed_memory()
-    elif device.type == "cuda" and args.fast_cuda:
-        allow_fast_kernels()
+    elif device.type == "cuda":
+        choose_kernels(args.fast_cuda)
     if args.resume:
         with flags_for(checkpoint="--resume"):
             checkpoint = read_checkpoint(args.resume)
@@ -146,6 +148,7 @@ def run(argv: list[str] | None) -> None:
         log(idle)
     if args.eval:
         score_checkpoint(args, checkpoint, device)
+        distributed.require_output("the scores")
         return
     check_optimizer(args)
     check_outputs(args)
@@ -298,7 +301,7 @@ def train(
             state.args, settings.device, data.config, training.start, training.first_step
         )
     answers: dict[str, list[metrics.Answers]] = {}
-    with recorder:
+    with recorder, signals.stop_on_signals():
         for epoch in range(training.start, args.epochs):
             began = time.perf_counter()
             stats = train_one_epoch(
@@ -439,5 +442,5 @@ def summarize(
 
 
 if __name__ == "__main__":
-    signals.stop_on_signals()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -56,6 +56,7 @@ def exit_code(program: str, command: Callable[[], int | None], stopped: str = "s
     The code is that of the command, 2 for an error that the user can correct or an output that
     cannot be written, 130 after Ctrl-C, and 141 if the reader of a pipe (`| head`) has ended.
     """
+    open_streams()
     try:
         code = command()
         print(end="", flush=True)  # here at the latest a full disk is noticed
@@ -69,11 +70,28 @@ def exit_code(program: str, command: Callable[[], int | None], stopped: str = "s
     except OSError as error:
         if error.filename is not None:  # the output has no name
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        discard_output()
         if isinstance(error, BrokenPipeError):
             return 141  # 128 + SIGPIPE
         print(f"{program}: error: cannot write the output ({error.strerror})", file=sys.stderr)
         return 2
+
+
+def open_streams() -> None:
+    """Open standard streams that the shell has closed (`>&-`); what is printed there is discarded.
+
+    Else the next file that is opened would take their number, and would receive what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            # Takes the lowest number that is free.
+            descriptor = os.open(os.devnull, os.O_WRONLY if number else os.O_RDONLY)
+            setattr(sys, name, os.fdopen(descriptor, "w" if number else "r", closefd=False))
+
+
+def discard_output() -> None:
+    """Discard what is printed from here on, and what is still in the buffer of standard output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

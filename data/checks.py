@@ -105,16 +105,11 @@ def read_validation(loader: DeviceLoader | None, source: Source | None) -> None:
 
 
 def with_progress(batches: Iterable[T], count: int, what: str) -> Iterator[T]:
-    """The same batches; prints how far they are every ten seconds, and stops on a signal.
-
-    Raises: runtime.Interrupted.
-    """
+    """The same batches; prints how far they are every ten seconds."""
     printed = time.monotonic()
     for number, batch in enumerate(batches, start=1):
         yield batch
         share = f"{100 * number // count} % of {what}"
-        if signal_number := signals.received_signal():
-            raise signals.Interrupted(signal_number, f"reading {share}", None)
         if time.monotonic() > printed + SECONDS:
             log(f"Read {share}")
             printed = time.monotonic()

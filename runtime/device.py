@@ -44,15 +44,18 @@ def choose_threads(pixels: int) -> int:
     return torch.get_num_threads()
 
 
-def allow_fast_kernels() -> None:
-    """Trade the last bits for speed on CUDA, in this process.
+def choose_kernels(is_fast: bool) -> None:
+    """Trade the last bits for speed on CUDA in this process, or speed for the last bits.
 
-    Matrix products of float32 use TF32 (10 bits of mantissa) if the GPU has it, and cuDNN tries
-    its kernels on the first batch of each shape and keeps the fastest, which may be a different one
-    in the next run.
+    Fast: matrix products of float32 use TF32 (10 bits of mantissa) if the GPU has it, and cuDNN
+    tries its kernels on the first batch of each shape and keeps the fastest, which may be a
+    different one in the next run. Else neither products nor convolutions use TF32, and cuDNN takes
+    kernels that give the same bits in each run.
     """
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high" if is_fast else "highest")
+    torch.backends.cudnn.benchmark = is_fast
+    torch.backends.cudnn.deterministic = not is_fast
+    torch.backends.cudnn.allow_tf32 = is_fast
 
 
 def has_streams(device: torch.device) -> bool:

@@ -9,8 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from runtime.device import has_streams, local_rank
-from runtime.signals import Interrupted, received_signal
-from utils import UserError, changes, first_line
+from runtime.signals import received_signal
+from utils import UserError, changes, discard_output, first_line
 
 T = TypeVar("T")
 
@@ -33,20 +33,32 @@ T = TypeVar("T")
 
 
 def init_process(device: torch.device, dist_url: str) -> None:
-    """Under torchrun with more than one process, join the group.
+    """Join the group of the processes that torchrun started, if they are several.
 
     Args:
         device: of this process, which computes the collectives of the group.
         dist_url: the `init_method` of torch.distributed.
-    Raises: UserError where a scheduler started several processes without torchrun.
+    Raises: UserError if a scheduler started several processes without torchrun, if the environment
+        describes no group, and if processes would share a GPU.
     """
     _refuse_tasks_without_group()
     if has_streams(device):
         torch.accelerator.set_device_index(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        attempt = _attempt()
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store, _, _ = next(rendezvous(dist_url, rank, world))
+    size, number = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK")
+    if size == "1":
+        return
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    where = f"at {place}" if dist_url == "env://" else f"at --dist_url {dist_url}"
+    who = f"process {number} of {size} (RANK={number}, WORLD_SIZE={size})"
+    attempt = _attempt()
+    with _print_if_slow(f"Waiting as {who} for the others {where}; {UNSET}"):
+        try:
+            rank, world = int(number or ""), int(size)
+            store, _, _ = next(rendezvous(dist_url, rank, world))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{who} cannot meet the others {where}: {first_line(error)}; {UNSET}"
+            ) from error
         store = dist.PrefixStore(attempt, store)
         if has_streams(device):
             _refuse_shared_gpu(store, device)
@@ -58,8 +70,24 @@ def init_process(device: torch.device, dist_url: str) -> None:
             timeout=timedelta(minutes=30),
             device_id=device if has_streams(device) else None,
         )
-        _stores.append(store)
-        _start_following()
+    _stores.append(store)
+    _start_following()
+
+
+UNSET = "start all with torchrun, or unset both variables to run one process"
+SECONDS_OF_SILENCE = 5.0  # of a process that waits for others which may never come
+
+
+@contextmanager
+def _print_if_slow(line: str) -> Iterator[None]:
+    """Print a line if what happens inside takes longer than SECONDS_OF_SILENCE."""
+    timer = threading.Timer(SECONDS_OF_SILENCE, print, [line], {"flush": True})
+    timer.daemon = True  # does not keep a process alive that ends for another reason
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _attempt() -> str:
@@ -126,13 +154,35 @@ def is_main_process() -> bool:
 
 
 def log(*words: object) -> None:
-    """Print, on rank 0 only; above a line that is kept up to date (see terminal.Terminal)."""
+    """Print, on rank 0 only; above a line that is kept up to date (see terminal.Terminal).
+
+    A run whose output cannot be written (a closed pipe, a full disk) warns once and goes on.
+    """
     if is_main_process():
         text = " ".join(map(str, words))
-        # A file name need not be UTF-8; Python keeps its other bytes as code points of their own,
-        # which a terminal refuses.
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(text.encode(errors="backslashreplace").decode(), flush=True)
+        try:
+            # A file name need not be UTF-8; Python keeps its other bytes as code points of their
+            # own, which a terminal refuses.
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(text.encode(errors="backslashreplace").decode(), flush=True)
+        except OSError as error:
+            _lost.append(error)
+            discard_output()
+            what = f"Warning: standard output cannot be written ({error.strerror})"
+            with suppress(OSError):
+                print(f"{what}; the run goes on without it", file=sys.stderr, flush=True)
+
+
+_lost: list[OSError] = []  # the reason why output is discarded, if it is
+
+
+def require_output(what: str) -> None:
+    """Raise UserError if `what` was to be printed and could not be."""
+    if _lost:
+        raise UserError(
+            f"{what} could not be printed ({_lost[0].strerror}); let the output go to a disk with "
+            "space, or to a program that reads it"
+        )
 
 
 def barrier() -> None:
@@ -214,13 +264,8 @@ def once_per_machine(make: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
 
 
 def _wait(store: dist.Store, keys: list[str]) -> None:
-    """Wait for keys as long as it takes; torchrun sends a signal where another process has ended.
-
-    Raises: Interrupted.
-    """
+    """Wait for keys as long as it takes; torchrun ends this process if another one has ended."""
     while not store.check(keys):
-        if number := received_signal():
-            raise Interrupted(number, "the start of the run", None)
         time.sleep(0.01)
 
 
@@ -256,10 +301,15 @@ def _save(array: np.ndarray) -> str:
 
 def _delete_old_files() -> None:
     """Delete files of `_save` that a killed run left: those not written to for an hour."""
-    for path in Path(tempfile.gettempdir()).glob(f"{SHARED}*.npy"):
-        with suppress(OSError):  # of another user, or deleted by now
-            if time.time() - path.stat().st_mtime > 3600:
-                path.unlink()
+    with suppress(OSError):  # on a full disk, which `_save` reports
+        with tempfile.TemporaryFile() as file:
+            file.write(b"now")
+            file.flush()
+            now = os.fstat(file.fileno()).st_mtime  # by the clock of a file server, if it is on one
+        for path in Path(tempfile.gettempdir()).glob(f"{SHARED}*.npy"):
+            with suppress(OSError):  # of another user, or deleted by now
+                if now - path.stat().st_mtime > 3600:
+                    path.unlink()
 
 
 def exchange_gradients(network: nn.Module, inputs: torch.Tensor) -> DistributedDataParallel:

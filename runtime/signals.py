@@ -2,10 +2,10 @@
 
 import multiprocessing
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-
-# ------------------------------------------------------------------------------------ signals
 
 _received: list[int] = []  # a signal handler can do little more than note the number
 
@@ -16,7 +16,7 @@ class Interrupted(Exception):
     Args:
         number: number of the signal.
         when: what was finished last.
-        saved: the file or folder that holds everything up to there; None where nothing is saved.
+        saved: the file or folder that holds everything up to there; None if nothing is saved.
     """
 
     def __init__(self, number: int, when: str, saved: Path | None) -> None:
@@ -29,10 +29,12 @@ class Interrupted(Exception):
         self.exit_code = 128 + number  # as a shell reports it
 
 
-def stop_on_signals() -> None:
-    """Let SIGTERM (schedulers, torchrun) and SIGINT (Ctrl-C) end the run after a training step.
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Let SIGTERM (schedulers, torchrun) and SIGINT (Ctrl-C) only be noted inside.
 
-    A second SIGINT ends the run at once.
+    So the run can end after a training step, with a checkpoint. A second SIGINT ends the run at
+    once, and so does each signal outside, where nothing is to be saved.
     """
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -40,8 +42,14 @@ def stop_on_signals() -> None:
             raise KeyboardInterrupt
         _received.append(number)
 
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.signal(number, note) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        _received.clear()
 
 
 def leave_signals_to_the_trainer(worker_id: int) -> None:

@@ -278,8 +278,15 @@ def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
                 file.truncate(size)
         except OSError as error:
             raise cache_not_written(path, error) from error
-    # A plain array, since slicing an np.memmap takes several times as long.
-    return np.asarray(np.memmap(path, dtype, "r", shape=count))
+    try:
+        # A plain array, since slicing an np.memmap takes several times as long.
+        return np.asarray(np.memmap(path, dtype, "r", shape=count))
+    except OSError as error:
+        raise UserError(
+            f"{path}: this file system does not map files into memory ({error}); use a folder on "
+            "another file system, such as a local disk",
+            "cache",
+        ) from error
 
 
 class LogitStore:

@@ -346,6 +346,7 @@ def _causes(source: object) -> str:
     return f"{CAUSES}; or {EMA_CAUSE}" if is_ema else CAUSES
 
 
+@signals.stop_on_signals()
 def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: range) -> None:
     """Compute the teacher's logits for every image of the views that the cache lacks.
 

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from helpers import ROOT
 
 import main
-from runtime import signals
 
 
 @cache
@@ -145,7 +144,6 @@ class Group:
 
 def program(argv: list[str]) -> int:
     """What `python main.py` does."""
-    signals.stop_on_signals()
     return main.main(argv)
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from models.weights import local_file, read_checkpoint
-from runtime.device import default_amp_dtype, default_device, find_device, peak_memory, send
+from runtime.device import (
+    choose_kernels,
+    default_amp_dtype,
+    default_device,
+    find_device,
+    peak_memory,
+    send,
+)
 from runtime.distributed import _refuse_shared_gpu
 from runtime.randomness import RandomUse, seed_rng
 from utils import UserError
@@ -78,6 +85,18 @@ def test_mixed_precision_is_bfloat16_where_the_gpu_has_it(monkeypatch, is_suppor
     assert default_amp_dtype(torch.device("cuda")) == wanted
     assert asked == {"emulation": False}  # which would be slower than float32
     assert default_amp_dtype(torch.device("cpu")) == "bfloat16"
+
+
+def test_kernels_without_speed_are_the_same_in_each_run():
+    try:
+        choose_kernels(False)
+        cudnn = torch.backends.cudnn
+        assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (False, True, False)
+        assert torch.get_float32_matmul_precision() == "highest"
+        choose_kernels(True)
+        assert (cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (True, False, True)
+    finally:
+        choose_kernels(False)
 
 
 def test_an_address_is_downloaded_once_per_machine(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -154,6 +155,17 @@ def test_one_process_per_machine_lists_a_folder_and_makes_what_all_share(imnet, 
     assert list(temporary.iterdir()) == [new]
 
 
+def test_files_of_running_processes_survive_a_clock_that_is_hours_ahead(tmp_path, monkeypatch):
+    """The folder may be on a file server, whose clock stamps the files."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ahead = time.time() + 7200
+    monkeypatch.setattr("time.time", lambda: ahead)
+    path = tmp_path / f"{distributed.SHARED}new.npy"
+    path.touch()
+    distributed._delete_old_files()
+    assert path.exists()
+
+
 STORE = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 70 --epochs 2
 --mixup_mode pair"""
 
@@ -242,6 +254,28 @@ def test_a_killed_process_ends_the_other_within_seconds(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and time.monotonic() - began < 10
     assert "Signal 9 (SIGKILL)" in err
+
+
+def test_a_process_without_its_group_says_what_it_waits_for_and_ends_at_once(monkeypatch):
+    """As with RANK and WORLD_SIZE left over from elsewhere, or if rank 1 dies at the start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with Group(program, ENDLESS, env=(env,)) as group:
+        group.wait_for("Waiting as process 0 of 2 (RANK=0, WORLD_SIZE=2) for the others at 127.0")
+        group.signal(signal.SIGTERM)
+        assert group.wait(5) == [-signal.SIGTERM]
+
+
+@pytest.mark.parametrize("rank", [None, "0", "one"])
+def test_a_group_that_the_environment_does_not_describe_is_one_line(run_main, monkeypatch, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    run = run_main()
+    assert run.code == 2 and len(run.err.splitlines()) == 1
+    assert f"RANK={rank}, WORLD_SIZE=2" in run.err and "unset both variables" in run.err
 
 
 LEAVES = """

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import stat
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -15,9 +16,9 @@ from helpers import CPU, RECORDS, children_of, is_same, read_log, start, torchru
 
 from runtime import distributed, signals
 from training import history
-from training.checkpoints import INSIDE_EPOCH, save_checkpoint
+from training.checkpoints import INSIDE_EPOCH, lock_folder, save_checkpoint
 from training.history import History
-from utils import UserError, append_line, flags_for, write_whole
+from utils import UserError, append_line, flags_for, open_streams, write_whole
 
 LONG = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 640 --batch_size 8
 --epochs 3 --print_seconds 0"""
@@ -130,15 +131,18 @@ def test_a_checkpoint_costs_no_leftovers(run_main, short, tmp_path):
 
 
 def note_a_signal() -> None:
-    signals.stop_on_signals()
+    with signals.stop_on_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        print("requested", distributed.stop_requested(CPU))
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.05)
-    print("requested", distributed.stop_requested(CPU))
+    time.sleep(5)
 
 
-def test_a_signal_is_noted_and_the_step_goes_on():
+def test_a_signal_is_noted_and_the_step_goes_on_but_outside_of_training_it_ends_the_run():
     with Group(note_a_signal) as group:
-        assert group.wait() == [0] and group.out == f"requested {int(signal.SIGTERM)}\n"
+        assert group.wait() == [-signal.SIGTERM]
+        assert group.out == f"requested {int(signal.SIGTERM)}\n"
 
 
 @pytest.mark.parametrize("write", [write_whole, append_line])
@@ -163,6 +167,15 @@ def test_a_folder_whose_fsync_is_refused_can_be_saved_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse_folders)
     save_checkpoint({"epoch": 0}, tmp_path / "a.pth")
     assert torch.load(tmp_path / "a.pth", weights_only=True) == {"epoch": 0}
+
+
+def test_a_share_that_refuses_locks_is_not_a_run_that_holds_one(tmp_path, monkeypatch, capsys):
+    def refuse(file, operation):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    assert lock_folder(tmp_path) is None
+    assert f"{tmp_path} cannot be locked" in capsys.readouterr().out
 
 
 def test_an_error_of_a_worker_is_shown_without_its_traceback():
@@ -233,3 +246,49 @@ def start_of_a_group() -> None:
     assert torch.equal(torch.get_rng_state(), numbers)
     assert [module.training for module in network] == [True, False, True, True]
     assert wrapped.training and all(p.grad is None for p in wrapped.parameters())
+
+
+def into_a_full_disk(argv: list[str]) -> int:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    return program(argv)
+
+
+def into_a_closed_pipe(argv: list[str]) -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    return program(argv)
+
+
+@pytest.mark.parametrize("output", [into_a_full_disk, into_a_closed_pipe])
+def test_a_run_goes_on_without_its_output_but_scores_do_not_get_lost(tmp_path, output):
+    """As with `main.py … | head`, whose reader ends long before the run."""
+    short = "--device cpu --num_workers 0 --model cifar_resnet8 --train_samples 32 --epochs 1"
+    argv = [*short.split(), "--output_dir", str(tmp_path)]
+    with Group(output, argv) as group:
+        assert group.wait() == [0]
+        assert group.err.startswith("Warning: standard output cannot be written")
+        assert len(group.err.splitlines()) == 1
+    best = tmp_path / "checkpoint-best.pth"
+    assert len(read_log(tmp_path)) == 1 and best.exists()
+    with Group(output, ["--eval", "true", "--resume", str(best)]) as group:
+        assert group.wait() == [2]
+        assert "error: the scores could not be printed" in group.err
+
+
+def without_streams(path: Path) -> None:
+    for number in range(3):
+        os.close(number)
+    sys.stdin = sys.stdout = sys.stderr = None
+    open_streams()
+    with open(path, "w") as file:
+        print("not for the file", flush=True)
+        os.write(2, b"nor this")
+        file.write("for the file")
+
+
+def test_closed_streams_do_not_end_in_the_files_of_a_run(tmp_path):
+    """As with `main.py >&- 2>&-`."""
+    with Group(without_streams, tmp_path / "log.txt") as group:
+        assert group.wait() == [0]
+    assert (tmp_path / "log.txt").read_text() == "for the file"

@@ -559,6 +559,16 @@ def test_a_disk_full_in_the_middle_keeps_what_is_whole(run_main, kd, tmp_path, m
     assert run.log == run_main(*SHORT, *kd, output_dir=tmp_path / "online").log
 
 
+def test_a_file_system_that_maps_no_files_is_one_line(run_main, kd, tmp_path, monkeypatch):
+    def refuse(*args, **keywords):
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr("teacher.logit_store.np.memmap", refuse)
+    run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path)
+    assert run.code == 2 and len(run.err.splitlines()) == 1
+    assert f"--teacher_cache {tmp_path}" in run.err and "does not map files into memory" in run.err
+
+
 @pytest.mark.parametrize("flags", ["--teacher_cache x", "--teacher_cache_only true"])
 def test_a_store_without_a_teacher_is_refused(run_main, flags):
     assert run_main(*flags.split()).code == 2

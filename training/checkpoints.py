@@ -421,7 +421,7 @@ def lock_folder(folder: Path) -> FileIO | None:
     file = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    except BlockingIOError as error:  # not EACCES, which means that there are no locks (NFS, SMB)
         file.seek(0)
         holder = file.read().decode(errors="replace") or "another process"
         raise UserError(
