@@ -20,24 +20,11 @@ from training.checkpoints import INSIDE_EPOCH, lock_folder, save_checkpoint
 from training.history import History
 from utils import UserError, append_line, flags_for, open_streams, write_whole
 
-LONG = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 640 --batch_size 8
---epochs 3 --print_seconds 0"""
+LONG = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 480 --batch_size 8
+--epochs 2 --print_seconds 0"""
 
 
-def train(folder: Path) -> Group:
-    return Group(program, [*LONG.split(), "--output_dir", str(folder)])
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("alone")
-    run_group(*LONG.split(), "--output_dir", folder)
-    return folder
-
-
-def assert_same(
-    alone: Path, other: Path, names: str = "2", parts: str = "model optimizer best scores"
-) -> None:
+def assert_same(alone: Path, other: Path, names: str, parts: str) -> None:
     assert (alone / "log.txt").read_bytes() == (other / "log.txt").read_bytes()
     for name in names.split():
         path = f"checkpoint-{name}.pth"
@@ -46,31 +33,31 @@ def assert_same(
             assert is_same(a[part], b[part]), f"{part} of {path}"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_stops_after_a_step_and_the_same_command_goes_on(alone, tmp_path, name):
-    number = getattr(signal, name)
-    with train(tmp_path) as group:
-        group.wait_for("Epoch 1 [20/80]")
-        # As a scheduler or a terminal does it: to the whole group, loader workers included.
-        group.signal(number)
-        assert group.wait() == [128 + number]
-        assert f"Stopped: {name} after step" in group.out
-        assert "run the same command to resume" in group.out and not group.err
-    with train(tmp_path) as again:
-        assert again.wait() == [0] and "steps of the next" in again.out
-    assert_same(alone, tmp_path)
-    assert not (tmp_path / INSIDE_EPOCH).exists()
+def test_a_signal_stops_after_a_step_and_the_same_command_goes_on(tmp_path):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    run_group(*LONG.split(), "--output_dir", alone)
+    for number, step in ((signal.SIGTERM, 10), (signal.SIGINT, 30)):
+        with Group(program, [*LONG.split(), "--output_dir", str(stopped)]) as group:
+            group.wait_for(f"Epoch 1 [{step}/60]")
+            # As a scheduler or a terminal does it: to the whole group, loader workers included.
+            group.signal(number)
+            assert group.wait() == [128 + number]
+            assert f"Stopped: {number.name} after step" in group.out
+            assert "run the same command to resume" in group.out and not group.err
+    assert "steps of the next" in run_group(*LONG.split(), "--output_dir", stopped)
+    assert_same(alone, stopped, "1", "model optimizer best scores")
+    assert not (stopped / INSIDE_EPOCH).exists()
 
 
 def test_a_signal_to_one_process_of_torchrun_stops_both(tmp_path):
     process = start([*torchrun(2), "main.py", *LONG.split(), "--output_dir", str(tmp_path)])
-    assert any("Epoch 1 [20/40]" in line for line in process.stdout)
+    assert any("Epoch 1 [10/30]" in line for line in process.stdout)
     os.kill(children_of(process.pid)[-1], signal.SIGTERM)
     out = process.stdout.read()
     process.wait()
     saved = torch.load(tmp_path / INSIDE_EPOCH, weights_only=True)
     assert re.search(r"Stopped: SIGTERM after step (\d+) of epoch 1", out)
-    assert saved["epoch"] == 0 and 20 <= saved["progress"]["updates"] < 40
+    assert saved["epoch"] == 0 and 10 <= saved["progress"]["updates"] < 30
 
 
 EVERYTHING = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 96 --batch_size 8
