@@ -419,13 +419,14 @@ def summarize(
     joined = {name: metrics.join(batches, args.dist_eval) for name, batches in answers.items()}
     if not distributed.is_main_process():
         return
+    memory = peak_memory(training.times.device)  # before costs are measured, which takes memory too
     outcome = Outcome(
         state.scores,
         state.best,
         costs_of(state.student, teacher.model, data.config["input_size"]),
         seconds,
         steps * recorder.images_per_step,
-        peak_memory(training.times.device),
+        memory,
         {name: metrics.report(of_network, data.classes) for name, of_network in joined.items()},
     )
     if recorder.path is not None:

@@ -181,7 +181,7 @@ add("data_seed", FROM_0, None, role=REPEAT, help=
     "random seed of the training images: order, augmentation, subset; runs with one --data_seed "
     "can share a teacher cache (default: --seed)")
 add("device", NAME, None, role=MACHINE, help=
-    "device to train on: cuda, cuda:1, mps or cpu (default: the first available)")
+    "device to train on: cuda, cuda:1, xpu, mps or cpu (default: the first available)")
 add("compile", SWITCH, False, TRAINING, ALL_LAYERS, role=MACHINE, help=
     "compile both networks with torch.compile")
 add("use_amp", SWITCH, False, cache=FOLLOWED, known_as="amp", help=

@@ -223,7 +223,7 @@ def run_with_other_images(argv: list[str]) -> int:
         return ArraySource(digits.images, digits.targets[:count], digits.classes)
 
     whole = datasets.digits
-    datasets.digits = lambda is_train: fewer(whole(is_train))
+    datasets.digits = lambda is_train: fewer(whole(True)) if is_train else whole(False)
     return program(argv)
 
 

@@ -13,6 +13,7 @@ from helpers import CPU, RECORDS, is_same, teacher_flags
 from torch import nn
 
 import engine
+import main
 import utils
 from arguments.parsing import parse_args
 from distillation import DistillationLoss, StudentWithDistillation
@@ -357,6 +358,16 @@ def test_a_file_left_by_a_kill_does_not_lead_into_another_checkpoint(tmp_path):
     checkpoints.link_checkpoint(last, ema)
     read = [torch.load(path, weights_only=True)["epoch"] for path in (best, last, ema)]
     assert read == [2, 3, 3]
+
+
+def test_peak_memory_is_that_of_the_training(run_main, tmp_path, monkeypatch):
+    """And not of the measurement of latency, which runs 32 images at once."""
+    measured = []
+    costs = main.costs_of
+    monkeypatch.setattr(main, "costs_of", lambda *args: measured.append(1) or costs(*args))
+    monkeypatch.setattr(main, "peak_memory", lambda device: len(measured))
+    run_main("--epochs", 1, output_dir=tmp_path)
+    assert measured and json.loads((tmp_path / "summary.json").read_text())["peak_memory"] == 0
 
 
 def test_a_full_disk_keeps_the_older_checkpoint_whole(tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 """Kill training with SIGKILL at random moments, start it again, and compare with a run left alone.
 
     python tools/kill_test.py --kills 20                  # one process
-    python tools/kill_test.py --kills 20 --processes 2    # torchrun
+    python tools/kill_test.py --kills 20 --processes 4    # torchrun
     python tools/kill_test.py --elastic true              # torchrun restarts a killed worker itself
     python tools/kill_test.py --fill true                 # filling --teacher_cache, not training
     python tools/kill_test.py --flags "--train_samples 40 --unlabeled rest --holdout 1117"
 
 Weights, EMA, optimizer state and log.txt must be the same bits. EMA, accumulation, mixup and a
 teacher are on, and a checkpoint is written at every step, so that many kills fall into a write.
+Three of four kills fall into the training, the others at any moment from the start.
 While a store is filled, every row that has a checksum must be the right one after every kill.
 """
 
@@ -80,32 +81,50 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def wait_for_training(process: subprocess.Popen, folder: Path) -> float:
+    """Wait until the first step of this process is saved; returns the seconds that this took."""
+    began, now = time.perf_counter(), time.time()
+    while process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint that has just been replaced
+            if any(path.stat().st_mtime > now for path in folder.glob("checkpoint-*.pth")):
+                break
+        time.sleep(0.005)
+    return time.perf_counter() - began
+
+
 def run_killed(
-    argv: list[str], folder: Path, seconds: float, kills: int, rng: random.Random
-) -> tuple:
-    """Run to the end through up to `kills` kills; returns how many there were, and in a write."""
-    done = in_write = 0
+    argv: list[str], folder: Path, starts: float, trains: float, kills: int, rng: random.Random
+) -> np.ndarray:
+    """Run to the end through up to `kills` kills.
+
+    Args:
+        starts, trains: seconds of a run left alone up to its first step, and from there on.
+    Returns: numbers of kills, of those in training, and of those during a write.
+    """
+    counts = np.zeros(3, int)
     while True:
         process = start(argv)
-        if done < kills:
+        if counts[0] < kills:
+            is_training = rng.random() < 0.75
+            if is_training:
+                wait_for_training(process, folder)
             try:
-                process.wait(timeout=rng.uniform(0.3, 1.0) * seconds)
+                process.wait(timeout=rng.uniform(0, 0.7 * trains if is_training else starts))
             except subprocess.TimeoutExpired:
                 for pid in family(process.pid):
                     kill(pid)
                 process.wait()
-                done += 1
-                in_write += any(folder.glob(".*.tmp"))
+                counts += 1, is_training, any(folder.glob(".*.tmp"))
                 continue
         if process.wait() != 0:
-            sys.exit(f"exit code {process.returncode} after {done} kills: {' '.join(argv)}")
-        return done, in_write
+            sys.exit(f"exit code {process.returncode} after {counts[0]} kills: {' '.join(argv)}")
+        return counts
 
 
 def kill_a_worker(argv: list[str], seconds: float) -> None:
-    """Kill one worker of torchrun's group half-way; the group must restart and finish."""
+    """Kill one worker of torchrun's group after so long; the group must restart and finish."""
     process = start(argv)
-    time.sleep(0.7 * seconds)
+    time.sleep(seconds)
     os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     if process.wait() != 0:
         sys.exit(f"torchrun ended with {process.returncode} after one worker was killed")
@@ -186,27 +205,30 @@ def main() -> None:
         if args.fill == "true":
             kill_while_filling(folder, teacher, args)
             return
-        began = time.perf_counter()
-        if start(command(processes, folder / "alone", teacher)).wait() != 0:
+        process = start(command(processes, folder / "alone", teacher))
+        starts, began = wait_for_training(process, folder / "alone"), time.perf_counter()
+        if process.wait() != 0:
             sys.exit("the run left alone failed")
-        seconds = time.perf_counter() - began
+        trains = time.perf_counter() - began
 
         if args.elastic == "true":
-            kill_a_worker(command(2, folder / "elastic", teacher, restarts=3), seconds)
+            argv = command(2, folder / "elastic", teacher, restarts=3)
+            kill_a_worker(argv, starts + trains / 2)
             wrong = difference(folder / "alone", folder / "elastic")
             print(f"one worker killed, group restarted: {wrong or 'identical'}")
             sys.exit(bool(wrong))
-        kills = in_write = runs = 0
-        while kills < args.kills:
+        counts, runs = np.zeros(3, int), 0
+        while counts[0] < args.kills:
             output = folder / f"killed-{runs}"
             argv = command(processes, output, teacher)
-            done, writing = run_killed(argv, output, seconds, args.kills - kills, rng)
-            kills, in_write, runs = kills + done, in_write + writing, runs + 1
+            counts += run_killed(argv, output, starts, trains, args.kills - counts[0], rng)
+            runs += 1
             if wrong := difference(folder / "alone", output):
-                sys.exit(f"DIFFERENT after {kills} kills: {wrong}")
+                sys.exit(f"DIFFERENT after {counts[0]} kills: {wrong}")
+    kills, in_training, in_write = counts
     print(
-        f"{kills} kills ({in_write} of them during a write) in {runs} run(s) of {processes} "
-        "process(es): every run identical to the one left alone"
+        f"{kills} kills ({in_training} of them in training, {in_write} during a write) in {runs} "
+        f"run(s) of {processes} process(es): every run identical to the one left alone"
     )
 
 
