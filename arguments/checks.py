@@ -138,9 +138,9 @@ def check_folders(args: argparse.Namespace) -> None:
         return  # images without labels may lie there in any way
     if args.data_set == "image_folder" and must_hold_out(args) and splits and not args.labels:
         raise UserError(
-            f"--data_path {path}: holds {' and '.join(splits)}, which are hardly classes; pass "
-            "--data_set IMNET for a folder with train and val, or --eval_data_path with the folder "
-            "of validation images, or --holdout N if they are classes"
+            f"--data_path {path}: holds {' and '.join(splits)}, which look like splits, not "
+            "classes; pass --data_set IMNET for a folder with train and val, or --eval_data_path "
+            "with the folder of validation images, or --holdout N if they are classes"
         )
     if args.data_set != "IMNET" or not os.path.isdir(path):
         return

@@ -14,7 +14,7 @@ MIRRORED_CHANGES_MEANING = {"DIGITS", "MNIST"}
 def fill_defaults(args: argparse.Namespace) -> None:
     """Choose what was not given from the other flags and from this machine's cores.
 
-    What depends on the number of training images is left to `fit_to_images`.
+    What depends on the number of training images is left to `fill_data_defaults`.
     """
     is_labeled = bool(args.labels or args.eval_labels)
     args.data_set = args.data_set or ("IMNET" if args.data_path or is_labeled else "DIGITS")
@@ -41,42 +41,56 @@ def fill_defaults(args: argparse.Namespace) -> None:
 def fill_data_defaults(args: argparse.Namespace, images: int) -> list[str]:
     """Choose what depends on the number of training images, known once the data is open.
 
-    The batch size, where it is not given or more than the images, and the learning rate.
+    That is the batch size, if it is not given or too large, and the learning rate.
 
     Returns: lines for the user: a value that is not used as given, images that are left out.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     lines = []
+    most = _batch_size(args, images // processes)
+    typed = f"--batch_size {args.batch_size}" if args.batch_size else ""
     if args.batch_size is None:
-        args.batch_size = default_batch_size(images // processes // args.update_freq)
-    given, most = args.batch_size, _batch_size(args, images // processes)
-    if given > most:
+        args.batch_size = min(most, default_batch_size(images // processes // args.update_freq))
+    elif args.batch_size > most:
         args.batch_size = most
-        lines.append(
-            f"--batch_size {given} on {processes} process(es) is more than the {images} training "
-            f"images: batches of {most} are used"
-        )
+        if most:  # else the run cannot start
+            lines.append(
+                f"{typed} on {processes} process(es) is more than the {images} training images: "
+                f"batches of {most} are used"
+            )
     total = args.batch_size * processes
-    if "num_workers" not in args.given and total:
+    if not total:
+        return lines
+    if "num_workers" not in args.given:
         args.num_workers = min(args.num_workers, max(1, images // total))
     # A probe's depends on the number of features, known once the network is made.
-    if args.lr is None and total and (is_sgd(args.opt) or not args.linear_probe):
+    if args.lr is None and (is_sgd(args.opt) or not args.linear_probe):
         steps = args.epochs * math.ceil(images // total / args.update_freq)
         args.lr = default_lr(args, total * args.update_freq, steps)
-    left_out = images % total if total else 0
+    left_out = images % total
     if left_out and args.teacher_views == 1:
         lines.append(
             f"Warning: --teacher_views 1: {left_out} of {images} images do not fill a batch and "
-            "are never shown; pass --teacher_views 2 or more, which show every image"
+            "are never trained on; pass --teacher_views 2 or more, which use every image"
         )
     elif left_out > 0.1 * images:
-        smaller = _batch_size(args, images // (images // total + 1) // processes)
-        lines.append(
-            f"--batch_size {args.batch_size}: {left_out} of {images} images do not fill a batch "
-            f"and are left out of each epoch, other images in the next; --batch_size {smaller} "
-            f"leaves out {images % (smaller * processes)}"
-        )
+        batches = f"--batch_size {args.batch_size}" if typed else f"Batches of {args.batch_size}"
+        line = f"{batches}: {left_out} of {images} images do not fill a batch and are left out of "
+        line += "each epoch, different images in the next"
+        if smaller := _better_batch_size(args, images, processes):
+            line += f"; --batch_size {smaller} leaves out {images % (smaller * processes)}"
+        lines.append(line)
     return lines
+
+
+def _better_batch_size(args: argparse.Namespace, images: int, processes: int) -> int:
+    """The largest batch size below --batch_size that leaves out fewer images; 0 for none."""
+    total = args.batch_size * processes
+    for batches in range(images // total + 1, images // processes + 1):
+        size = _batch_size(args, images // batches // processes)
+        if size and images % (size * processes) < images % total:
+            return size
+    return 0
 
 
 def default_batch_size(images: int) -> int:
@@ -113,7 +127,7 @@ def is_sgd(opt: str) -> bool:
 
 
 def _batch_size(args: argparse.Namespace, images: int) -> int:
-    """The largest batch size of at most so many images; even where images are mixed."""
+    """The largest batch size up to a number of images; even if images are mixed."""
     return images - images % 2 if is_mixed(args) else images
 
 

@@ -31,7 +31,7 @@ class Teacher(NamedTuple):
 def teachers_of(args: argparse.Namespace) -> list[Teacher]:
     """The teachers that a run asks; none without --kd true or with --kd_alpha 0.
 
-    Raises: ValueError where architectures, files and weights do not match in number.
+    Raises: ValueError if the numbers of architectures, files and weights differ.
     """
     if not args.kd or args.kd_alpha == 0:
         return []
@@ -44,7 +44,7 @@ def teachers_of(args: argparse.Namespace) -> list[Teacher]:
 
 
 def folders_in(path: str | None) -> list[str]:
-    """Names of the folders in a folder, sorted; none of hidden ones, or if it cannot be listed."""
+    """Names of the visible folders in a folder, sorted; none if it cannot be listed."""
     try:
         with os.scandir(path or "") as entries:
             return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
@@ -79,7 +79,7 @@ def is_own_module(arch: str) -> bool:
 
 
 def follows_network(args: argparse.Namespace) -> bool:
-    """Whether the student says its input size and normalization, where no flag does."""
+    """Whether the student says its input size and normalization, if no flag does."""
     return args.pretrained or is_own_module(args.model)
 
 
@@ -89,7 +89,7 @@ def data_flag(args: argparse.Namespace) -> str:
 
 
 def unlabeled_of(args: argparse.Namespace) -> str:
-    """Where images without a label come from: a folder or 'rest'; '' where no teacher is asked."""
+    """The source of unlabeled images: a folder or 'rest'; '' if no teacher is asked."""
     return args.unlabeled if teachers_of(args) else ""
 
 
@@ -120,7 +120,7 @@ def is_mixed(args: argparse.Namespace) -> bool:
 def views_of(args: argparse.Namespace) -> range:
     """The views that a run shows, or those of --teacher_cache_range.
 
-    Returns: an empty range where --teacher_cache_range is not within the views of the run.
+    Returns: an empty range if --teacher_cache_range is not within the views of the run.
     """
     count = min(args.teacher_views or args.epochs, args.epochs)
     first, _, last = (args.teacher_cache_range or f"0:{count}").partition(":")

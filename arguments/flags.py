@@ -356,7 +356,7 @@ add("save_ckpt_steps", COUNT, None, OUTPUT, SAVING, help=
 
 add = Group("evaluation", role=MACHINE)
 add("eval", SWITCH, False, help="score --resume FILE and exit")
-add("use_ema", ("auto", "true", "false"), "auto", KD_OR_EVAL, help=
+add("use_ema", ("auto", "true", "false"), "auto", KD_OR_EVAL, cache=FOLLOWED, help=
     "which weights of a checkpoint with an EMA to use as a teacher: the better ones by their "
     "recorded accuracy, else the EMA (auto), the EMA (true) or the raw weights (false); --eval "
     "true scores both with auto")

@@ -140,7 +140,7 @@ def follow_checkpoint(
     if {"data_set", "data_path"} & set(given):
         skipped |= set(DATA_FLAGS)  # other data: none of the old flags belongs to it
     if {"eval_data_path", "eval_labels"} & set(given):
-        skipped.add("holdout")  # was chosen where there were no validation images
+        skipped.add("holdout")  # was chosen for want of validation images
     for flag, chosen in (("epochs", "warmup_epochs"), ("seed", "data_seed")):
         if flag in given and chosen not in saved_args.get("given", ()):
             skipped.add(chosen)  # was chosen by default for the earlier value of the flag

@@ -29,7 +29,7 @@ from data.pictures import DECODER
 from data.sources import ImageSource
 from datasets import Data
 from models.own import code_file
-from models.weights import local_file
+from models.weights import local_file, read_checkpoint
 from runtime import distributed
 from teacher.logit_store import LogitStore, RowFormat, hash_of
 from utils import UserError, flags_for
@@ -102,7 +102,7 @@ def manifest_of(
         fields |= {name: data.config[name] for name in ("mean", "std")}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with flags_for(checkpoint="--teacher_path", text="--teacher_classes"):
-        files = [_identity_of(teacher) for teacher in teachers]
+        files = [_identity_of(teacher, args.use_ema) for teacher in teachers]
         names = utils.read_lines(args.teacher_classes) if args.teacher_classes else None
     fields["teacher_path"] = files
     fields["teacher_classes"] = names and hash_of(names)
@@ -118,17 +118,21 @@ def _hash_of_file(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _identity_of(teacher: Teacher) -> str:
+def _identity_of(teacher: Teacher, use_ema: str) -> str:
     """What tells a teacher from others: a hash of its file, or of timm's weights.
 
     And of the file with the code of a network of the user's own, though not of what that imports.
     """
     if teacher.path != PRETRAINED:
-        told = f"sha256 {_hash_of_file(local_file(teacher.path))}"
+        identity = f"sha256 {_hash_of_file(local_file(teacher.path))}"
+        if use_ema != "auto":
+            checkpoint = read_checkpoint(teacher.path)
+            if checkpoint.has_ema and checkpoint.weights().is_ema != (use_ema == "true"):
+                identity = f"--use_ema {use_ema}, {identity}"  # not the weights that auto chooses
         if is_own_module(teacher.arch):
             with flags_for(architecture="--teacher_arch"):
-                told += f", code sha256 {_hash_of_file(code_file(teacher.arch))}"
-        return told
+                identity += f", code sha256 {_hash_of_file(code_file(teacher.arch))}"
+        return identity
     with flags_for(architecture="--teacher_arch"):
         cfg = models.pretrained_cfg(teacher.arch)
         size = cfg.input_size[-1]

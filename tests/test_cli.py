@@ -243,7 +243,9 @@ def test_images_that_do_not_fill_a_batch_are_told_of(run_main, teacher_file):
     assert "do not fill" not in run_main(*flags, 105).out  # 5 of 105
     kd = teacher_flags(teacher_file)
     run = run_main(*flags, 105, *kd, "--teacher_views", 1)
-    assert "--teacher_views 1: 5 of 105 images do not fill a batch and are never shown" in run.out
+    assert (
+        "--teacher_views 1: 5 of 105 images do not fill a batch and are never trained on" in run.out
+    )
 
 
 def test_more_training_samples_than_there_are(run_main):

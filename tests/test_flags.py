@@ -1,6 +1,7 @@
 """The rules of flags: ranges, spellings, mistyped names, and no flag without effect in silence."""
 
 import errno
+import itertools
 import re
 import shlex
 import signal
@@ -14,6 +15,7 @@ import timm.data
 from helpers import ROOT, teacher_flags
 
 from arguments.checks import REMEDIES, effects_line
+from arguments.defaults import fill_data_defaults
 from arguments.derived import teachers_of
 from arguments.flags import (
     COMPARED,
@@ -107,6 +109,26 @@ def test_the_ends_of_the_ranges_are_allowed(parse):
     flags = "--lr 0 --min_lr 0 --momentum 0 --smoothing 0 --crop_pct 1 --hflip 1 --weight_decay 0"
     args = parse(*flags.split(), "--local_rank", -1, "--cutmix_minmax", 0, 1)
     assert (args.momentum, args.crop_pct, args.cutmix_minmax) == (0.0, 1.0, [0.0, 1.0])
+
+
+@pytest.mark.parametrize("mixing", [[], ["--mixup", "0", "--cutmix", "0"]])
+def test_a_batch_size_is_only_recommended_if_it_leaves_out_fewer_images(monkeypatch, mixing):
+    """And any number of images has a batch size, or none that is named."""
+    recommended = 0
+    for images, processes in itertools.product(range(1, 41), (1, 2, 3)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        for typed in ([], *(["--batch_size", str(size)] for size in range(2, 50, 6))):
+            args = parse_args([*mixing, *typed])
+            lines = fill_data_defaults(args, images)
+            total = args.batch_size * processes
+            assert total <= images and (typed or not any("--batch_size" in x for x in lines[:-1]))
+            if not total:
+                assert not lines and images < processes * (1 if mixing else 2)
+            for size, left in re.findall(r"--batch_size (\d+) leaves out (\d+)", " ".join(lines)):
+                assert int(left) == images % (int(size) * processes) < images % total
+                assert int(size) % 2 == 0 or mixing
+                recommended += 1
+    assert recommended > 50
 
 
 OPTIMIZERS = {
@@ -249,7 +271,7 @@ IN_CACHE = {
     IF_MIXED: "cutmix cutmix_minmax mixup mixup_mode mixup_prob mixup_switch_prob",
     FOLLOWED: "amp_dtype batch_size data_path data_set eval_data_path eval_labels holdout labels "
     "nb_classes teacher_classes teacher_path teacher_views teacher_weights train_samples "
-    "unlabeled use_amp",
+    "unlabeled use_amp use_ema",
 }
 
 

@@ -277,6 +277,19 @@ def test_a_store_of_another_teacher_or_other_pixels_is_refused(run_main, kd, tmp
     assert run.code == 2 and "the augmented images differ: other pixels" in run.err
 
 
+def test_a_store_of_the_other_weights_of_a_file_is_refused(run_main, kd, tmp_path):
+    raw = torch.load(kd[-1], weights_only=True)
+    ema = raw | {"fc.bias": raw["fc.bias"] + torch.arange(10)}
+    torch.save({"model": raw, "model_ema": ema}, tmp_path / "both.pth")
+    flags = [*SHORT, *kd, "--teacher_path", tmp_path / "both.pth"]
+    flags += ["--teacher_cache", tmp_path / "cache"]
+    assert run_main(*flags, "--use_ema", "true").code == 0
+    run = run_main(*flags)  # auto chooses the EMA, too
+    assert run.code == 0 and "the teacher is not loaded" in run.out
+    run = run_main(*flags, "--use_ema", "false")
+    assert run.code == 2 and 'this run uses ["--use_ema false, sha256' in run.err
+
+
 def invert(source):
     load = source.load
     source.load = lambda index: 255 - load(index)

@@ -16,7 +16,7 @@ from arguments.kinds import Kind, as_typed  # noqa: E402
 HEAD = """# Every flag
 
 `python main.py --help` prints the same texts, and `python tools/write_flags.py` writes this page.
-Names and defaults follow the ConvNeXt and DeiT scripts where those have the flag. Switches take
+Names and defaults follow the ConvNeXt and DeiT scripts if those have the flag. Switches take
 `true` or `false`.
 """
 
