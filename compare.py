@@ -214,6 +214,7 @@ def as_json(groups: Sequence[Group], verdicts: Sequence[Verdict], notes: Sequenc
             "after": one.after,
             "verdict": one.words,
             "seeds": len(one.gains),
+            "seeds_for_80_percent_power": one.seeds_needed(),
             **{name: getattr(one, name) for name in ("mean", "half_width", "deviation")},
             "notes": list(one.notes),
         }

@@ -96,7 +96,7 @@ class Verdict:
         ((z_0.975 + z_0.8) * deviation / mean)^2 + z_0.975^2 / 2, rounded up: Guenther, 'Sample size
         formulas for normal theory t tests', The American Statistician 35, 1981.
         """
-        if not self.mean:
+        if len(self.gains) < 2 or not self.mean:
             return math.inf
         ratio = (Z_INTERVAL + Z_POWER) * self.deviation / self.mean
         return math.ceil(ratio**2 + Z_INTERVAL**2 / 2)
@@ -107,7 +107,7 @@ class Verdict:
         if len(self.gains) > 1:
             text += f" ({self.mean:+.2f} ± {self.half_width:.2f} points, {len(self.gains)} seeds"
             more = self.seeds_needed() - len(self.gains)
-            if abs(self.mean) <= self.half_width and more < 1000:
+            if self.words not in ("helps", "hurts") and more < 1000:
                 text += f"; about {more} more would show this gain with 80 % power"
             text += ")"
         return "; ".join([text, *self.notes])

@@ -248,6 +248,7 @@ def test_what_is_not_a_finished_run_is_left_out_and_named(runs, capsys):
     assert "teacher_cache" not in outputs.err and "sweep.json" not in outputs.err
     verdicts = json.loads(outputs.out)["verdicts"]
     assert [(one["flag"], one["verdict"], one["seeds"]) for one in verdicts] == [("kd", "helps", 4)]
+    assert verdicts[0]["mean"] == 2.5 and verdicts[0]["seeds_for_80_percent_power"] == 4
     write_run(runs / "again", [50.0, 60.0], seed=0)
     assert compare.main(list(map(str, sorted(runs.iterdir())))) == 2
     assert "has the flags and the seed of" in capsys.readouterr().err
