@@ -1,16 +1,23 @@
 """Reads text files that name images and their classes, one image per line."""
 
 import csv
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+
 from utils import UserError, few, first_line
 
-# What the first column of a line of headings is called.
-HEADINGS = {"path", "paths", "file", "filename", "file_name", "filepath", "file_path", "image"}
-HEADINGS |= {"images", "image_path", "image_name", "image_id", "img", "name", "id"}
+# What a line of headings calls the columns, in lower case and without blanks and marks.
+PATH_HEADINGS = {"path", "file", "filename", "filepath", "image", "imagepath", "imagename", "img"}
+PATH_HEADINGS |= {"imageid", "id", "name"}
+PATH_HEADINGS |= {f"{name}s" for name in PATH_HEADINGS}
+CLASS_HEADINGS = {"label", "class", "classname", "category", "target", "labels", "classes"}
+INDEX_HEADINGS = {"", "index", "id", "unnamed0", "nr", "no", "number"}
 THREADS = 16  # each file costs a round trip on a network file system
 FILES_AT_ONCE = 1024  # that a thread looks for
 
@@ -18,30 +25,34 @@ FILES_AT_ONCE = 1024  # that a thread looks for
 class Labels(NamedTuple):
     """What a file of labels says, in the order of the paths.
 
-    Args:
+    Attributes:
         paths: of the images, below the folder; none twice.
         targets: the position of each image's class among the classes.
         classes: names of the classes.
-        repeated: how many lines said again what another line says.
+        repeated: number of lines that repeat another line.
+        headings: the first line if it was left out although its words are not those of headings.
     """
 
     paths: list[str]
     targets: list[int]
     classes: list[str]
     repeated: int
+    headings: str = ""
 
 
 def read_labels(file: str, folder: str, known: Sequence[str] | None = None) -> Labels:
-    """Read a path and a class per line, separated by a comma, a tab or blanks.
+    """Read a path and a class per line, separated by a tab, a semicolon, a comma or blanks.
 
-    The first line decides: a tab separates where it has one, else a comma, else blanks. Names that
-    hold the separator are in double quotes, as in Python's csv. A first line of headings, such as
-    path,label, is left out; so are empty lines, and blanks around a name.
+    The first two lines decide how the file is read: the separator is the first of these that the
+    first line has; a first line that names no file is a line of headings; the path is in the column
+    that names a file; a third column of numbers is left out. Names that hold the separator are in
+    double quotes, as in Python's csv. Empty lines and blanks around a name are left out. Paths may
+    lack the ending of the images, and have backslashes.
 
     Args:
         file: the text file, in UTF-8.
         folder: where the paths begin.
-        known: the classes in their order; by default those in the file, sorted as numbers where all
+        known: the classes in their order; by default those in the file, sorted as numbers if all
             are whole numbers, else as text.
     Raises: UserError, with the number of the line, for a line without one path and one class, an
         image that does not exist or has two classes, and a class that is not known; and for a file
@@ -49,7 +60,10 @@ def read_labels(file: str, folder: str, known: Sequence[str] | None = None) -> L
     """
     found: dict[str, tuple[str, int]] = {}  # path -> its class and line
     repeated, allowed = 0, None if known is None else set(known)
-    for line, path, name in _rows(file, folder):
+    lines = _lines(file)
+    begin = list(itertools.islice(lines, 2))
+    layout = _Layout.of(file, folder, begin)
+    for line, path, name in _rows(file, layout, itertools.chain(begin, lines)):
         if allowed is not None and name not in allowed:
             what = f"{name} is not one of the classes, which are {few(known or ())}"
             raise _problem(file, line, what)
@@ -64,36 +78,123 @@ def read_labels(file: str, folder: str, known: Sequence[str] | None = None) -> L
     _check_existence(file, folder, paths, found)
     classes = list(known) if known is not None else _sorted({name for name, _ in found.values()})
     position = {name: index for index, name in enumerate(classes)}
-    return Labels(paths, [position[found[path][0]] for path in paths], classes, repeated)
+    targets = [position[found[path][0]] for path in paths]
+    return Labels(paths, targets, classes, repeated, layout.odd_headings)
 
 
-def _rows(file: str, folder: str) -> Iterator[tuple[int, str, str]]:
+class _Layout(NamedTuple):
+    """How the lines of a file are read.
+
+    Attributes:
+        columns: number of cells of each line.
+        path, name: the columns of the path and of the class.
+        ending: what the paths lack, such as .png.
+        odd_headings: see Labels.
+    """
+
+    folder: str
+    separator: str
+    has_headings: bool
+    columns: int
+    path: int
+    name: int
+    ending: str
+    odd_headings: str
+
+    @classmethod
+    def of(cls, file: str, folder: str, begin: Sequence[tuple[int, str]]) -> "_Layout":
+        """The layout that the first two lines, with their numbers, show. Raises: UserError."""
+        if not begin:
+            return cls(folder, ",", False, 2, 0, 1, "", "")
+        number, line = begin[0]
+        separator = next((s for s in "\t;," if s in line), " ")
+        cells = _cells(file, number, line, separator)
+        headings: list[str] = []
+        odd = ""
+        has_headings = not any(_names_image(cell, folder) for cell in cells)
+        if has_headings:
+            headings = [re.sub(r"[\W_]", "", cell.lower()) for cell in cells]
+            is_usual = (PATH_HEADINGS | CLASS_HEADINGS) & {*headings}
+            odd = "" if is_usual else ", ".join(cells)
+            if len(begin) > 1:
+                number, line = begin[1]
+                cells = _cells(file, number, line, separator)
+        if len(cells) < 2:
+            raise _wrong_columns(file, number, len(cells))
+        if len(headings) != len(cells):  # none, or headings of several words between blanks
+            headings = [""] * len(cells)
+        columns = range(len(cells))
+        files = [column for column in columns if _find(cells[column], folder) is not None]
+        named = [column for column in files or columns if headings[column] in PATH_HEADINGS]
+        path = (named or files or [0])[0]
+        others = [column for column in columns if column != path]
+        classes = [column for column in others if headings[column] in CLASS_HEADINGS]
+        if len(others) > 1 and not classes:
+            classes = [c for c in others if not _is_index(headings[c], cells[c], has_headings)]
+        if len(classes or others) > 1:
+            raise _wrong_columns(file, number, len(cells))
+        ending = _find(cells[path], folder) or ""
+        name = (classes or others)[0]
+        return cls(folder, separator, has_headings, len(cells), path, name, ending, odd)
+
+    def file(self, path: str) -> str:
+        """A path of the file as it is on this machine, below the folder."""
+        path = path if has_file_allowed_extension(path, IMG_EXTENSIONS) else path + self.ending
+        if "\\" in path and not os.path.isfile(os.path.join(self.folder, path)):
+            path = path.replace("\\", "/")
+        if os.path.isabs(path):
+            path = os.path.relpath(path, self.folder)
+        return os.path.normpath(path)
+
+
+def _names_image(cell: str, folder: str) -> bool:
+    """Whether a cell is the path of an image, which may be missing."""
+    is_path = "/" in cell or "\\" in cell or has_file_allowed_extension(cell, IMG_EXTENSIONS)
+    return is_path or _find(cell, folder) is not None
+
+
+def _find(cell: str, folder: str) -> str | None:
+    """What is to be added to a cell to make it the path of a file below the folder, or None."""
+    path = os.path.join(folder, cell)
+    endings = [""] + [e for ending in IMG_EXTENSIONS for e in (ending, ending.upper())]
+    paths = (path, path.replace("\\", "/")) if cell else ()
+    return next((end for p in paths for end in endings if os.path.isfile(p + end)), None)
+
+
+def _is_index(heading: str, cell: str, has_headings: bool) -> bool:
+    """Whether a column counts the lines, as a table of pandas does."""
+    return cell.isdecimal() and (heading in INDEX_HEADINGS or not has_headings)
+
+
+def _cells(file: str, number: int, line: str, separator: str) -> list[str]:
+    try:
+        (cells,) = csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise _problem(file, number, f"cannot be read ({first_line(error)})") from error
+    cells = [cell.strip() for cell in cells]
+    return [cell for cell in cells if cell] if separator == " " else cells
+
+
+def _wrong_columns(file: str, number: int, count: int) -> UserError:
+    what = f"has {count} column(s), not a path and a class"
+    if count > 2:
+        what += "; leave other columns out, and put a name that holds a comma, a tab or a blank in "
+        what += "double quotes"
+    return _problem(file, number, what)
+
+
+def _rows(
+    file: str, layout: _Layout, lines: Iterable[tuple[int, str]]
+) -> Iterator[tuple[int, str, str]]:
     """(number of the line, path below the folder, class)"""
-    separator = ""
-    for number, line in _lines(file):
-        is_first = not separator
-        separator = separator or next((s for s in "\t," if s in line), " ")
-        try:
-            (cells,) = csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True)
-        except (csv.Error, ValueError) as error:
-            raise _problem(file, number, f"cannot be read ({first_line(error)})") from error
-        cells = [cell.strip() for cell in cells]
-        if separator == " ":
-            cells = [cell for cell in cells if cell]
-        if len(cells) != 2:
-            what = f"has {len(cells)} column(s), not a path and a class"
-            if len(cells) > 2:
-                what += "; put a name that holds a comma, a tab or a blank in double quotes"
-            raise _problem(file, number, what)
-        path, name = cells
-        is_heading = is_first and path.lower() in HEADINGS
-        if is_heading and not os.path.isfile(os.path.join(folder, path)):
-            continue
+    for number, line in itertools.islice(lines, int(layout.has_headings), None):
+        cells = _cells(file, number, line, layout.separator)
+        if len(cells) != layout.columns:
+            raise _wrong_columns(file, number, len(cells))
+        path, name = cells[layout.path], cells[layout.name]
         if not path or not name:
             raise _problem(file, number, f"has no {'class' if path else 'path'}")
-        if os.path.isabs(path):
-            path = os.path.relpath(path, folder)
-        yield number, os.path.normpath(path), name
+        yield number, layout.file(path), name
 
 
 def _lines(file: str) -> Iterator[tuple[int, str]]:

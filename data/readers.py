@@ -221,6 +221,8 @@ def labeled_images(file: str, folder: str, classes: Sequence[str] | None = None)
         labels = read_labels(file, folder, classes)
         if labels.repeated:
             log(f"{file}: {labels.repeated} line(s) repeat another line and are left out")
+        if labels.headings:
+            log(f"{file}: its first line is left out as headings ({labels.headings})")
         paths = (os.path.join(folder, path) for path in labels.paths)
         arrays = arrays_of_files(folder, [zip(paths, labels.targets, strict=True)])
         names = "\0".join(labels.classes).encode(errors="surrogateescape")

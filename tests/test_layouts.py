@@ -357,9 +357,18 @@ def lines(indices: range, separator: str = ",") -> list[str]:
 FORMATS = {
     "comma": ["path,label", *lines(range(8))],
     "tab": ["", *lines(range(8), "\t"), ""],
-    "blanks": ["image class ", *(line + " " for line in lines(range(8), "   "))],
+    "blanks": ["image id class ", *(line + " " for line in lines(range(8), "   "))],
     "marked": ["\ufeffpath,label", *lines(range(8))],
     "dots": ["./" + line for line in reversed(lines(range(8)))],
+    "semicolon": ["Image ID;Class", *lines(range(8), ";")],
+    "index": [",filepaths,labels", *(f"{i},{line}" for i, line in enumerate(lines(range(8))))],
+    "index alone": [f"{i}\t{line}" for i, line in enumerate(lines(range(8), "\t"))],
+    "turned round": [
+        "label,path",
+        *(",".join(line.split(".jpg,")[::-1]) for line in lines(range(8))),
+    ],
+    "without endings": ["id_code,diagnosis", *(x.replace(".jpg", "") for x in lines(range(8)))],
+    "backslashes": [line.replace("/", "\\") for line in lines(range(8))],
     "repeated": [*lines(range(8)), "deep/../a0.jpg,ant"],
 }
 
@@ -376,7 +385,10 @@ def test_a_file_of_labels_gives_each_image_its_class(form, end, flat, tmp_path, 
         image, target = source[index]
         assert source.classes[target] == PLACES[name[:-5]]
         assert abs(image.mean() - (60 * target + 31.5)) < 10
-    assert ("1 line(s) repeat" in capsys.readouterr().out) == (form == "repeated")
+    out = capsys.readouterr().out
+    assert ("1 line(s) repeat" in out) == (form == "repeated")
+    odd = "first line is left out as headings (id_code, diagnosis)"
+    assert (odd in out) == (form == "without endings")
 
 
 def test_numbers_are_sorted_as_numbers(flat, tmp_path):
@@ -391,13 +403,16 @@ WRONG = {
     "a0.jpg,ant\n\na1.jpg,": "line 3: has no class",
     "a0.jpg,ant\n,ant": "line 2: has no path",
     "a0.jpg,ant\na1.jpg": "line 2: has 1 column(s), not a path and a class",
-    "a0.jpg,ant\na1.jpg,bee, the": "line 2: has 3 column(s), not a path and a class; put a name",
+    "a0.jpg,ant\na1.jpg,bee, the": "line 2: has 3 column(s), not a path and a class; leave other "
+    "columns out, and put a name",
+    "path,a,b\na0.jpg,ant,bee": "line 2: has 3 column(s)",
+    "none.jpg,ant\na1.jpg,bee": "line 1: DATA/none.jpg is not a file",
+    "none,ant\na1.jpg,bee\na2,bee": "line 3: DATA/a2 is not a file",
     "a0.jpg ant\nb 0.jpg ant": "line 2: has 3 column(s)",
     "a0.jpg,ant\na1.jpg,bee\n./a0.jpg,bee": "line 3: a0.jpg is of class bee, but of class ant in "
     "line 1",
     'a0.jpg,ant\na1.jpg,"bee': "line 2: cannot be read (unexpected end of data)",
     "path,label\n": "names no image",
-    "label,path\nant,a0.jpg": "line 1: DATA/label is not a file",
     "a0.jpg,ant\na1.jpg,b\0e": "is not text (line 2 holds a zero)",
     "a0.jpg,ant\ndeep,ant": "line 2: DATA/deep is not a file",
 }
