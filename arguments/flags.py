@@ -382,7 +382,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors, for the caller to print."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        raise UserError(message.removeprefix("argument "))
 
 
 @cache

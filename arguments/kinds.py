@@ -16,6 +16,23 @@ def str2bool(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{value}' is neither true nor false")
 
 
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from error
+
+
+def number(text: str) -> float:
+    """Any number, NaN and infinity included."""
+    try:
+        return float(text)
+    except ValueError as error:
+        hint = "; decimals take a point, as in 0.5" if "," in text else ""
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number{hint}") from error
+
+
 def as_typed(value: Any) -> str:
     """A value as one types it on the command line."""
     values = value if isinstance(value, list) else [value]
@@ -63,17 +80,19 @@ FILE = Kind(expanduser, "FILE")
 FOLDER = Kind(expanduser, "FOLDER")
 SWITCH = Kind(str2bool, "true|false")  # alone, the flag means true
 
-WHOLE = Kind(int, "N", "must be a whole number")
-COUNT = Kind(int, "N", "must be 1 or more", lambda value: value >= 1)
-FROM_0 = Kind(int, "N", "must be 0 or more", lambda value: value >= 0)
-FROM_0_OR_UNSET = Kind(int, "N", "must be 0 or more, or -1 for unset", lambda value: value >= -1)
-POSITIVE = Kind(float, "X", "must be above 0 and finite", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = Kind(float, "X", "must be 0 or more and finite", lambda value: 0 <= value < math.inf)
-SHARE = Kind(float, "X", "must lie in 0…1", lambda value: 0 <= value <= 1)
-SHARE_BELOW_1 = Kind(float, "X", "must be 0 or more and below 1", lambda value: 0 <= value < 1)
-SHARE_ABOVE_0 = Kind(float, "X", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
+WHOLE = Kind(whole, "N", "must be a whole number")
+COUNT = Kind(whole, "N", "must be 1 or more", lambda value: value >= 1)
+FROM_0 = Kind(whole, "N", "must be 0 or more", lambda value: value >= 0)
+FROM_0_OR_UNSET = Kind(whole, "N", "must be 0 or more, or -1 for unset", lambda value: value >= -1)
+POSITIVE = Kind(number, "X", "must be above 0 and finite", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Kind(
+    number, "X", "must be 0 or more and finite", lambda value: 0 <= value < math.inf
+)
+SHARE = Kind(number, "X", "must lie in 0…1", lambda value: 0 <= value <= 1)
+SHARE_BELOW_1 = Kind(number, "X", "must be 0 or more and below 1", lambda value: 0 <= value < 1)
+SHARE_ABOVE_0 = Kind(number, "X", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
 PERCENT = Kind(
-    float,
+    number,
     "X",
     "must be 0, or lie in 1…100: it is in percent, so pass 40 for a fraction of 0.4",
     lambda value: value == 0 or 1 <= value <= 100,

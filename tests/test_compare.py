@@ -377,7 +377,7 @@ BAD_SWEEPS = {
     "--vary data_path=a/b,a_b": "two combinations would share the folder data_path=a_b",
     "--vary seed=0,1 --epochs 1": "unrecognized arguments: --epochs 1; flags of main.py follow "
     "after --",
-    "--vary lr=1e-3,abc": "argument --lr: invalid float value: 'abc' (commas separate values",
+    "--vary lr=1e-3,abc": "--vary lr=1e-3,abc: --lr: 'abc' is not a number (commas separate",
     "--vary kd=false,true": "run kd=true: --kd true needs --teacher_path and --teacher_arch",
     "--vary kd_alpha=0.5,0,9 -- KD": "--vary kd_alpha=0.5,0,9: 9 must lie in 0…1 (commas "
     "separate values; decimals take a point",
