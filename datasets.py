@@ -106,7 +106,7 @@ def open_split(
 
 
 def has_validation(args: argparse.Namespace) -> bool:
-    """Whether there are validation images, as far as can be told without opening a data set."""
+    """Whether there are validation images, as far as this is known without opening a data set."""
     if args.data_set == "IMNET":
         return os.path.isdir(os.path.join(args.data_path, "val"))
     if args.data_set == "image_folder":
@@ -297,7 +297,7 @@ def _report_splits(args: argparse.Namespace, splits: Splits) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raise UserError for an output folder among the images, where it would look like a class."""
+    """Raise UserError for an output folder among the images, which would look like a class."""
     if args.data_set not in ("IMNET", "image_folder") or args.labels:
         return
     images = [
@@ -363,14 +363,14 @@ class Data:
     """The loaders of a run, and what its checkpoints record of the data."""
 
     train_loader: DeviceLoader
-    val_loader: DeviceLoader | None  # None where neither student nor teacher is evaluated
+    val_loader: DeviceLoader | None  # None if neither student nor teacher is evaluated
     # All training images once, as in an evaluation: for a linear probe that keeps their features.
     feature_loader: DeviceLoader | None
     train: Source
     val: Source | None
     classes: list[str]
     config: dict[str, Any]
-    images: dict[str, Any]  # what tells the training images from others; {} for a stream
+    images: dict[str, Any]  # identifies the training images; {} for a stream
     labeled_share: float = 1.0  # the part of the training images that has a label
 
 
@@ -427,10 +427,10 @@ def _classes_of_teacher(args: argparse.Namespace) -> list[str]:
 
 
 def _same_images(source: Source, name: str) -> dict[str, Any]:
-    """What tells the images of a source from others (ImageSource.identity); {} for a stream.
+    """What identifies the images of a source (ImageSource.identity); {} for a stream.
 
     All processes compare the number of images, and one per machine also names and labels, which the
-    processes of a machine share. Collective; the run ends where they differ.
+    processes of a machine share. Collective; the run ends if they differ.
     """
     values: dict[str, Any] = {"images": len(source)}
     if isinstance(source, ImageSource) and local_rank() == 0:
@@ -515,8 +515,8 @@ def _train_loader(
         return DeviceLoader(stream, stream, to_network, mixup)
     unit = None
     if args.teacher_cache_only:
-        # Cover every image that a later run may show, whatever its batch size; no activations are
-        # kept for a backward pass, so twice the batch fits.
+        # Cover every image that a later run may be trained on, whatever its batch size; no
+        # activations are kept for a backward pass, so twice the batch fits.
         batch_size, unit = 2 * batch_size, mixup.unit if mixup else 1
     order = EpochBatches(len(train), batch_size, seed, views, unit)
     images = TransformedImages(train, transform, seed)
@@ -547,7 +547,7 @@ def data_config(args: argparse.Namespace, saved: Mapping[str, Any] | None = None
     """What a model trained with these arguments expects; kept in every checkpoint.
 
     Args:
-        saved: the data configuration of a checkpoint, which holds where no flag was given.
+        saved: the data configuration of a checkpoint, which holds if no flag was given.
     Returns: input_size (pixels), mean and std (of RGB in 0…1), crop_pct, crop_mode and
         interpolation.
     """
@@ -569,8 +569,8 @@ def data_config(args: argparse.Namespace, saved: Mapping[str, Any] | None = None
         "interpolation": "bicubic",
     }
     if follows_network(args) and "imagenet_default_mean_and_std" not in args.given:
-        told = models.input_config(args.model)
-        config |= {name: told[name] for name in ("mean", "std") if name in told}
+        of_network = models.input_config(args.model)
+        config |= {name: of_network[name] for name in ("mean", "std") if name in of_network}
     if saved:
         names = {"interpolation"}
         if "imagenet_default_mean_and_std" not in args.given:

@@ -125,8 +125,8 @@ def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source
 
 def require_other_images(args: argparse.Namespace) -> None:
     """Raise UserError where --calibrate would fit its temperature on the images that it scores."""
-    is_same = must_hold_out(argparse.Namespace(**{**vars(args), "holdout": None}))
-    if "holdout" in args.given or is_same:
+    has_val = args.data_set != "image_folder" or args.eval_data_path or args.eval_labels
+    if "holdout" in args.given or not has_val:
         flag = f"--holdout {args.holdout}" if "holdout" in args.given else data_flag(args)
         raise UserError(
             f"--calibrate true: {flag} leaves only the held-out images to score, and the "

@@ -28,7 +28,7 @@ FEW, DARK = 16, 2**13  # images that are looked at, and the value of which 16 bi
 
 
 class UnreadableImages(Dataset):
-    """(index, what is wrong with that image): its name and the reason, or '' where it is sound."""
+    """(index, what is wrong with that image): its name and the reason, or '' for a sound image."""
 
     def __init__(self, images: Dataset) -> None:
         self.images = images
@@ -70,10 +70,10 @@ def check_images(sources: Sequence[Source | None], num_workers: int) -> None:
         faults = [(index, fault) for index, fault in batch if fault]
         count += len(faults)
         first += faults[: MOST - len(first)]
-    found = distributed.gather((count, first))
-    count = sum(part for part, _ in found)
+    of_ranks = distributed.gather((count, first))
+    count = sum(part for part, _ in of_ranks)
     if count:
-        lines = [fault for _, fault in sorted(pair for _, part in found for pair in part)[:MOST]]
+        lines = [fault for _, fault in sorted(pair for _, part in of_ranks for pair in part)[:MOST]]
         lines += [f"and {count - MOST:,} more"] if count > MOST else []
         distributed.stop_all(
             f"--check_data true: {count:,} of {len(images):,} images cannot be read; repair or "
@@ -148,8 +148,8 @@ def _copies(files: list[str], others: list[str]) -> list[str]:
             keys = [list(pool.map(key, paths)) for paths in (names, others)]
             common = (set(keys[0]) & set(keys[1])) - {None}
             names, others = (
-                [path for path, own in zip(paths, found, strict=True) if own in common]
-                for paths, found in zip((names, others), keys, strict=True)
+                [path for path, own in zip(paths, of_paths, strict=True) if own in common]
+                for paths, of_paths in zip((names, others), keys, strict=True)
             )
     return names
 
@@ -200,10 +200,10 @@ def warn_of_dark_images(source: ImageSource) -> None:
 
 
 def check_disjoint(train: Source, val: Source, folder: str) -> None:
-    """End the run where the same file is in both. Collective.
+    """End the run if a file is in both. Collective.
 
     Args:
-        folder: where the names of the validation images begin, seen from those of training.
+        folder: that the names of the validation images begin in, relative to those of training.
     """
     assert isinstance(train, ImageSource) and isinstance(val, ImageSource)
 

@@ -58,7 +58,7 @@ def read_labels(file: str, folder: str, known: Sequence[str] | None = None) -> L
         image that does not exist or has two classes, and a class that is not known; and for a file
         that is not text or names no image.
     """
-    found: dict[str, tuple[str, int]] = {}  # path -> its class and line
+    lines_of: dict[str, tuple[str, int]] = {}  # path -> its class and line
     repeated, allowed = 0, None if known is None else set(known)
     lines = _lines(file)
     begin = list(itertools.islice(lines, 2))
@@ -67,18 +67,18 @@ def read_labels(file: str, folder: str, known: Sequence[str] | None = None) -> L
         if allowed is not None and name not in allowed:
             what = f"{name} is not one of the classes, which are {few(known or ())}"
             raise _problem(file, line, what)
-        before = found.setdefault(path, (name, line))
+        before = lines_of.setdefault(path, (name, line))
         if before[0] != name:
             what = f"{path} is of class {name}, but of class {before[0]} in line {before[1]}"
             raise _problem(file, line, what)
         repeated += before[1] != line
-    if not found:
+    if not lines_of:
         raise UserError(f"{file}: names no image; it needs a path and a class per line", "labels")
-    paths = sorted(found)
-    _check_existence(file, folder, paths, found)
-    classes = list(known) if known is not None else _sorted({name for name, _ in found.values()})
+    paths = sorted(lines_of)
+    _check_existence(file, folder, paths, lines_of)
+    classes = list(known) if known is not None else _sorted({name for name, _ in lines_of.values()})
     position = {name: index for index, name in enumerate(classes)}
-    targets = [position[found[path][0]] for path in paths]
+    targets = [position[lines_of[path][0]] for path in paths]
     return Labels(paths, targets, classes, repeated, layout.odd_headings)
 
 
@@ -215,7 +215,7 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
 
 
 def _check_existence(
-    file: str, folder: str, paths: Sequence[str], found: dict[str, tuple[str, int]]
+    file: str, folder: str, paths: Sequence[str], lines_of: dict[str, tuple[str, int]]
 ) -> None:
     def missing(some: Sequence[str]) -> list[str]:
         return [path for path in some if not os.path.isfile(os.path.join(folder, path))]
@@ -224,14 +224,14 @@ def _check_existence(
     with ThreadPoolExecutor(THREADS) as pool:
         lost = [path for part in pool.map(missing, parts) for path in part]
     if lost:
-        first = min(lost, key=lambda path: found[path][1])
+        first = min(lost, key=lambda path: lines_of[path][1])
         others = f" (nor are those of {len(lost) - 1} other lines)" if len(lost) > 1 else ""
-        where = os.path.join(folder, first)
-        raise _problem(file, found[first][1], f"{where} is not a file{others}; repair the path")
+        path = os.path.join(folder, first)
+        raise _problem(file, lines_of[first][1], f"{path} is not a file{others}; repair the path")
 
 
 def _sorted(names: set[str]) -> list[str]:
-    """As numbers where all are whole numbers, so that class 10 does not come before class 2."""
+    """As numbers if all are whole numbers, so that class 10 does not come before class 2."""
     if all(name.isdecimal() and name.isascii() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)

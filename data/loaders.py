@@ -25,10 +25,10 @@ class Batch(NamedTuple):
 
     # (B, 3, H, W) float32, channels last, on the device; (B, D) features in a linear probe
     images: torch.Tensor
-    targets: torch.Tensor  # (B,) int64, or (B, C) probabilities where images are mixed
+    targets: torch.Tensor  # (B,) int64, or (B, C) probabilities if images are mixed
     view: int  # number of the augmented epoch that the images are from; 0 in an evaluation
     places: range  # positions of the images in the order of the view
-    is_labeled: bool = True  # False where images without a label are among the training images
+    is_labeled: bool = True  # False if some training images have no label
 
     @property
     def key(self) -> tuple[int, range]:
@@ -47,7 +47,9 @@ class Loader(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
-READ_ONLY = -1  # the view of images that are decoded, to see whether they can be, and not shown
+READ_ONLY = (
+    -1
+)  # the view of images that are decoded, to see whether they can be, and not fed to a network
 
 
 class TransformedImages(Dataset):
@@ -120,7 +122,7 @@ class DeviceLoader:
     Every batch carries its own key, so a caller may fetch batches ahead of their use.
 
     Args:
-        order: tells the places of each batch (EpochBatches, EvalBatches, Stream).
+        order: gives the places of each batch (EpochBatches, EvalBatches, Stream).
         host_batches: yields the HostBatches in that order.
         to_network: pixels -> network input, on the device.
         mixup: mixes images and targets, see transforms.make_mixup; None for no mixing.
@@ -143,7 +145,7 @@ class DeviceLoader:
         return self.order.batches_in_epoch
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch to begin with where part of the epoch is done."""
+        """Choose the epoch, and the batch to begin with if part of the epoch is done."""
         self.order.set_epoch(epoch, first_batch)
 
     def start_workers(self) -> None:
@@ -188,7 +190,7 @@ class DeviceLoader:
 
 
 def image_sample(loader: DeviceLoader, most: int = 16) -> list[float]:
-    """A few numbers that tell how the first images of view 0 look: the means of their quarters.
+    """A few numbers that show how the first images of view 0 look: the means of their quarters.
 
     Two set-ups with the same flags may still differ in their pixels, or in the version of a library
     that augments them.

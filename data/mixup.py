@@ -135,7 +135,7 @@ class PairMixup:
         height, width = images.shape[2:]
         drawn = self.draw(view, range(start // 2, (start + len(images)) // 2))  # (7, P)
         (top, bottom), (left, right) = self.boxes(drawn, (height, width))
-        # Inside the box an image keeps this share of itself: lambda, or nothing where it is cut.
+        # Inside the box an image keeps this share of itself: lambda, or nothing if it is cut.
         kept = np.where(drawn[0], 0.0, drawn[1])
         lam = 1 - (1 - kept) * (bottom - top) * (right - left) / (height * width)
         numbers = torch.from_numpy(np.stack([top, bottom, left, right, kept, lam]))  # (6, P)
@@ -158,7 +158,7 @@ class PairMixup:
 
 
 class PartialLabels:
-    """Soft labels of images of which some have none, after mixup and cutmix where there are any.
+    """Soft labels of images of which some have none, after mixup and cutmix if there are any.
 
     A row sums to the part of its image that has a label: 1, 0, or what mixing left of it. Label
     smoothing leaves the sum as it is.

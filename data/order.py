@@ -32,7 +32,7 @@ PLACES_AT_ONCE = 4096  # of an order that are computed ahead
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """The shuffled batches of one rank in an epoch, as lists of (view, index).
 
-    A view is one augmentation and one order of all training images; epoch e shows view e mod
+    A view is one augmentation and one order of all training images; epoch e uses view e mod
     `views`. Batch b of rank r is block b * world + r of the order of the view, so an optimizer step
     sees the same images however a global batch is divided among processes and accumulation. The
     last incomplete global batch is left out, as in the ConvNeXt script; other images are last in
@@ -60,7 +60,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.batches_in_epoch = len(range(self.rank, blocks, self.world))
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch to begin with where part of the epoch is done."""
+        """Choose the epoch, and the batch to begin with if part of the epoch is done."""
         self.view = epoch % self.views if self.views else epoch
         self.first_batch = first_batch
 
@@ -105,10 +105,10 @@ def view_order(
         keys = seed_sequence(RandomUse.ORDER, seed, view).generate_state(2 * ROUNDS, np.uint64)
         half = count // 2
         is_first = places < count - half
-        found = np.empty(len(places), np.int64)
-        found[is_first] = half + permute(places[is_first], count - half, keys[:ROUNDS])
-        found[~is_first] = permute(places[~is_first] - (count - half), half, keys[ROUNDS:])
-        places, view = found, view - 1
+        before = np.empty(len(places), np.int64)
+        before[is_first] = half + permute(places[is_first], count - half, keys[:ROUNDS])
+        before[~is_first] = permute(places[~is_first] - (count - half), half, keys[ROUNDS:])
+        places, view = before, view - 1
     keys = seed_sequence(RandomUse.ORDER, seed, view).generate_state(ROUNDS, np.uint64)
     return permute(places, count, keys)
 
@@ -154,18 +154,18 @@ def permute(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
     Args:
         positions: (P,) integers below `count`.
         keys: (ROUNDS,) random uint64; each gives another permutation.
-    Returns: (P,) int64, all different where the positions are.
+    Returns: (P,) int64, all different if the positions are.
     """
     side = np.uint64(max(LEAST_SIDE, math.isqrt(count) + 1))
-    found = np.array(positions, np.uint64)
+    numbers = np.array(positions, np.uint64)
     outside: slice | np.ndarray = slice(None)
-    while len(found[outside]):
-        left, right = np.divmod(found[outside], side)
+    while len(numbers[outside]):
+        left, right = np.divmod(numbers[outside], side)
         for key in keys:
             left, right = right, (left + _split_mix(key, right)) % side
-        found[outside] = left * side + right
-        outside = np.flatnonzero(found >= count)
-    return found.astype(np.int64)
+        numbers[outside] = left * side + right
+        outside = np.flatnonzero(numbers >= count)
+    return numbers.astype(np.int64)
 
 
 def _split_mix(state: np.uint64, steps: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from torchvision.io import decode_jpeg
 
 from utils import UserError, first_line
 
-DECODER = 3  # raised where the same file begins to give other pixels: see teacher.manifest_of
+DECODER = 3  # raised when the same file begins to give different pixels: see teacher.manifest_of
 CANNOT_READ, REMEDY = "cannot read the image ", "; repair it or remove it"
 LARGE = 2_000_000  # pixels of a JPEG from which a part of it is decoded at a smaller scale
 METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow keeps it
@@ -52,7 +52,7 @@ class LargeJpeg:
     def reduced(
         self, scale: int, top: int, left: int, height: int, width: int
     ) -> tuple[Image.Image, tuple[float, float, float, float]]:
-        """The upright photograph at 1/scale, and where a box of its full size lies in that picture.
+        """The upright photograph at 1/scale, and the place in it of a box of the full size.
 
         libjpeg computes only the low frequencies of each block of 8 x 8 pixels, for a third to a
         half of the time of all frequencies.
@@ -74,7 +74,7 @@ class LargeJpeg:
         except Exception as error:
             np.asarray(self)  # raises with the message that the file has everywhere else
             raise unreadable(self.name, error) from error
-        # A last pixel that the file fills in part is the first one where the photograph is turned.
+        # A last pixel that the file fills in part is the first one if the photograph is turned.
         x = picture.width - self.shape[1] / scale if self.orientation in (2, 3, 6, 7) else 0
         y = picture.height - self.shape[0] / scale if self.orientation in (3, 4, 7, 8) else 0
         right, bottom = x + (left + width) / scale, y + (top + height) / scale
@@ -130,7 +130,7 @@ def decode_of_stream(image: Image.Image) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """A PIL image of any mode -> its RGB: upright, and on white where it is transparent."""
+    """A PIL image of any mode -> its RGB: upright, and on white if it is transparent."""
     image.load()  # only now every format knows its orientation; Pillow has turned TIFFs by now
     orientation = _orientation(image)
     if image.mode.startswith(("I", "F")):
@@ -139,9 +139,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         picture, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         image.paste(picture, mask=picture)
     if image.mode != "RGB" or orientation != 1:
-        image = image.convert("RGB")  # also where it is RGB: the image is changed below
+        image = image.convert("RGB")  # also if it is RGB: the image is changed below
     if orientation != 1:
-        # An EXIF of one entry, since Pillow would also write the others anew, and fail where one of
+        # An EXIF of one entry, since Pillow would also write the others anew, and fail if one of
         # them is damaged.
         image.info.clear()
         image.getexif()[ExifTags.Base.Orientation] = orientation
@@ -174,7 +174,7 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     Raises: ValueError for other values, whose black and white are not known.
     """
     values = np.asarray(image, dtype=np.float32)
-    low, high = values.min(), values.max()  # NaN where one of the values is
+    low, high = values.min(), values.max()  # NaN if one of the values is
     white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
     if not 0 <= low <= high <= white:
         expected = "0…1 or 0…255" if image.mode == "F" else "0…65535"

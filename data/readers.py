@@ -67,7 +67,7 @@ def image_folder(folder: str) -> ImageSource:
     One process per machine lists the files. Prints the endings of other files, among which
     photographs may have been left out. Collective.
 
-    Raises: UserError where it does not exist or holds no images.
+    Raises: UserError if it does not exist or holds no images.
     """
     folder = os.path.expanduser(folder)
     if not os.path.isdir(folder):
@@ -156,10 +156,10 @@ class _Listing:
         folders, files = [], []
         try:
             with os.scandir(folder) as entries:
-                found = list(entries)
+                inside = list(entries)
         except OSError as error:
             raise UserError(f"{folder}: cannot be listed ({error.strerror})", "folder") from error
-        for entry in found:
+        for entry in inside:
             is_folder = entry.is_dir()
             if is_hidden(entry.name):
                 self.left_out["hidden folder" if is_folder else "hidden file"] += 1

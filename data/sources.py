@@ -44,7 +44,7 @@ class ImageSource(Dataset):
         raise NotImplementedError
 
     def names(self, positions: np.ndarray) -> np.ndarray:
-        """(P,) integers -> (P,) names that tell the images apart, such as paths below a folder."""
+        """(P,) integers -> (P,) names that identify the images, such as paths below a folder."""
         return np.asarray(positions)
 
     def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
@@ -77,7 +77,7 @@ class ImageSource(Dataset):
         return self.listing() | {n: v for n, v in contents.items() if n not in changed_by_a_copy}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Plain values that tell two sources, and any changed image, apart.
+        """Plain values that differ between two sources, and change with any image.
 
         Image files are not read: their sizes and times of modification stand for their pixels.
         Raises: UserError for an image file that cannot be found.
@@ -341,6 +341,6 @@ def forget_other_labels(source: ImageSource, chosen: np.ndarray) -> ImageSource:
 
 
 def held_out_identity(val: Source) -> str:
-    """What tells held-out images from others, on every process. Collective."""
+    """What identifies held-out images, on every process. Collective."""
     assert isinstance(val, ImageSource)  # only its images can be held out
     return distributed.from_main(lambda: " ".join(map(str, val.listing().values())))

@@ -221,7 +221,7 @@ def collate(items: list[tuple[tuple[np.ndarray, Patches], int]]) -> HostBatch:
     """Images of ToPixels and their targets -> one batch."""
     images, targets = zip(*items, strict=True)
     pixels = default_collate([torch.from_numpy(array) for array, _ in images])  # in shared memory
-    patches = [(row, *patch) for row, (_, found) in enumerate(images) for patch in found.items]
+    patches = [(row, *patch) for row, (_, erased) in enumerate(images) for patch in erased.items]
     boxes = torch.tensor([patch[:5] for patch in patches], dtype=torch.int64).view(-1, 5)
     erased = torch.cat([torch.empty(0)] + [patch[5].flatten() for patch in patches])
     return HostBatch(pixels, torch.tensor(targets), boxes, erased)

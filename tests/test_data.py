@@ -3,10 +3,13 @@
 import argparse
 import hashlib
 import itertools
+import json
 import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections import Counter
 from operator import itemgetter
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from forked import Group, program
-from helpers import CPU, QUICK, evaluation_images, teacher_flags, write_images
+from helpers import CPU, QUICK, ROOT, evaluation_images, teacher_flags, write_images
 from PIL import ExifTags, Image, ImageOps
 from timm.data import IterableImageDataset
 from timm.data import mixup as timm_mixup
@@ -765,6 +768,12 @@ def test_each_use_of_random_numbers_draws_from_its_own_stream(run_main, monkeypa
         assert run_main(*flags, "--mixup_mode", mode).code == 0
     assert {use for use, _ in uses} == set(RandomUse)
     assert len(set(uses)) == len(RandomUse)  # one length of key per use
+
+
+def test_the_benchmark_of_scale_runs_by_its_path_from_anywhere(tmp_path):
+    argv = [sys.executable, ROOT / "benchmarks" / "scale.py", "--as_rank", "--images", "1000"]
+    run = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and len(json.loads(run.stdout.splitlines()[-1])) == 2, run.stderr
 
 
 # ------------------------------------------------------------- images that cannot be read
