@@ -150,14 +150,14 @@ LAYOUTS = {
     "none": ("train", "", "no folder val; add it, or pass --holdout N"),
     "railway": ("car train", "", "if train and car are classes, pass --data_set image_folder"),
     "capital": ("Train Val", "", "no folder train, but Train; rename Train to train"),
-    "explicit": ("train val", "--data_set image_folder", "holds train and val, which are hardly"),
+    "explicit": ("train val", "--data_set image_folder", "holds train and val, which look like"),
     "one": ("photos", "", "has a single class (photos), so nothing can be learned"),
     "one of two": ("train/a val/a", "", "has a single class (a), so nothing can be learned"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_folders_that_are_hardly_classes_are_refused(run_main, tmp_path, layout):
+def test_folders_that_look_like_splits_are_refused(run_main, tmp_path, layout):
     folders, flags, error = LAYOUTS[layout]
     write_images(tmp_path, folders.split(), count=1)
     run = run_main("--data_path", tmp_path, *flags.split())
