@@ -58,7 +58,8 @@ def judge(groups: Sequence[Group]) -> tuple[list[Verdict], list[str]]:
         if "kd" in typed:
             typed = [name for name in typed if name not in OF_TEACHER]
         if VAL_IMAGES in both:
-            without["scored on different validation images"].append(" and ".join(both[VAL_IMAGES]))
+            labels = " and ".join(sorted(both[VAL_IMAGES]))
+            without["scored on different validation images"].append(labels)
         elif data := [name for name in typed if name in DATA_FLAGS]:
             without["trained on different data"].append(", ".join(data))
         elif len(typed) == 1:

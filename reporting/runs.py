@@ -49,8 +49,9 @@ class Run:
 
     @property
     def val_images(self) -> str:
-        """'360:0123456789abcdef', number and hash of the validation images; '' if not recorded."""
-        return self.args.get(VAL_IMAGES) or ""
+        """'360:01234567', number and hash of the validation images; '' if not recorded."""
+        count, colon, digest = (self.args.get(VAL_IMAGES) or "").partition(":")
+        return count + colon + digest[:8]
 
     @property
     def curve(self) -> Curve:
