@@ -149,7 +149,7 @@ def test_the_seeds_that_a_verdict_asks_for_find_the_effect_in_80_percent_of_swee
     assert np.mean(np.abs(sweeps.mean(axis=1)) > width) == pytest.approx(0.8, abs=0.02)
 
 
-def test_runs_that_differ_in_more_than_one_flag_are_not_judged_and_told_why(tmp_path, capsys):
+def test_runs_that_differ_in_more_than_one_flag_are_not_judged_and_one_line_says_why(tmp_path, capsys):
     for name, args in {
         "a": {},
         "two": {"lr": 0.2, "smoothing": 0.3},
@@ -217,7 +217,7 @@ def test_rows_are_named_by_flags_that_were_typed(tmp_path, capsys):
     assert "epochs=2 → epochs=3: helps" in out and "with --warmup_epochs 0.4 → 0.6" in out
 
 
-def test_many_pairs_are_told_to_differ_by_chance(tmp_path, capsys):
+def test_many_verdicts_are_followed_by_the_number_that_chance_gives(tmp_path, capsys):
     for lr in range(4):
         for seed in range(2):
             write_run(tmp_path / f"{lr}{seed}", [50, 90 + seed], seed=seed, lr=lr)
