@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -35,7 +36,14 @@ from data.checks import check_images
 from data.mixup import PAIRS_AT_ONCE, MixingSettings, PairMixup
 from data.order import EpochBatches, EvalBatches, view_order
 from data.readers import digits, image_folder
-from data.sources import FileSource, StreamSource, Subset, stratified
+from data.sources import (
+    FileSource,
+    Joined,
+    StreamSource,
+    Subset,
+    forget_other_labels,
+    stratified,
+)
 from runtime import distributed
 from runtime.randomness import RandomUse, seed_rng, seed_sequence
 from utils import UserError
@@ -74,6 +82,18 @@ def test_a_subset_of_a_subset_keeps_every_image_with_its_label():
         image, target = nested[index]
         expected, label = source[position]
         assert np.array_equal(image, expected) and target == label
+
+
+def test_sources_of_every_kind_pickle(imnet):
+    """As a loader's workers need it that are not forked."""
+    files = image_folder(str(imnet / "train"))
+    source = Joined(Subset(files, np.array([20, 3])), digits(True))
+    again = pickle.loads(pickle.dumps(forget_other_labels(source, np.array([0]))))
+    assert again.identity()["image_names"] == source.identity()["image_names"]
+    assert again.targets[:3].tolist() == [2, 3, 3] and source.targets[:2].tolist() == [2, 0]
+    for index in (0, 1, 2, 1000):
+        assert np.array_equal(again[index][0], source[index][0])
+    assert again.path(1) == files.path(3) and again.path(2) == ""
 
 
 @pytest.mark.parametrize("count", [10, 37, 200, 1437])
