@@ -29,7 +29,7 @@ from data.transforms import eval_transform
 from deploy.model import Model, open_model
 from runtime import signals
 from runtime.device import default_device, find_device
-from utils import UserError, exit_code, few, flags_for
+from utils import UserError, exit_code, few, flags_for, is_hidden
 
 LONG = 256  # images for which starting loader workers pays
 PATIENCE = 5  # seconds before progress is shown
@@ -149,14 +149,15 @@ def find_images(words: Sequence[str]) -> list[str]:
 
 
 def images_below(folder: str) -> list[str]:
-    """The image files of a folder and of those below it, by their endings; sorted."""
+    """The image files of a folder and of those below it, sorted; hidden ones are left out."""
     paths, visited, others = [], set(), 0
     for parent, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in visited:
             folders.clear()  # a link that leads back
             continue
         visited.add(real)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        files = [name for name in files if not is_hidden(name)]
         images = [name for name in files if has_file_allowed_extension(name, IMG_EXTENSIONS)]
         others += len(files) - len(images)
         paths += [os.path.join(parent, name) for name in sorted(images)]

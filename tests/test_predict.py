@@ -87,6 +87,7 @@ def test_broken_images_are_named_and_the_others_predicted(student, run_predict, 
     (folder / "text.jpg").write_text("no image")
     (folder / "gone.png").symlink_to("nowhere.png")
     (folder / "notes.txt").write_text("left out")
+    (folder / "._0.png").write_text("hidden")
     code, out, err = run_predict(student, folder, "--format", "csv", "--batch_size", 2)
     assert code == 1
     named = [Path(row[0]).name for row in csv.reader(io.StringIO(out))]
