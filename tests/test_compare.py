@@ -149,7 +149,9 @@ def test_the_seeds_that_a_verdict_asks_for_find_the_effect_in_80_percent_of_swee
     assert np.mean(np.abs(sweeps.mean(axis=1)) > width) == pytest.approx(0.8, abs=0.02)
 
 
-def test_runs_that_differ_in_more_than_one_flag_are_not_judged_and_one_line_says_why(tmp_path, capsys):
+def test_runs_that_differ_in_more_than_one_flag_are_not_judged_and_one_line_says_why(
+    tmp_path, capsys
+):
     for name, args in {
         "a": {},
         "two": {"lr": 0.2, "smoothing": 0.3},
