@@ -155,7 +155,7 @@ def test_a_probe_that_cannot_be_right_is_refused(run_main, backbone, more):
 def test_what_a_frozen_backbone_leaves_without_effect_is_told(run_main, flags):
     run = run_main(*flags, "--drop_path", 0, "--compile", "true", "--epochs", 1)
     assert run.code == 0, run.err
-    assert "Without effect in this run: --drop_path, --compile (with --linear_probe true)" in (
+    assert "Without effect in this run: --compile, --drop_path (with --linear_probe true)" in (
         run.out
     )
 
