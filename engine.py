@@ -168,9 +168,9 @@ def evaluate(
     for batch in loader:
         with settings.autocast():
             logits = send(model(batch.images), device).float()  # (B, C)
-        top = logits.topk(min(5, logits.shape[1])).indices == batch.targets[:, None]  # (B, 5)
+        ranks = metrics.ranks_of(logits, batch.targets)  # (B,)
         loss = F.cross_entropy(logits, batch.targets, reduction="sum")
-        totals = [loss, top[:, 0].sum(), top.sum()]
+        totals = [loss, (ranks == 0).sum(), (ranks < 5).sum()]
         if teacher_logits is not None:
             expected = send(teacher_logits[batch.places], device)
             totals.append((logits.argmax(dim=1) == expected.argmax(dim=1)).sum())
@@ -180,7 +180,7 @@ def evaluate(
             kept[batch.places] = logits.cpu()
         answers.append(metrics.answers_of(logits, batch.targets, batch.places))
         confidences = logits.softmax(dim=1).amax(dim=1).to(wide)
-        gaps = metrics.calibration_gaps(confidences, top[:, 0])
+        gaps = metrics.calibration_gaps(confidences, ranks == 0)
         sums += torch.cat([torch.stack(totals).to(wide), gaps])
         count += len(batch.targets)
     sums = torch.cat([sums, torch.tensor([count], dtype=wide, device=device)])

@@ -227,8 +227,9 @@ class Guess(NamedTuple):
 
 def top_classes(probabilities: torch.Tensor, classes: Sequence[str], top_k: int) -> list[Guess]:
     """(C,) -> the most probable classes, best first."""
-    values, indices = probabilities.topk(top_k)
-    return [Guess(classes[i], v) for v, i in zip(values.tolist(), indices.tolist(), strict=True)]
+    # Of equal probabilities the first class comes first, as in every evaluation.
+    values, indices = (t[:top_k].tolist() for t in probabilities.sort(descending=True, stable=True))
+    return [Guess(classes[i], value) for value, i in zip(values, indices, strict=True)]
 
 
 class Writer(Protocol):

@@ -12,19 +12,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from runtime.device import synchronize
 
 LARGE_BATCH = 32  # images
-MOST_SECONDS = 0.02  # spent on the repetitions of one batch size
-LEAST_REPEATS = 3
-LONGEST = 3.0  # seconds of a large batch above which it is not measured
+ROUNDS = 5  # of measurements, whose medians give a range
+MOST = 4.0  # ms of a round that repetitions may take
+LONGEST = 1000.0  # ms of a large batch above which it is not measured
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a network in evaluation; times are medians on the device that it is on."""
+    """Of a network in evaluation, on the device that it is on."""
 
     parameters: int
     multiply_adds: int  # per image
-    ms_single: float  # for a batch of one image
-    ms_large: float | None  # for a batch of LARGE_BATCH images; None where that takes too long
+    ms_single: float  # for a batch of one image, median over rounds
+    ms_large: float | None  # for a batch of LARGE_BATCH images; None if that takes too long
+    ranges: dict[str, tuple[float, float]]  # of both times: the fastest and the slowest round
 
 
 def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
@@ -43,34 +44,48 @@ def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
     plain_attention = sdpa_kernel(SDPBackend.MATH)
     with torch.inference_mode(), plain_attention, FlopCounterMode(display=False) as counter:
         network.forward(single)  # what is compiled or hooked does not count
-    seconds = _median_seconds(network, single)
-    large = None
-    if LARGE_BATCH * seconds < LONGEST:
-        large = 1000 * _median_seconds(network, single.expand(LARGE_BATCH, -1, -1, -1).contiguous())
-    # Two operations, a product and a sum, are one multiply-add.
-    return Cost(parameters, counter.get_total_flops() // 2, 1000 * seconds, large)
+    first = _milliseconds(network, single, repeats=1)
+    batches = {"ms_single": single}
+    if LARGE_BATCH * first < LONGEST:
+        batches["ms_large"] = single.expand(LARGE_BATCH, -1, -1, -1).contiguous()
+    times: dict[str, list[float]] = {name: [] for name in batches}
+    for _ in range(ROUNDS):  # in turn, so that a busy moment does not fall on one batch size
+        for name, images in batches.items():
+            repeats = max(1, min(4, int(MOST / (len(images) * first))))
+            times[name].append(_milliseconds(network, images, repeats))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return Cost(
+        parameters,
+        counter.get_total_flops() // 2,  # two operations, a product and a sum, per multiply-add
+        medians["ms_single"],
+        medians.get("ms_large"),
+        {name: (min(values), max(values)) for name, values in times.items()},
+    )
 
 
 def total(costs: list[Cost]) -> Cost:
     """The cost of several networks, one after the other."""
     larges = [cost.ms_large for cost in costs]
+    names = set.intersection(*(set(cost.ranges) for cost in costs))
+    limits = {name: zip(*(cost.ranges[name] for cost in costs), strict=True) for name in names}
     return Cost(
         sum(cost.parameters for cost in costs),
         sum(cost.multiply_adds for cost in costs),
         sum(cost.ms_single for cost in costs),
         None if None in larges else sum(large for large in larges if large is not None),
+        {name: (sum(lows), sum(highs)) for name, (lows, highs) in limits.items()},
     )
 
 
 @torch.inference_mode()
-def _median_seconds(network: nn.Module, images: torch.Tensor) -> float:
+def _milliseconds(network: nn.Module, images: torch.Tensor, repeats: int) -> float:
     """The median time of a forward pass, after one that is not counted."""
-    found: list[float] = []
+    times = []
     network.forward(images)
-    while len(found) < LEAST_REPEATS or (sum(found) < MOST_SECONDS and len(found) < 20):
+    for _ in range(repeats):
         synchronize(images.device)
         started = time.perf_counter()
         network.forward(images)
         synchronize(images.device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)

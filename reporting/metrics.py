@@ -54,6 +54,22 @@ def join(batches: Sequence[Answers], shared: bool) -> Answers:
     return Answers(*(column[order] for column in columns))
 
 
+def ranks_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """How many classes come before the right one: 0 exactly where argmax takes the right one.
+
+    Of equal logits the first class comes first, as in argmax; topk takes any of them, and bfloat16
+    gives equal logits for about one image in a hundred.
+
+    Args:
+        logits: (B, C).
+        targets: (B,) int64.
+    Returns: (B,) int64.
+    """
+    of_target = logits.gather(1, targets[:, None])  # (B, 1)
+    is_before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]  # (B, C)
+    return ((logits > of_target) | ((logits == of_target) & is_before)).sum(dim=1)
+
+
 # ------------------------------------------------------------------------------- calibration
 
 

@@ -209,7 +209,7 @@ def share_latencies(runs: Sequence[Run]) -> None:
         counts = cost.get("parameters"), cost.get("multiply_adds")
         run.latencies[network] = pools[network, run.args.get(flag), counts, run.device]
         for name in cost.keys() & set(LATENCIES):
-            run.latencies[network][name].append(cost[name])
+            run.latencies[network][name] += [cost[name], *cost.get("ranges", {}).get(name, ())]
 
 
 def name_groups(groups: Sequence[Group]) -> None:

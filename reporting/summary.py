@@ -22,7 +22,7 @@ from models import cost
 from models.cost import Cost
 from models.fusion import fuse_layers
 from reporting import metrics
-from reporting.tables import figure_of, in_order, split_name, table
+from reporting.tables import COSTS, FIGURES, figure_of, in_order, split_name, table
 from reporting.tensorboard import PICTURES, Board
 from reporting.terminal import aligned, time_line
 from runtime import distributed
@@ -65,26 +65,30 @@ def columns_of(outcome: Outcome) -> dict[str, dict[str, str]]:
     """The table at the end of a run: network -> row -> text."""
     columns: dict[str, dict[str, str]] = {}
     for network, curve in CURVES.items():
-        of_network = {
-            figure: value
-            for (its_curve, figure), value in zip(
-                map(split_name, outcome.scores), outcome.scores.values(), strict=True
-            )
-            if its_curve == curve
-        }
-        if cost_of_network := outcome.costs.get(network):
-            of_network |= asdict(cost_of_network)
         column = {}
         if (best := outcome.best.get(BEST.get(network, ""))) is not None:
             column["accuracy %, best epoch"] = f"{best:.2f}"
-        for name in in_order(of_network):
-            figure, value = figure_of(name), of_network[name]
-            row = "accuracy %, last epoch" if name == "acc1" else figure.heading
+        for name in in_order(n for n in outcome.scores if split_name(n)[0] == curve):
+            figure = figure_of(name)
+            is_accuracy = figure is FIGURES["acc1"]
+            row = "accuracy %, last epoch" if is_accuracy else figure.heading
             if row:
-                column[row] = "" if value is None else f"{value:,.{figure.decimals}f}"
+                column[row] = f"{outcome.scores[name]:.{figure.decimals}f}"
+        if its_cost := outcome.costs.get(network):
+            column |= {figure_of(name).heading: cost_text(its_cost, name) for name in COSTS}
         if column:
             columns[network] = column
     return columns
+
+
+def cost_text(spent: Cost, name: str) -> str:
+    """A part of what a network costs, and of a latency the fastest and slowest round."""
+    value, decimals = getattr(spent, name), figure_of(name).decimals
+    if value is None:
+        return ""
+    low, high = (f"{limit:,.{decimals}f}" for limit in spent.ranges.get(name, (value, value)))
+    text = f"{value:,.{decimals}f}"
+    return text if low == high else f"{text} ({low}–{high})"
 
 
 def summary_table(columns: Mapping[str, Mapping[str, str]]) -> list[str]:

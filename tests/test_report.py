@@ -7,16 +7,21 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import CPU
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import compare
 import main
+from data.loaders import Batch
 from deploy.model import open_model
 from distillation import DistillationLoss
+from engine import evaluate
 from models import cost
 from reporting import metrics
+from reporting.summary import cost_text
 from reporting.tensorboard import answer_text, board_folder, grid, label_text, to_pictures
+from training.settings import LoopSettings
 
 torch.manual_seed(0)
 LOGITS = torch.randn(400, 5, dtype=torch.float64) * 2
@@ -173,6 +178,30 @@ def test_cost_counts_attention_and_what_timm_counts():
     assert found.multiply_adds == by_hand
     assert found.parameters == 7  # as told: counted before layers are fused
     assert found.ms_single > 0
+
+
+def test_latency_has_the_range_of_its_rounds(monkeypatch):
+    """Rounds of 1, 2, 3, 4 and 50 ms: a busy moment is seen and does not count as the latency."""
+    rounds = iter([9.0] + [ms for ms in (3.0, 1.0, 50.0, 2.0, 4.0) for _ in range(2)])
+    monkeypatch.setattr(cost, "_milliseconds", lambda *args, **kwargs: next(rounds))
+    found = cost.cost_of(timm.create_model("cifar_resnet8", num_classes=10), 8, 7)
+    assert (found.ms_single, found.ms_large) == (3.0, 3.0)
+    assert found.ranges == {"ms_single": (1.0, 50.0), "ms_large": (1.0, 50.0)}
+    assert cost_text(found, "ms_single") == "3.00 (1.00–50.00)"
+    both = cost.total([found, found])
+    assert both.ms_large == 6.0 and both.ranges["ms_large"] == (2.0, 100.0)
+
+
+def test_of_equal_logits_the_first_class_is_the_answer_everywhere():
+    """As argmax has it: with all logits equal, an image is right if it is of class 0."""
+    batch = Batch(torch.zeros(8, 8, 1, 1), torch.arange(8), 0, range(8))
+    found = evaluate([batch], torch.nn.Flatten(), LoopSettings(CPU, None, 1, None, 0))
+    report = metrics.report(metrics.join(found.answers, shared=False), list("abcdefgh"))
+    assert found.scores["acc1"] == report["acc1"] == 12.5
+    assert found.scores["acc5"] == 62.5
+    ranks = metrics.ranks_of(LOGITS, TARGETS)  # without equal logits as by sorting
+    by_sorting = LOGITS.argsort(dim=1, descending=True).eq(TARGETS[:, None]).int().argmax(dim=1)
+    assert torch.equal(ranks, by_sorting)
 
 
 # ------------------------------------------------------------------------------ TensorBoard
