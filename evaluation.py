@@ -231,6 +231,7 @@ def score_checkpoint(
             scaled = evaluate(loader, tempered, settings, args.dist_eval).scores
             scores |= {f"{name}_calibrated": scaled[name] for name in ("loss", "ece")}
             found |= {"nll_calibrated": scaled["loss"], "ece_calibrated": scaled["ece"]}
+        log(f"Scored on {summary.images_scored(len(val), bool(args.holdout))}:")
         for score, value in scores.items():
             if score != "acc5" or len(val.classes) > MANY_CLASSES:
                 log(f"test_{score}{suffix} {value:.4f}")

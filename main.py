@@ -55,6 +55,7 @@ from reporting.summary import (
     Outcome,
     costs_of,
     finals_of,
+    images_scored,
     lines_of,
     settings_of,
     show_mistakes,
@@ -428,10 +429,12 @@ def summarize(
         steps * recorder.images_per_step,
         memory,
         {name: metrics.report(of_network, data.classes) for name, of_network in joined.items()},
+        images_scored(len(data.val), bool(args.holdout)) if data.val is not None else "",
+        is_resumed=training.first_step > args.start_epoch * training.steps,
     )
     if recorder.path is not None:
         write_summary(recorder.path.parent, outcome)
-    log("\n".join(lines_of(outcome, state.folder, board.folder if board else None, args.model)))
+    log("\n".join(lines_of(outcome, vars(args), state.folder, board.folder if board else None)))
     if not joined:
         return
     with flags_for(output="--report"):

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import nn
 import models
 import utils
 from arguments.flags import DATA_FLAGS, NOT_RECIPE
+from arguments.kinds import as_typed
 from data.sources import ImageSource
 from data.transforms import eval_transform
 from datasets import Data
@@ -59,6 +62,8 @@ class Outcome:
     images: int  # trained in these seconds, on all processes
     memory: int | None  # peak, in bytes; None if it is not known
     reports: Mapping[str, Any]  # of student and EMA, see metrics.report; empty without evaluation
+    scored_on: str = ""  # the images of the scores, such as '360 validation images'
+    is_resumed: bool = False  # whether an earlier process did a part of the run
 
 
 def columns_of(outcome: Outcome) -> dict[str, dict[str, str]]:
@@ -161,6 +166,7 @@ def write_summary(folder: Path, outcome: Outcome) -> None:
     costs = {name: asdict(cost) for name, cost in outcome.costs.items() if cost is not None}
     values = {
         "scores": dict(outcome.scores),
+        "scored_on": outcome.scored_on,
         "best": dict(outcome.best),
         "costs": costs,
         "seconds": dict(outcome.seconds),
@@ -172,48 +178,79 @@ def write_summary(folder: Path, outcome: Outcome) -> None:
 
 
 def lines_of(
-    outcome: Outcome, folder: Path | None, board: Path | None, model: str
+    outcome: Outcome, args: Mapping[str, Any], folder: Path | None, board: Path | None
 ) -> Iterator[str]:
     """The lines at the end of a run: its table, its classes, and what to do next.
 
     Args:
+        args: the flags of the run.
         folder: of the checkpoints; None if nothing was saved.
         board: TensorBoard's folder; None without one.
     """
     if columns := columns_of(outcome):
-        yield from ["", *summary_table(columns)]
+        yield from ["", *([f"Scored on {outcome.scored_on}:"] if outcome.scored_on else ())]
+        yield from summary_table(columns)
     if outcome.reports:
         yield from ["", *metrics.report_lines(outcome.reports["student"])]
-    rows = [("Time", time_line(outcome.seconds))]
+    since = " since the restart" if outcome.is_resumed else ""
+    rows = [("Time", time_line(outcome.seconds, since))]
     if outcome.memory is not None:
         rows.append(("Peak memory", f"{outcome.memory / 2**30:.2f} GiB"))
     if folder is not None:
-        path = checkpoint_of(folder)
+        path = checkpoint_of(folder, outcome.best)
         files = f"{folder}/log.txt, summary.json"
         rows.append(("Files", f"{files}, {path.name}" if path else files))
         if path is not None:
-            quoted = shlex.quote(str(path))
-            rows.append(("Evaluate", f"python main.py --eval true --resume {quoted}"))
-            rows.append(("Export", export_command(model, folder, quoted)))
-            rows.append(("Train longer", "the same command with a larger --epochs"))
+            rows += commands(args, folder, path)
     if board is not None:
         rows.append(("TensorBoard", f"tensorboard --logdir {shlex.quote(str(board))}"))
     yield from ["", *aligned(rows)]
 
 
-def checkpoint_of(folder: Path) -> Path | None:
-    """The best checkpoint of a run, or else its newest."""
-    best = [path for name in BEST.values() if (path := folder / f"checkpoint-{name}.pth").exists()]
-    newest = sorted(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime)
-    return next(iter([*best, *reversed(newest)]), None)
+def images_scored(count: int, is_held_out: bool) -> str:
+    """Which images gave a score: '60 validation images', or '40 held-out training images'."""
+    return f"{count:,} {'held-out training' if is_held_out else 'validation'} images"
 
 
-def export_command(model: str, folder: Path, checkpoint: str) -> str:
-    """The command that exports a checkpoint, in a format that needs no further package.
+def checkpoint_of(folder: Path, best: Mapping[str, float]) -> Path | None:
+    """The checkpoint of a run with the best accuracy, of student or EMA; else its newest.
 
     Args:
-        checkpoint: its path, as typed.
+        best: accuracy that each of the best checkpoints was saved with.
     """
-    name, out = ("timm", "student") if models.is_in_timm(model) else ("pt2", "student.pt2")
+    names = sorted(best, key=lambda name: -best[name])  # of equal ones the student's comes first
+    paths = [path for name in names if (path := folder / f"checkpoint-{name}.pth").exists()]
+    newest = sorted(folder.glob("checkpoint-*.pth"), key=lambda path: path.stat().st_mtime)
+    return next(iter([*paths, *reversed(newest)]), None)
+
+
+def commands(args: Mapping[str, Any], folder: Path, checkpoint: Path) -> list[tuple[str, str]]:
+    """What one may do with a checkpoint, as names and commands for the current folder."""
+    path = shlex.quote(str(checkpoint))
+    rows = [("Evaluate", f"{program('main')} --eval true --resume {path}")]
+    # A format that needs no further package.
+    kind, out = ("timm", "student") if models.is_in_timm(args["model"]) else ("pt2", "student.pt2")
     out = shlex.quote(str(folder / out))
-    return f"python export.py {checkpoint} --format {name} --out {out}"
+    rows.append(("Export", f"{program('export')} {path} --format {kind} --out {out}"))
+    if not args["kd"]:
+        same = [name for name in args["given"] if name in DATA_FLAGS or name == "input_size"]
+        flags = [f"--{name} {typed(args[name])}" for name in same]
+        teacher = f"--kd true --teacher_arch {shlex.quote(args['model'])} --teacher_path {path}"
+        words = [program("main"), "--model STUDENT", teacher, *flags, "--output_dir FOLDER"]
+        rows.append(("Distill", " ".join(words)))
+    return [*rows, ("Train longer", "the same command with a larger --epochs")]
+
+
+def typed(value: Any) -> str:
+    """A value as one types it in a shell."""
+    values = value if isinstance(value, list) else [value]
+    return " ".join(shlex.quote(as_typed(one)) for one in values)
+
+
+def program(name: str) -> str:
+    """The start of a command: 'python main.py', with the path that the user typed, if any."""
+    path = Path(__file__).resolve().parent.parent / f"{name}.py"
+    started = Path(sys.argv[0])
+    if started.name == "main.py" and started.resolve().parent == path.parent:
+        return f"python {shlex.quote(str(started.with_name(path.name)))}"
+    return f"python {shlex.quote(os.path.relpath(path))}"

@@ -53,6 +53,7 @@ class Terminal:
             memory: peak, in bytes; None if it is not known.
         """
         left = (updates - done) * images / rate
+        run = left + (self.epochs - epoch - 1) * updates * images / rate
         losses = "  ".join(loss_cells({f"train_{name}": value for name, value in means.items()}))
         place = f"Epoch {epoch} [{done:>{len(str(updates))}}/{updates}]"
         text = f"{losses}  lr {lr:.2e}  {rate:,.0f} images/s"
@@ -61,12 +62,11 @@ class Terminal:
         if self.is_live:
             if self.bar is None:
                 self.bar = status_line()
-            run = left + (self.epochs - epoch - 1) * updates * images / rate
             self.bar.total, self.bar.n = updates, done
             # Redraws the line, the most important first: the rest is cut in a narrow terminal.
             self.bar.set_description_str(f"{place} {clock(left)} left, run {clock(run)}  {text}  ")
         elif time.monotonic() - self.shown >= self.seconds:
-            log(f"{place}  {text}  epoch {clock(left)} left")
+            log(f"{place}  {text}  {clock(left)} left, run {clock(run)}")
             self.shown = time.monotonic()
 
     def epoch(self, record: Mapping[str, float], best: float | None, rate: float) -> None:
@@ -128,11 +128,15 @@ def clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def time_line(seconds: Mapping[str, float]) -> str:
-    """How a run's time was divided, such as 'teacher 31 %, student 60 %'."""
+def time_line(seconds: Mapping[str, float], since: str = "") -> str:
+    """How a run's time was divided, such as '0:01:04: teacher 31 %, student 69 %'.
+
+    Args:
+        since: when the time began, such as ' since the restart'.
+    """
     total = sum(seconds.values())
     parts = [f"{name} {100 * value / total:.0f} %" for name, value in seconds.items()]
-    return f"{clock(total)}: {', '.join(parts)}"
+    return f"{clock(total)}{since}: {', '.join(parts)}"
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -77,6 +77,8 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
         scores below --teacher_min_acc1; and for a cache of something else.
     """
     if not teachers_of(args):
+        if args.kd:
+            log("--kd_alpha 0: the teacher is neither loaded nor used")
         return RunTeacher()
     loader = data.val_loader if args.teacher_eval else None
     is_indexable = isinstance(data.val, ImageSource)

@@ -1,13 +1,16 @@
 """What a run tells at its end: calibration, classes and confusions, time, costs, TensorBoard."""
 
 import json
+import os
+import shlex
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import CPU
+from helpers import CPU, ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,7 +21,7 @@ from deploy.model import open_model
 from distillation import DistillationLoss
 from engine import evaluate
 from models import cost
-from reporting import metrics
+from reporting import metrics, summary
 from reporting.summary import cost_text
 from reporting.tensorboard import answer_text, board_folder, grid, label_text, to_pictures
 from training.settings import LoopSettings
@@ -142,7 +145,9 @@ def test_end_of_a_run_tells_scores_costs_time_and_what_to_do(run_main, short, kd
     assert rows["accuracy %, last epoch"] == [f"{last[name]:.2f}" for name in names]
     assert rows["parameters"] == ["78,042", "78,042"]
     assert len(rows["multiply-adds per image"]) == 2 and "ms for 1 image" in rows
-    assert f"python main.py --eval true --resume {tmp_path}/checkpoint-best.pth" in run.out
+    best = run.checkpoint(1)["best"]
+    name = max(best, key=best.get)
+    assert f"main.py --eval true --resume {tmp_path}/checkpoint-{name}.pth" in run.out
     assert f"tensorboard --logdir {tmp_path}/tb" in run.out
     assert f"--format pt2 --out {tmp_path}/student.pt2" in run.out  # timm has no cifar_resnet8
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -156,6 +161,64 @@ def test_end_of_a_run_tells_scores_costs_time_and_what_to_do(run_main, short, kd
     assert all(value > 0 for value in summary["seconds"].values())
     assert summary["costs"]["student"]["parameters"] == 78042
     assert summary["scores"]["test_acc1"] == last["test_acc1"]
+
+
+def printed_commands(out):
+    """name -> command, of the last lines of a run."""
+    lines = out[out.rindex("\nTime ") :].splitlines()
+    return {
+        name.strip(): text for line in lines if line for name, _, text in [line.partition("  ")]
+    }
+
+
+def test_the_commands_at_the_end_work_where_the_user_stands(
+    run_main, short, imnet, tmp_path, monkeypatch
+):
+    """Also the one that distills the network: run as they are printed, from another folder."""
+    monkeypatch.chdir(tmp_path)
+    data = ["--data_path", imnet, "--input_size", 16, "--batch_size", 4, "--epochs", 1]
+    out = run_main(*data, output_dir="my teacher").out
+    commands = printed_commands(out)
+    assert "Scored on 9 validation images:" in out
+    for command in (commands["Evaluate"], commands["Distill"]):
+        program, *flags = shlex.split(command.replace("FOLDER", "student"))[1:]
+        assert (tmp_path / program).resolve() == ROOT / "main.py"
+        flags = [*flags, *"--device cpu --num_workers 0 --epochs 1".split()]
+        flags = [flag.replace("STUDENT", "cifar_resnet8") for flag in flags]
+        assert main.main(flags) == 0
+    assert (tmp_path / "student" / "summary.json").exists()
+    monkeypatch.setattr(sys, "argv", ["../x/main.py"])  # as typed, if it is this program
+    assert summary.program("export") == f"python {os.path.relpath(ROOT / 'export.py')}"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "main.py")])
+    assert summary.program("export") == f"python {shlex.quote(str(ROOT / 'export.py'))}"
+
+
+def test_the_end_says_which_images_and_which_time_and_the_best_file(run_main, short, kd, tmp_path):
+    ema = ["--model_ema", "true", "--model_ema_eval", "true"]
+    held = [*short, "--holdout", 40, *ema]
+    first = run_main(*held, "--epochs", 1, output_dir=tmp_path)
+    assert "Scored on 40 held-out training images:" in first.out
+    assert "since the restart" not in first.out
+    best = first.checkpoint(0)["best"]
+    name = max(best, key=best.get)  # the student's, if both are equal
+    assert f"summary.json, checkpoint-{name}.pth" in first.out
+    longer = run_main(*held, "--epochs", 2, output_dir=tmp_path)
+    assert " since the restart: student " in longer.out
+    folder = tmp_path / "ties"
+    folder.mkdir()
+    for which in ("best", "best-ema"):
+        (folder / f"checkpoint-{which}.pth").touch()
+    for ema_score, which in ((50.0, "best"), (50.1, "best-ema")):
+        scores = {"best": 50.0, "best-ema": ema_score}
+        assert summary.checkpoint_of(folder, scores).stem == f"checkpoint-{which}"
+    scored = run_main("--eval", "true", "--resume", tmp_path / "checkpoint-1.pth")
+    assert "Scored on 40 held-out training images:\ntest_loss" in scored.out
+
+    moved = run_main("--resume", tmp_path / "checkpoint-1.pth", "--epochs", 3)
+    assert f"pass --output_dir {tmp_path} for that" in moved.out
+    unused = run_main(*short, *kd, "--kd_alpha", 0)
+    assert "--kd_alpha 0: the teacher is neither loaded nor used" in unused.out
+    assert "Distill" not in unused.out
 
 
 def test_rows_say_what_the_run_has_and_no_more(run_main, short, kd, imnet):

@@ -76,10 +76,18 @@ def move_aside(folder: Path) -> None:
 def claim_output_dir(args: argparse.Namespace) -> FileIO | None:
     """Prepare --output_dir for this run alone; returns the lock, or None without one."""
     if not args.output_dir:
-        if not args.teacher_cache_only:
+        if args.resume and not is_url(args.resume):
+            folder = Path(args.resume).parent
+            log(
+                "No --output_dir: this run will not be saved, nor continued in the folder of "
+                f"--resume; pass --output_dir {folder} for that"
+            )
+        elif not args.teacher_cache_only:
             log("No --output_dir: checkpoints and log.txt will not be saved")
         return None
     folder = Path(args.output_dir)
+    if args.resume and folder.resolve() != Path(args.resume).resolve().parent:
+        log(f"Saved in --output_dir {folder}; the folder of --resume stays as it is")
     utils.make_folder(folder)
     files = [("teacher_path", teacher.path) for teacher in teachers_of(args)]
     for flag, path in [*files, ("finetune", args.finetune)]:
