@@ -91,7 +91,7 @@ def _print_if_slow(line: str) -> Iterator[None]:
 
 
 def _attempt() -> str:
-    """A name that the processes share, and that differs where torchrun has started them again.
+    """A name that the processes share, and that changes when torchrun starts them again.
 
     torchrun keeps its store, in which restarted processes would find the addresses of those that
     have died, and wait for them (pytorch issue 135712).
@@ -123,7 +123,7 @@ def _refuse_shared_gpu(store: dist.Store, device: torch.device) -> None:
 
 
 def _refuse_tasks_without_group() -> None:
-    """Raise UserError where a scheduler started several processes that know nothing of each other.
+    """Raise UserError if a scheduler started several processes that know nothing of each other.
 
     Each of them would train the whole run, in the same folder.
     """
@@ -208,10 +208,10 @@ def largest(numbers: list[int], device: torch.device) -> list[int]:
 
 def from_main(compute: Callable[[], Any]) -> Any:
     """What rank 0 computes, on every process; must pickle. Collective."""
-    found = [compute() if is_main_process() else None]
+    result = [compute() if is_main_process() else None]
     if world_size() > 1:
-        dist.broadcast_object_list(found)
-    return found[0]
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
 SHARED = "distill-shared-"  # the beginning of the names of files of `once_per_machine`
@@ -230,7 +230,7 @@ def once_per_machine(make: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
     Args:
         make: called on the first process of each machine; its arrays must not be empty.
     Raises: whatever `make` raises, on the process that called it (the others of the machine exit),
-        and UserError where the files cannot be written or are not seen.
+        and UserError if the files cannot be written or are not seen.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world_size() == 1 or processes == 1:
@@ -251,9 +251,9 @@ def once_per_machine(make: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
                 raise
             store.set(key, json.dumps(paths))
         _wait(store, [key])
-        if (found := store.get(key)) == b"failed":
+        if (answer := store.get(key)) == b"failed":
             raise SystemExit(2)
-        arrays = [_map(path) for path in json.loads(found)]
+        arrays = [_map(path) for path in json.loads(answer)]
         store.set(f"{key}/{number}", "mapped")
         if number == 0:
             _wait(store, [f"{key}/{process}" for process in range(processes)])
@@ -264,7 +264,7 @@ def once_per_machine(make: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
 
 
 def _wait(store: dist.Store, keys: list[str]) -> None:
-    """Wait for keys as long as it takes; torchrun ends this process if another one has ended."""
+    """Wait for keys as long as it takes; torchrun ends this process if one of the others died."""
     while not store.check(keys):
         time.sleep(0.01)
 
@@ -350,13 +350,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 # -------------------------------------------------------------------------- the end of a group
 
-_stores: list[dist.Store] = []  # of the group, where there is one; outlives errors of the backend
+_stores: list[dist.Store] = []  # of the group, if there is one; outlives errors of the backend
 _FAILED = "failed"  # the key that a process sets when an error ends it
 SECONDS_TO_LEAVE = 5  # for what other processes are doing when one fails, such as a checkpoint
 
 
 def _start_following() -> None:
-    """Start a thread that ends this process some seconds after another one failed.
+    """Start a thread that ends this process some seconds after one of the others failed.
 
     The main thread may wait in a collective that the failed process will never join. The thread
     ends before the interpreter does, which would abort the process (SIGABRT) if the thread were
@@ -379,7 +379,7 @@ def _start_following() -> None:
 
 
 def has_failed() -> bool:
-    """Whether an error has ended another process of the group, which then said why."""
+    """Whether an error has ended one of the other processes, which then printed why."""
     try:
         return any(store.check([_FAILED]) for store in _stores)
     except RuntimeError:  # the process that holds the store has ended
@@ -387,11 +387,11 @@ def has_failed() -> bool:
 
 
 def leave_group(code: int) -> None:
-    """Leave the group at the end of a run; does nothing where there is no group.
+    """Leave the group at the end of a run; does nothing without a group.
 
     After an error (a code that is not 0) the others wait in a collective that this process will
     never join, and NCCL's destroy would wait for them in turn. So this process ends here, after it
-    has told the others, which then end too.
+    has informed the others, which then end too.
     """
     if not dist.is_initialized():
         return
@@ -430,7 +430,7 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_same(values: dict[str, Any], of: str = "") -> dict[str, Any]:
-    """End the run where the processes hold different plain values; the first one is named.
+    """End the run if the processes hold different plain values; the error names the first of them.
 
     Such processes would train different networks, or wait for each other for ever. Collective.
 
@@ -439,15 +439,15 @@ def require_same(values: dict[str, Any], of: str = "") -> dict[str, Any]:
         of: what the error puts in front of a name, with a space.
     Returns: the values of rank 0.
     """
-    found = gather(values)
-    for number, other in enumerate(found):
-        for name, (ours, theirs) in changes(found[0], other).items():
+    of_ranks = gather(values)
+    for number, others in enumerate(of_ranks):
+        for name, (ours, theirs) in changes(of_ranks[0], others).items():
             stop_all(
                 f"process 0 has {of}{name.replace('_', ' ')} {ours}, but process {number} has "
                 f"{theirs}; all machines need the same files: use a shared file system, or copy "
                 "the files to each machine again"
             )
-    return found[0]
+    return of_ranks[0]
 
 
 def stop_requested(device: torch.device) -> int:

@@ -33,7 +33,7 @@ def seed_rng(device: torch.device, use: RandomUse, *key: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     # torch.manual_seed would also queue a seed for every GPU, which costs a stack trace per call
-    # where CUDA is not initialized, as in every loader worker.
+    # before CUDA is initialized, as in every loader worker.
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

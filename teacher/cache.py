@@ -39,11 +39,11 @@ from utils import UserError, flags_for
 FORMAT = 3  # of the files and of the order of their rows; rises when a program would misread others
 SAME_IMAGE = 0.05  # tolerance of means of normalized pixels; rounding of processors is far below
 REPLACED_IMAGES = {  # fields of ImageSource.fingerprint, and what a difference says
-    "image_names": "they have other paths below the data folder, or other images were chosen",
-    "image_sizes": "their files have other sizes in bytes",
-    "image_times": "they have the same paths and sizes, but other times of modification, because "
-    "they were edited, or copied without time stamps (cp -p and rsync -a keep time stamps)",
-    "pixels": "they have other pixels",
+    "image_names": "they have different paths in the data folder, or different ones were chosen",
+    "image_sizes": "their files have different sizes in bytes",
+    "image_times": "they have the same paths and sizes, but different times of modification, "
+    "because they were edited, or copied without time stamps (cp -p and rsync -a keep time stamps)",
+    "pixels": "they have different pixels",
     "table": "Hugging Face's fingerprint of their table differs",
 }
 
@@ -137,10 +137,10 @@ def _identity_of(teacher: Teacher, use_ema: str) -> str:
         cfg = models.pretrained_cfg(teacher.arch)
         size = cfg.input_size[-1]
         network = models.create_model(teacher.arch, cfg.num_classes, size, pretrained=True)
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for tensor in network.state_dict().values():
-        found.update(tensor.numpy().tobytes())
-    return f"timm's weights, sha256 {found.hexdigest()}"
+        digest.update(tensor.numpy().tobytes())
+    return f"timm's weights, sha256 {digest.hexdigest()}"
 
 
 @flags_for(cache="--teacher_cache")
@@ -157,11 +157,11 @@ def open_store(
         make_manifest: called on rank 0; returns what the logits depend on, see `claim`.
         images, needed: see LogitStore.
         row_format: for top-k rows, the temperature of the store's first run is used.
-    Raises: UserError where the store was created with something else.
+    Raises: UserError if the store was created with something else.
     """
-    found = distributed.from_main(lambda: claim(folder, make_manifest()))
-    row_format.temperature = found["note"]["kd_temperature"]
-    return LogitStore(folder, images, needed, row_format, found["id"])
+    manifest = distributed.from_main(lambda: claim(folder, make_manifest()))
+    row_format.temperature = manifest["note"]["kd_temperature"]
+    return LogitStore(folder, images, needed, row_format, manifest["id"])
 
 
 def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -188,24 +188,24 @@ def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
                 )
             if not path.exists():
                 utils.write_whole(path, json.dumps(manifest, indent=1), "cache")
-    found = _read_manifest(path)
-    if found.get("format") != FORMAT:
+    existing = _read_manifest(path)
+    if existing.get("format") != FORMAT:
         raise UserError(
-            f"{folder}: holds a cache of format {found.get('format')}, but this version reads and "
-            f"writes format {FORMAT}; pass another folder, which this run then fills",
+            f"{folder}: holds a cache of format {existing.get('format')}, but this version reads "
+            f"and writes format {FORMAT}; pass another folder, which this run then fills",
             "cache",
         )
-    for field in manifest | found:
-        ours, theirs = manifest.get(field), found.get(field)
+    for field in manifest | existing:
+        ours, theirs = manifest.get(field), existing.get(field)
         if field in ("id", "note") or ours == theirs:
             continue
         if field != "augmented" or not _is_close(ours, theirs):
-            raise UserError(f"{folder}: {_difference(field, manifest, found)}", "cache")
-    return found
+            raise UserError(f"{folder}: {_difference(field, manifest, existing)}", "cache")
+    return existing
 
 
-def _difference(field: str, manifest: dict[str, Any], found: dict[str, Any]) -> str:
-    """What a field says that differs between the manifests of this run and of a store."""
+def _difference(field: str, manifest: dict[str, Any], existing: dict[str, Any]) -> str:
+    """The message about a field that differs between the manifests of this run and of a store."""
     if field in REPLACED_IMAGES:
         return (
             f"the images changed since their logits were cached: {REPLACED_IMAGES[field]}; use the "
@@ -213,12 +213,12 @@ def _difference(field: str, manifest: dict[str, Any], found: dict[str, Any]) -> 
         )
     if field == "augmented":
         return (
-            "every flag is the same, but the augmented images differ: other pixels, or other "
-            f"versions ({found.get('note')}; here {manifest['note']}); use the same images and "
+            "every flag is the same, but the augmented images differ: different pixels, or "
+            f"versions ({existing.get('note')}; here {manifest['note']}); use the same images and "
             "versions, or another folder"
         )
     return (
-        f"created with {field} {_short(found.get(field))}, but this run uses "
+        f"created with {field} {_short(existing.get(field))}, but this run uses "
         f"{_short(manifest.get(field))}; use the same value or another folder"
     )
 

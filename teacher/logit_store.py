@@ -32,8 +32,8 @@ class RowFormat:
     Args:
         num_classes: C.
         dtype: 'float16' or 'float32', of the logits.
-        topk: store only the k largest logits, and the sum of the other probabilities, which
-            decoding spreads evenly over the other classes; None or C stores all logits.
+        topk: store only the k largest logits, and the sum of the remaining probabilities, which
+            `restore` spreads evenly over the remaining classes; None or C stores all logits.
         temperature: at which that sum is taken, and therefore exact.
     """
 
@@ -55,7 +55,7 @@ class RowFormat:
         """(N, C) float -> what is stored of them, on the same device, without waiting for it.
 
         Returns: all logits (N, C), or the k largest (N, k), their classes (N, k), and the mean of
-            the others (N,) in the sense of the class.
+            the remaining logits (N,), in which their probabilities have the same sum.
         """
         logits = logits.detach().float()
         value = getattr(torch, self.value.name)
@@ -126,7 +126,7 @@ class LogitFile:
     def open(cls, stem: Path, count: int, row_format: RowFormat, store_id: str) -> "LogitFile":
         """Open a file of `count` rows, or create it without any complete row.
 
-        Raises: UserError for a file of another length.
+        Raises: UserError for a file of a different length.
         """
         read_sums(stem, count, row_format)  # for its checks
         rows = _map(stem.with_suffix(".logits"), count, row_format.dtype)
@@ -134,9 +134,9 @@ class LogitFile:
         return cls(stem, row_format, rows, sums, store_id)
 
     def read(self, places: range) -> torch.Tensor | None:
-        """Logits of these rows, (N, C); None where not all of them are complete.
+        """Logits of these rows, (N, C); None if not all of them are complete.
 
-        Raises: UserError where all are complete and one is not what was written.
+        Raises: UserError if all are complete and one is not what was written.
         """
         chosen = slice(places.start, places.stop, places.step)
         sums = np.array(self.sums[chosen])  # copied before the rows, which may be in the making
@@ -159,8 +159,8 @@ class LogitFile:
         """(N,) rows and their places -> (N,) uint32, none of them 0.
 
         The upper half of a sum of the place and the words of a row, each times a random number of
-        64 bits, modulo 2**64. The numbers follow from the store and the name of the file, so any
-        other row, place, file or store has another checksum except by a chance of 2**-32 (Lemire
+        64 bits, modulo 2**64. The numbers follow from the store and the name of the file, so a
+        different row, place, file or store has a different checksum but for 1 in 2**32 (Lemire
         and Kaser, 'Strongly universal string hashing is fast', 2014). This takes a third of the
         time of a CRC.
         """
@@ -169,7 +169,7 @@ class LogitFile:
         return np.maximum(sums >> np.uint64(32), 1).astype(np.uint32)
 
     def first_missing(self, end: int) -> int:
-        """The first row before `end` that is not complete; `end` where all are."""
+        """The first row before `end` that is not complete; `end` if all are."""
         missing = self.sums[:end] == 0
         return int(missing.argmax()) if missing.any() else end
 
@@ -224,7 +224,7 @@ def read_sums(stem: Path, count: int, row_format: RowFormat) -> np.ndarray:
 
     They are mapped and not read: those of 100 million rows take 400 MB.
 
-    Raises: UserError for a file of another length. A file without complete rows may be empty or
+    Raises: UserError for a file of a different length. A file without complete rows may be empty or
         absent, since creating it may have been interrupted.
     """
     path, sums = stem.with_suffix(".sums"), np.zeros(count, np.uint32)
@@ -244,11 +244,11 @@ def _size(path: Path) -> int:
 def _check_size(path: Path, expected: int) -> None:
     size = _size(path)
     if size != expected:
-        found = f"has {size:,} bytes" if path.exists() else "does not exist"
+        state = f"has {size:,} bytes" if path.exists() else "does not exist"
         cause = "was cut off" if 0 < size < expected else "is of another cache"
         cause = cause if path.exists() else "was deleted"
         raise UserError(
-            f"{path}: {found}, but must have {expected:,} bytes: it {cause}; "
+            f"{path}: {state}, but must have {expected:,} bytes: it {cause}; "
             f"{_remedy(path.with_suffix(''))}",
             "cache",
         )
@@ -309,7 +309,7 @@ class LogitStore:
         self._pending_bytes = 0
 
     def file_of(self, view: int) -> LogitFile:
-        """The file of a view; writes what is pending for another view first."""
+        """The file of a view; writes what is pending for the view before it first."""
         if view != self._view or self._file is None:
             self.flush()
             self._file = LogitFile.open(self._stem(view), self.images, self.format, self.id)
@@ -322,10 +322,10 @@ class LogitStore:
     def missing(self, views: range) -> int:
         """How many of the needed rows of these views are not complete.
 
-        Raises: UserError for a file of another length.
+        Raises: UserError for a file of a different length.
         """
-        sums = (read_sums(self._stem(view), self.images, self.format) for view in views)
-        return sum(self.needed - int(np.count_nonzero(found[: self.needed])) for found in sums)
+        files = (read_sums(self._stem(view), self.images, self.format) for view in views)
+        return sum(self.needed - int(np.count_nonzero(sums[: self.needed])) for sums in files)
 
     def put(self, view: int, places: range, logits: torch.Tensor) -> torch.Tensor:
         """Take logits (N, C) to be written by a later flush().
@@ -389,7 +389,7 @@ class StoredTeacher:
     """Cached logits in place of a teacher; the teacher computes only batches that are missing.
 
     Args:
-        teacher: images (B, 3, H, W) -> logits (B, C); None where nothing is missing.
+        teacher: images (B, 3, H, W) -> logits (B, C); None if nothing is missing.
     """
 
     needs_key = True  # see distillation.StudentWithDistillation

@@ -274,7 +274,7 @@ def test_a_store_of_another_teacher_or_other_pixels_is_refused(run_main, kd, tmp
     real = digits
     monkeypatch.setattr(datasets, "digits", lambda is_train: invert(real(is_train)))
     run = run_main(*SHORT, *kd, *cache)
-    assert run.code == 2 and "the augmented images differ: other pixels" in run.err
+    assert run.code == 2 and "the augmented images differ: different pixels" in run.err
 
 
 def test_a_store_of_the_other_weights_of_a_file_is_refused(run_main, kd, tmp_path):
@@ -470,11 +470,11 @@ def test_one_replaced_training_image_is_noticed(run_main, photos, photo_flags, d
     replace(shown_late(photos))
     run = run_main(*flags)
     assert run.code == 2 and "the images changed since their logits were cached" in run.err
-    assert "the same paths and sizes, but other times of modification" in run.err
+    assert "the same paths and sizes, but different times of modification" in run.err
     assert "cp -p" in run.err and "another folder" in run.err
     Image.new("RGB", (10, 10)).save(shown_late(photos))
     run = run_main(*flags)
-    assert run.code == 2 and "were cached: their files have other sizes in bytes; use" in run.err
+    assert run.code == 2 and "cached: their files have different sizes in bytes; use" in run.err
 
 
 def test_equal_names_in_another_folder_are_other_images_unless_it_is_a_copy(
@@ -486,7 +486,7 @@ def test_equal_names_in_another_folder_are_other_images_unless_it_is_a_copy(
     assert run.code == 0 and "the teacher is not loaded" in run.out
     replace(shown_late(tmp_path / "copy"))
     run = run_main(*photo_flags, "--data_path", tmp_path / "copy")
-    assert run.code == 2 and "other times of modification" in run.err
+    assert run.code == 2 and "different times of modification" in run.err
 
 
 def test_a_renamed_training_image_is_noticed(run_main, photos, photo_flags):
@@ -494,7 +494,7 @@ def test_a_renamed_training_image_is_noticed(run_main, photos, photo_flags):
     path = photos / "train" / "cat" / "9.png"
     path.rename(path.with_name("99.png"))
     run = run_main(*photo_flags, "--data_path", photos)
-    assert run.code == 2 and "they have other paths below the data folder" in run.err
+    assert run.code == 2 and "they have different paths in the data folder" in run.err
 
 
 def test_one_replaced_validation_image_is_asked_of_the_teacher_again(
@@ -529,7 +529,7 @@ def test_one_changed_image_of_an_array_is_noticed(run_main, kd, tmp_path, monkey
     np.savez(tmp_path / "digits.npz", **arrays)
     monkeypatch.setattr(readers, "DIGITS_FILE", tmp_path / "digits.npz")
     run = run_main(*flags)
-    assert run.code == 2 and "were cached: they have other pixels; use the same" in run.err
+    assert run.code == 2 and "were cached: they have different pixels; use the same" in run.err
 
 
 def test_a_class_folder_whose_name_is_not_text_can_be_cached(run_main, photos, photo_flags):

@@ -56,7 +56,7 @@ def start(argv: list[str]) -> subprocess.Popen:
 
 
 def difference(alone: Path, killed: Path) -> str:
-    """What differs between two finished runs; '' where nothing does."""
+    """What differs between two finished runs; '' if nothing does."""
     if (alone / "log.txt").read_bytes() != (killed / "log.txt").read_bytes():
         return "log.txt"
     for name in ("checkpoint-7.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth"):
