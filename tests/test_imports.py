@@ -55,3 +55,12 @@ def test_flags_and_errors_need_neither_torch_nor_timm():
     for module in TREES:
         if LEVEL[module.split(".")[0]] == min(LEVEL.values()):
             assert not {"torch", "timm"} & {name.split(".")[0] for name in imports_of(module)}
+
+
+def test_the_packages_below_know_flags_as_plain_values_only():
+    """A namespace of argparse goes no further down than teacher/ and training/."""
+    for module, tree in TREES.items():
+        if module.split(".")[0] in ("data", "models", "runtime", "reporting", "deploy"):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    assert node.value.id != "args", f"{module}, line {node.lineno}"
