@@ -1,4 +1,4 @@
-"""Which images score a checkpoint, how they are shown, and a temperature that calibrates it."""
+"""Which images score a checkpoint, its scores, and a temperature that calibrates its logits."""
 
 import argparse
 from collections.abc import Sequence
@@ -34,11 +34,11 @@ class Scored(NamedTuple):
     """The images of an evaluation.
 
     Attributes:
-        config: what the network is shown, see transforms.data_config.
+        config: what the network is fed, see datasets.data_config.
         images: the validation images.
         classes: of the network, in the order of its logits.
-        positions: of the images' classes among the logits; None where these are all, in order.
-        saved: what the checkpoint says of its data; empty where it says nothing.
+        positions: of the images' classes among the logits; None for all of them, in order.
+        saved: the checkpoint's own record of its data; empty if it has none.
     """
 
     config: dict[str, Any]
@@ -60,21 +60,22 @@ def evaluation_args(checkpoint: Checkpoint, flags: Sequence[str] = ()) -> argpar
 def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
     """Open the images that score the checkpoint of --resume.
 
-    Classes are matched by name; data that has only some of the classes is scored on those.
+    Classes are matched by name; data with only some of the classes is scored on those.
 
     Args:
-        args: of an evaluation; `holdout` is set where the training held images out.
-    Raises: UserError for data that is missing, of other classes, or that training has seen.
+        args: of an evaluation; `holdout` is set if the training held images out.
+    Raises: UserError for data that is missing, has different classes, or was trained on.
     """
     saved = checkpoint.data
     if not saved and not {"data_set", "data_path"} & set(args.given):
         raise UserError(
-            f"--eval true: {args.resume} does not say what it was trained on; pass --data_path"
+            f"--eval true: {args.resume} does not name the data that it was trained on; pass "
+            "--data_path"
         )
     config = data_config(args, saved)
     if args.calibrate:
         require_other_images(args)
-        args.holdout = None  # of the checkpoint: those images are for the temperature
+        args.holdout = None  # the checkpoint's: those images are for the temperature
     if must_hold_out(args):
         args.holdout = checkpoint.run_args.get("holdout")
         if not args.holdout:
@@ -92,11 +93,11 @@ def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
 
 
 def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source) -> None:
-    """See to it that held-out images are not scored by a network that was trained on them.
+    """Ensure that held-out images are not scored by a network that was trained on them. Collective.
 
-    With --holdout on the command line, which may mean other data, a warning is enough. Collective.
+    A --holdout on the command line may be meant for different data, so a warning is enough then.
 
-    Raises: UserError where the checkpoint's training held out other images.
+    Raises: UserError if the checkpoint's training held out different images.
     """
     was = checkpoint.run_args
     if not args.holdout or not was:
@@ -114,7 +115,7 @@ def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source
     what = f"these are not the images that the training of {args.resume} held out"
     if not is_by_flag:
         raise UserError(
-            f"{flag}: {what}, so it may have seen them; pass the same images, or score others by "
+            f"{flag}: {what}, so it may have seen them; pass those images, or score others with "
             "--data_set image_folder --eval_data_path FOLDER"
         )
     log(f"Warning: {flag}: {what}; it may have been trained on them")
@@ -124,7 +125,7 @@ def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source
 
 
 def require_other_images(args: argparse.Namespace) -> None:
-    """Raise UserError where --calibrate would fit its temperature on the images that it scores."""
+    """Raise UserError if --calibrate would fit its temperature on the images that it scores."""
     has_val = args.data_set != "image_folder" or args.eval_data_path or args.eval_labels
     if "holdout" in args.given or not has_val:
         flag = f"--holdout {args.holdout}" if "holdout" in args.given else data_flag(args)
@@ -161,9 +162,9 @@ def calibrate(
         loader: every image, on each process.
     Returns: see metrics.fit_temperature.
     """
-    found = evaluate(loader, network, settings, shared=False, keep_logits=True)
-    targets = torch.cat([batch.targets for batch in found.answers]).cpu()
-    return metrics.fit_temperature(torch.cat(list(found.logits.values())), targets)
+    held_out = evaluate(loader, network, settings, shared=False, keep_logits=True)
+    targets = torch.cat([batch.targets for batch in held_out.answers]).cpu()
+    return metrics.fit_temperature(torch.cat(list(held_out.logits.values())), targets)
 
 
 def keep_temperature(weights: Weights, temperature: float, problem: str, suffix: str) -> None:
@@ -190,8 +191,8 @@ def score_checkpoint(
 ) -> None:
     """`--eval true`: score the weights of a checkpoint as the checkpoint says.
 
-    Model, data, normalization and crop are those of the training run where no flag says otherwise.
-    Classes are matched by name; data that has only some of the classes is scored on those.
+    Model, data, normalization and crop are those of the training run unless a flag changes them.
+    Classes are matched by name; data with only some of the classes is scored on those.
     """
     datasets.complete(args, device)
     config, val, classes, positions, saved = open_scored(args, checkpoint)
@@ -222,20 +223,20 @@ def score_checkpoint(
         with flags_for(checkpoint="--resume", use_ema="--use_ema"):
             weights = load_network(student, checkpoint, use_ema)
         scores, answers, _ = evaluate(loader, network, settings, args.dist_eval)
-        found = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
+        report = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
         if held_out is not None:
             temperature, problem = calibrate(held_out, student, settings)
             keep_temperature(weights, temperature, problem, suffix)
-            found["temperature"] = temperature
+            report["temperature"] = temperature
             tempered = Tempered(network, temperature)
             scaled = evaluate(loader, tempered, settings, args.dist_eval).scores
             scores |= {f"{name}_calibrated": scaled[name] for name in ("loss", "ece")}
-            found |= {"nll_calibrated": scaled["loss"], "ece_calibrated": scaled["ece"]}
+            report |= {"nll_calibrated": scaled["loss"], "ece_calibrated": scaled["ece"]}
         log(f"Scored on {summary.images_scored(len(val), bool(args.holdout))}:")
         for score, value in scores.items():
             if score != "acc5" or len(val.classes) > MANY_CLASSES:
                 log(f"test_{score}{suffix} {value:.4f}")
-        reports[name] = found
-        log("\n".join(metrics.report_lines(found)))
+        reports[name] = report
+        log("\n".join(metrics.report_lines(report)))
     with flags_for(output="--report"):
         summary.write_report(args.report, reports)

@@ -9,12 +9,9 @@ if there are none. If the two differ by more than rounding, nothing is left at -
 import argparse
 import functools
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +20,6 @@ import torch
 
 import datasets
 import models
-import utils
 from arguments.derived import is_own_module
 from arguments.kinds import ShowDefaults, str2bool
 from data import pictures
@@ -37,7 +33,6 @@ from deploy.comparison import (
     check_card,
     check_difference,
     compare,
-    sidecar,
     size_of,
 )
 from deploy.model import (
@@ -50,7 +45,15 @@ from deploy.model import (
     open_onnx,
     run_network,
 )
-from deploy.writers import OPSET, quantize, saving, write_program, write_timm
+from deploy.writers import (
+    OPSET,
+    publish,
+    quantize,
+    sidecar,
+    temporary_folder,
+    write_program,
+    write_timm,
+)
 from evaluation import evaluation_args, open_scored
 from models.weights import Checkpoint, local_file
 from reporting.tables import table
@@ -261,9 +264,10 @@ def open_images(
         shape = (NOISE, card.input_size, card.input_size, 3)
         noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         return Images(torch.from_numpy(noise), None, None, f"{NOISE} images of noise"), args
-    words = f"{len(pixels)} of {len(scored.images)} validation images"
+    number = f"{len(pixels)} of {len(scored.images)}"
     if len(pixels) == len(scored.images):
-        words = f"all {len(pixels)} validation images"
+        number = f"all {len(pixels)}"
+    words = f"{number} {'held-out training' if data.holdout else 'validation'} images"
     return Images(pixels, targets, scored.positions, words), data
 
 
@@ -288,37 +292,6 @@ def calibration_batches(data: argparse.Namespace, card: ModelCard) -> Iterator[t
     """
     train = datasets.open_splits(data, with_validation=False).train
     return iter(load_pixels(train, CALIBRATION, card)[0].split(1))
-
-
-# ------------------------------------------------------------------------------------ writing
-
-
-@contextmanager
-def temporary_folder(out: Path) -> Iterator[Path]:
-    """A folder beside --out, so that its content can be renamed; removed at the end."""
-    with flags_for(folder="--out"):
-        utils.make_folder(out.parent)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def publish(path: Path, out: Path, card: str) -> None:
-    """Rename a finished export to --out, and write its card beside it unless the card is ''."""
-    if os.path.lexists(out):
-        raise UserError(f"--out {out}: another program has just written it; pass another name")
-    with saving(out):
-        if card:
-            sidecar(path).write_text(card + "\n", encoding="utf-8")
-            os.rename(sidecar(path), sidecar(out))
-        try:
-            os.rename(path, out)
-        except OSError:
-            if card:
-                sidecar(out).unlink()
-            raise
 
 
 if __name__ == "__main__":

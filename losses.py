@@ -36,7 +36,7 @@ def kl_divergence(
         F.log_softmax(student_logits.float() / temperature, dim=-1),
         F.log_softmax(teacher_logits.float() / temperature, dim=-1),
         reduction="sum",
-        log_target=True,  # with probabilities, p * log p would be NaN where p rounds to 0
+        log_target=True,  # with probabilities, p * log p would be NaN if p rounds to 0
     )
     return divergence * (temperature**2 / len(student_logits))
 

@@ -19,11 +19,6 @@ BATCH = 32
 LATENCIES, ROUNDS = 30, 5  # timed runs per network, spread over rounds; the median is reported
 
 
-def sidecar(out: Path) -> Path:
-    """The path of the card beside an export."""
-    return out.with_name(f"{out.name}.json")
-
-
 # ------------------------------------------------------------------------- images to compare on
 
 

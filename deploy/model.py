@@ -240,12 +240,10 @@ def open_timm(folder: str, device: torch.device) -> Model:
             "model",
         )
     data = timm.data.resolve_model_data_config(network)
-    shown = {name: data[name] for name in ("crop_pct", "crop_mode", "interpolation")}
-    shown |= {"mean": list(data["mean"]), "std": list(data["std"])}
+    fed = {name: data[name] for name in ("crop_pct", "crop_mode", "interpolation")}
+    fed |= {"mean": list(data["mean"]), "std": list(data["std"])}
     temperature = config.get("temperature", 1.0)
-    card = ModelCard(
-        architecture, classes, data["input_size"][-1], **shown, temperature=temperature
-    )
+    card = ModelCard(architecture, classes, data["input_size"][-1], **fed, temperature=temperature)
     return run_network(network, card, device, "timm")
 
 

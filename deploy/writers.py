@@ -4,8 +4,10 @@ import copy
 import io
 import json
 import logging
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -20,9 +22,14 @@ from arguments.derived import is_own_module
 from deploy.model import CARD, CPU, Model, ModelCard, open_onnx
 from models.calibration import Tempered
 from models.fusion import fuse_layers
-from utils import UserError, first_line
+from utils import UserError, first_line, flags_for, make_folder
 
 OPSET = 18  # of ONNX: the oldest that torch writes, and the default
+
+
+def sidecar(out: Path) -> Path:
+    """The path of the card beside an export."""
+    return out.with_name(f"{out.name}.json")
 
 
 @contextmanager
@@ -37,6 +44,34 @@ def saving(path: Path, action: str = "written") -> Iterator[None]:
             f"--out: {path.name} could not be {action} ({first_line(error)}; {free:.0f} MB are "
             f"free); {remedy if action == 'written' or free < 100 else 'leave --int8 out'}"
         ) from error
+
+
+@contextmanager
+def temporary_folder(out: Path) -> Iterator[Path]:
+    """A folder beside --out, so that its content can be renamed; removed at the end."""
+    with flags_for(folder="--out"):
+        make_folder(out.parent)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(path: Path, out: Path, card: str) -> None:
+    """Rename a finished export to --out, and write its card beside it unless the card is ''."""
+    if os.path.lexists(out):
+        raise UserError(f"--out {out}: another program has just written it; pass another name")
+    with saving(out):
+        if card:
+            sidecar(path).write_text(card + "\n", encoding="utf-8")
+            os.rename(sidecar(path), sidecar(out))
+        try:
+            os.rename(path, out)
+        except OSError:
+            if card:
+                sidecar(out).unlink()
+            raise
 
 
 def write_timm(network: nn.Module, card: ModelCard, folder: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import models
-from models.weights import Weights, local_file
+from models.weights import Weights, local_file, output_prefixes
 from utils import UserError, first_line, write_whole
 
 
@@ -27,10 +26,9 @@ class Tempered(nn.Module):
     def folded(self) -> nn.Module:
         """A copy of the network whose classifier divides by the temperature."""
         network = copy.deepcopy(self.network)
-        classifiers = models.classifier_of(network)
         with torch.no_grad():
-            for layer in classifiers if isinstance(classifiers, tuple) else (classifiers,):
-                for parameter in layer.parameters():
+            for prefix in output_prefixes(network):
+                for parameter in network.get_submodule(prefix[:-1]).parameters():
                     parameter.div_(self.temperature)
         return network
 

@@ -20,9 +20,8 @@ import export
 import models
 from data.sources import StreamSource
 from deploy import comparison, writers
-from deploy.comparison import sidecar
 from deploy.model import ModelCard
-from deploy.writers import Preprocessed
+from deploy.writers import Preprocessed, sidecar
 
 FAMILIES = ["test_resnet", "test_convnext", "test_vit", "cifar_resnet8"]
 
@@ -255,6 +254,15 @@ def test_an_export_that_differs_is_an_error_and_leaves_no_file(
     assert code == 2
     assert "the export differs from the checkpoint by" in err and "nothing was written" in err
     assert tree(exported.parent) == []
+
+
+def test_held_out_training_images_are_not_called_validation_images(checkpoint, run_export, photos):
+    path = checkpoint("cifar_resnet8")
+    saved = torch.load(path, weights_only=True)
+    saved["args"] |= {"data_path": str(photos / "train"), "holdout": 3}
+    torch.save(saved, path)
+    code, out, err, _ = run_export(path, "pt2")
+    assert code == 0 and "Compared on all 3 held-out training images" in out, err
 
 
 def test_without_images_the_comparison_is_on_noise(checkpoint, run_export, photos):

@@ -87,7 +87,10 @@ def test_some_of_the_classes_are_scored_on_those_and_others_are_refused(
 
 def test_a_file_that_names_no_data_is_not_scored_on_the_digits(run_main, teacher_file):
     run = run_main("--eval", "true", "--resume", teacher_file)
-    assert run.code == 2 and "does not say what it was trained on; pass --data_path" in run.err
+    assert (
+        run.code == 2
+        and "does not name the data that it was trained on; pass --data_path" in run.err
+    )
 
 
 # -------------------------------------------------------------------------------------- resume
