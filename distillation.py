@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from arguments.derived import PRETRAINED, is_own_module
-from losses import kl_divergence, kl_per_image
+from losses import Divergence, kl, kl_per_image, standardize
 from models.classes import match_outputs, pretrained_classes
 from models.fusion import fuse_layers
 from models.weights import Checkpoint, load_weights, read_checkpoint
@@ -41,6 +41,10 @@ class DistillationLoss(nn.Module):
         alpha: weight of the distillation part, in 0…1. With 0 no teacher is needed; with 1 the
             labels reach the log but not the gradient.
         temperature: T > 0.
+        divergence: one of losses.DIVERGENCES, in place of KL.
+        standardized: compare z-scores of the logits, see losses.standardize.
+        ce_weight, kd_weight: in place of 1-alpha and alpha.
+        warmup_epochs: the distillation part grows linearly over these epochs, see `start_epoch`.
     Raises: ValueError for alpha or temperature out of range.
     """
 
@@ -49,15 +53,31 @@ class DistillationLoss(nn.Module):
         criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         alpha: float,
         temperature: float,
+        *,
+        divergence: Divergence = kl,
+        standardized: bool = False,
+        ce_weight: float | None = None,
+        kd_weight: float | None = None,
+        warmup_epochs: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in 0…1, got {alpha}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        self.criterion = criterion
-        self.alpha = alpha
-        self.temperature = temperature
+        self.criterion, self.alpha, self.temperature = criterion, alpha, temperature
+        self.divergence, self.standardized = divergence, standardized
+        self.ce_weight = 1 - alpha if ce_weight is None else ce_weight
+        self.kd_weight = alpha if kd_weight is None else kd_weight
+        self.warmup_epochs, self.growth = warmup_epochs, 1.0
+
+    def start_epoch(self, epoch: int) -> None:
+        """Give the distillation part its weight in an epoch: (epoch + 1) / warmup_epochs, up to 1.
+
+        As in the published code of DKD (Zhao et al. 2022).
+        """
+        if self.warmup_epochs:
+            self.growth = min(1.0, (epoch + 1) / self.warmup_epochs)
 
     def forward(
         self,
@@ -68,7 +88,7 @@ class DistillationLoss(nn.Module):
         """
         Args:
             student_logits: (B, C), any floating dtype.
-            teacher_logits: (B, C), or None where alpha is 0.
+            teacher_logits: (B, C), or None if alpha is 0.
             targets: (B,) int64 class indices, or (B, C) probabilities, as the criterion expects.
         Returns: the loss, and its parts without a graph: 'ce' and, for alpha above 0, 'kd' (T^2
             included).
@@ -78,11 +98,26 @@ class DistillationLoss(nn.Module):
             ce = self.criterion(student_logits, targets)
         if self.alpha == 0:
             return ce, {"ce": ce.detach()}
+        student_logits, teacher_logits = self.compared(student_logits, teacher_logits)
+        kd = self.divergence(student_logits, teacher_logits, targets, self.temperature)
+        return self.combined(ce, kd), {"ce": ce.detach(), "kd": kd.detach()}
+
+    def compared(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits as the divergence takes them."""
         if teacher_logits is None:
             raise ValueError(f"alpha is {self.alpha}, so the loss needs teacher_logits")
-        kd = kl_divergence(student_logits, teacher_logits, self.temperature)
-        loss = kd if self.alpha == 1 else torch.lerp(ce, kd, self.alpha)
-        return loss, {"ce": ce.detach(), "kd": kd.detach()}
+        if self.standardized:
+            return standardize(student_logits), standardize(teacher_logits)
+        return student_logits, teacher_logits
+
+    def combined(self, ce: torch.Tensor, kd: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of both parts; with alpha 1 without the labels."""
+        weights = self.ce_weight, self.growth * self.kd_weight
+        if weights == (1 - self.alpha, self.alpha):
+            return kd if self.alpha == 1 else torch.lerp(ce, kd, self.alpha)
+        return weights[1] * kd if self.alpha == 1 else weights[0] * ce + weights[1] * kd
 
 
 class PartlyLabeledLoss(DistillationLoss):
@@ -110,8 +145,9 @@ class PartlyLabeledLoss(DistillationLoss):
         temperature: float,
         labeled_share: float,
         images_per_step: int,
+        **options: Any,
     ) -> None:
-        super().__init__(criterion, alpha, temperature)
+        super().__init__(criterion, alpha, temperature, **options)
         if alpha == 0 or (alpha < 1 and not labeled_share):
             raise ValueError(f"alpha is {alpha}, but {1 - labeled_share:.0%} have no label")
         self.labeled_share = labeled_share
@@ -129,21 +165,24 @@ class PartlyLabeledLoss(DistillationLoss):
         Returns: the loss, and without a graph 'ce', 'kd', its means 'kd_labeled' and 'kd_unlabeled'
             over the labeled and the other images, and 'labeled', the labeled part of the batch.
         """
-        if teacher_logits is None:
-            raise ValueError(f"alpha is {self.alpha}, so the loss needs teacher_logits")
         student_logits, share = student_logits.float(), self.labeled_share
-        of_image = kl_per_image(student_logits, teacher_logits, self.temperature)  # (B,)
-        loss = kd = of_image.mean()
         labeled, parts = targets.sum(dim=1), {}  # (B,)
+        ce = torch.zeros((), device=student_logits.device)
         if share:
             with torch.set_grad_enabled(self.alpha < 1 and torch.is_grad_enabled()):
                 ce = self.criterion(student_logits, targets) / share
-            loss = kd if self.alpha == 1 else torch.lerp(self.label_weight * ce, kd, self.alpha)
             parts["ce"] = ce.detach()
-            parts["kd_labeled"] = (labeled * of_image.detach()).mean() / share
-        parts["kd"] = kd.detach()
-        parts["kd_unlabeled"] = ((1 - labeled) * of_image.detach()).mean() / (1 - share)
-        return loss, parts | {"labeled": labeled.mean()}
+        compared = self.compared(student_logits, teacher_logits)
+        if self.divergence is kl:
+            of_image = kl_per_image(*compared, self.temperature)  # (B,)
+            kd, of_image = of_image.mean(), of_image.detach()
+            if share:
+                parts["kd_labeled"] = (labeled * of_image).mean() / share
+            parts["kd_unlabeled"] = ((1 - labeled) * of_image).mean() / (1 - share)
+        else:
+            kd = self.divergence(*compared, targets, self.temperature)
+        parts |= {"kd": kd.detach(), "labeled": labeled.mean()}
+        return self.combined(self.label_weight * ce, kd), parts
 
 
 class InputConversion(nn.Module):

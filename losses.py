@@ -1,5 +1,8 @@
 """Divergences between student and teacher logits, and class weights, each with its source."""
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,6 +42,127 @@ def kl_divergence(
         log_target=True,  # with probabilities, p * log p would be NaN if p rounds to 0
     )
     return divergence * (temperature**2 / len(student_logits))
+
+
+def standardize(logits: torch.Tensor) -> torch.Tensor:
+    """Each row of logits with mean 0 and standard deviation 1, (B, C) float32.
+
+    Sun et al., 'Logit Standardization in Knowledge Distillation', CVPR 2024, eq. 8.
+    """
+    logits = logits.float()
+    centered = logits - logits.mean(dim=-1, keepdim=True)
+    return centered / (logits.std(dim=-1, keepdim=True) + 1e-7)
+
+
+def kl(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """`kl_divergence`; the labels are not used."""
+    return kl_divergence(student_logits, teacher_logits, temperature)
+
+
+def dkd(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+) -> torch.Tensor:
+    """T^2 * (alpha * TCKD + beta * NCKD): Zhao et al., 'Decoupled KD', CVPR 2022, eq. 7.
+
+    TCKD is the KL divergence between (p[y], 1 - p[y]) of teacher and student, NCKD that between
+    their distributions over the other classes. KL itself is TCKD + (1 - p_teacher[y]) * NCKD.
+
+    Args:
+        targets: (B,) int64 class indices.
+        alpha, beta: 1 and 8 for CIFAR-100 at T 4; 1 and 1 for ImageNet at T 1.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)  # (B, C)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    is_target = F.one_hot(targets, student.shape[1]).bool()  # (B, C)
+
+    def split(log_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log of (p[y], 1 - p[y]), (B, 2), and (B, C) log of p[c] / (1 - p[y])."""
+        rest = log_p.masked_fill(is_target, -math.inf).logsumexp(dim=-1, keepdim=True)
+        return torch.cat([log_p.gather(1, targets[:, None]), rest], dim=1), log_p - rest
+
+    (s_binary, s_others), (t_binary, t_others) = split(student), split(teacher)
+    tckd = F.kl_div(s_binary, t_binary, reduction="batchmean", log_target=True)
+    of_class = t_others.exp() * (t_others - s_others)  # (B, C)
+    nckd = of_class.masked_fill(is_target, 0).sum(dim=-1).mean()
+    return temperature**2 * (alpha * tckd + beta * nckd)
+
+
+def dist(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    *,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+) -> torch.Tensor:
+    """T^2 * (beta * inter + gamma * intra): Huang et al., 'DIST', NeurIPS 2022, eq. 8 to 10.
+
+    1 - Pearson's correlation of the probabilities of student and teacher: inter over the classes of
+    each image, intra over the images of the batch for each class. The labels are not used.
+    """
+    student = (student_logits.float() / temperature).softmax(dim=-1)  # (B, C)
+    teacher = (teacher_logits.float() / temperature).softmax(dim=-1)
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Mean over the rows of 1 - correlation."""
+        a, b = (x - x.mean(dim=1, keepdim=True) for x in (a, b))
+        return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8).mean()
+
+    inter, intra = distance(student, teacher), distance(student.T, teacher.T)
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def hard(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """CE(student, argmax(teacher)), without a temperature: Touvron et al., 'DeiT', 2021, eq. 3."""
+    return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
+
+
+def bce(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """T^2 * BCE(sigmoid(student/T), sigmoid(teacher/T)), summed over classes, mean over the batch.
+
+    Each class is a question of its own, as in BCE on labels (Wightman et al., 'ResNet strikes
+    back', 2021). The labels are not used.
+    """
+    loss = F.binary_cross_entropy_with_logits(
+        student_logits.float() / temperature,
+        (teacher_logits.float() / temperature).sigmoid(),
+        reduction="sum",
+    )
+    return loss * (temperature**2 / len(student_logits))
+
+
+# (student_logits (B, C), teacher_logits (B, C), targets, temperature) -> () float32: a mean over
+# the batch, T^2 included.
+Divergence = Callable[..., torch.Tensor]
+DIVERGENCES: dict[str, Divergence] = {  # by the name for --kd_loss
+    "kl": kl,
+    "dkd": dkd,
+    "dist": dist,
+    "hard": hard,
+    "bce": bce,
+}
 
 
 def balanced_weights(targets: np.ndarray, classes: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ from data.checks import read_validation
 from data.loaders import Batch, Loader
 from data.sources import ImageSource
 from datasets import Data, build_data, check_outputs
-from distillation import StudentWithDistillation
+from distillation import DistillationLoss, StudentWithDistillation
 from engine import TrainedModel, evaluate, train_one_epoch
 from evaluation import score_checkpoint
 from models.weights import read_checkpoint
@@ -214,7 +214,7 @@ class Training:
 
     state: RunState
     model: TrainedModel
-    loss: nn.Module
+    loss: DistillationLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     schedule: Schedule
@@ -305,6 +305,7 @@ def train(
     with recorder, signals.stop_on_signals():
         for epoch in range(training.start, args.epochs):
             began = time.perf_counter()
+            training.loss.start_epoch(epoch)
             stats = train_one_epoch(
                 training.model,
                 training.loss,

@@ -70,6 +70,12 @@ def check_distillation(args: argparse.Namespace) -> None:
         holds = len(weights) == len(archs) and all(0 < w < math.inf for w in weights)
         remedy = f"pass {len(archs)} number(s) above 0, separated by commas"
         _require(args, "teacher_weights", holds, remedy)
+    if args.kd_loss == "dkd" and args.kd_alpha > 0 and not args.eval:
+        remedy = "needs one class per image, and {}; {}"
+        mixed = remedy.format("mixup and cutmix mix them", "pass --mixup 0 --cutmix 0")
+        _require(args, "kd_loss", not is_mixed(args), mixed)
+        without = remedy.format("--unlabeled adds images without one", "pass kl, dist, hard or bce")
+        _require(args, "kd_loss", not args.unlabeled, without)
 
 
 def check_combinations(args: argparse.Namespace) -> None:
@@ -96,6 +102,10 @@ def check_combinations(args: argparse.Namespace) -> None:
     require("start_epoch", args.start_epoch < args.epochs, remedy)
     remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"
     require("warmup_epochs", args.warmup_epochs <= args.epochs, remedy)
+    if args.class_weights != "none":
+        require("class_weights", args.loss == "ce", "weighs --loss ce; pass that, or none")
+    remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"
+    require("kd_warmup_epochs", args.kd_warmup_epochs <= args.epochs, remedy)
     remedy = f"above --lr {args.lr}, the peak; pass a smaller --min_lr, or a larger --lr"
     require("min_lr", args.lr is None or args.min_lr <= args.lr, remedy)
     if args.opt_betas:

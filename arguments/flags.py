@@ -126,6 +126,22 @@ add("kd_alpha", SHARE, 0.7, known_as="alpha", help=
     "weight of the distillation loss: 0 for labels only, 1 for teacher only")
 add("kd_temperature", POSITIVE, 4.0, ASKED, known_as="temperature", help=
     "temperature that softens both networks' outputs")
+add("kd_loss", ("kl", "dkd", "dist", "hard", "bce"), "kl", ASKED, help=
+    "distillation loss: KL divergence (kl), Decoupled KD (dkd), DIST (dist), the teacher's class "
+    "(hard, without a temperature), or sigmoids of the logits (bce)")
+add("kd_standardize", SWITCH, False, ASKED, help=
+    "compare z-scores of the logits: mean 0 and deviation 1 per image")
+add("ce_weight", NOT_NEGATIVE, None, ASKED, USES_LABELS, help=
+    "weight of the label loss (default: 1 - alpha)")
+add("kd_weight", POSITIVE, None, ASKED, help=
+    "weight of the distillation loss (default: alpha)")
+add("kd_warmup_epochs", FROM_0, 0, ASKED, help=
+    "epochs over which the weight of the distillation loss grows linearly from 0")
+DKD = Need("without --kd_loss dkd", lambda a: a.kd_loss == "dkd", ("kd_loss",))
+add("dkd_alpha", NOT_NEGATIVE, 1.0, ASKED, DKD, help=
+    "weight of the target class in --kd_loss dkd")
+add("dkd_beta", NOT_NEGATIVE, 8.0, ASKED, DKD, help=
+    "weight of the other classes in --kd_loss dkd: 8 for CIFAR-100, 1 for ImageNet")
 
 add = Group("teacher", TRAINING, WITH_KD, ASKED)
 add("teacher_weights", NAME, None,
@@ -260,6 +276,11 @@ add("warmup_epochs", FROM_0, None,
     "epochs of linear warm-up (default: 20, or a fifth of a short run)")
 add("warmup_steps", FROM_0_OR_UNSET, -1, help=
     "optimizer steps of warm-up, in place of --warmup_epochs")
+add("loss", ("ce", "bce"), "ce", USES_LABELS, help=
+    "label loss: cross-entropy (ce), or binary cross-entropy of each class (bce)")
+add("bce_target_thresh", SHARE_BELOW_1, None, USES_LABELS,
+    Need("without --loss bce", lambda a: a.loss == "bce", ("loss",)), help=
+    "count smoothed and mixed labels above this as 1 and others as 0 (default: none)")
 add("smoothing", SHARE_BELOW_1, 0.1, USES_LABELS, help="label smoothing")
 add("class_weights", ("none", "balanced"), "none", USES_LABELS, help=
     "weights of the classes in the label loss: all equal (none), or the inverse of each class's "

@@ -278,7 +278,8 @@ IN_CACHE = {
 
 
 WITH_A_TEACHER = (
-    "kd_alpha kd_temperature teacher_arch teacher_cache teacher_cache_dtype teacher_cache_only "
+    "ce_weight dkd_alpha dkd_beta kd_alpha kd_loss kd_standardize kd_temperature "
+    "kd_warmup_epochs kd_weight teacher_arch teacher_cache teacher_cache_dtype teacher_cache_only "
     "teacher_cache_range teacher_cache_topk teacher_classes teacher_device teacher_dtype "
     "teacher_eval teacher_input_size teacher_min_acc1 teacher_norm teacher_path teacher_weights "
     "unlabeled use_ema"

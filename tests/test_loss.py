@@ -7,7 +7,8 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.task import LogitDistillationTask
 from torch import nn
 
-from distillation import DistillationLoss
+import losses
+from distillation import DistillationLoss, PartlyLabeledLoss
 
 B, C = 7, 11
 
@@ -141,3 +142,120 @@ def test_extreme_logits_stay_finite():
 def test_impossible_settings_are_refused(alpha, temperature):
     with pytest.raises(ValueError, match="must"):
         DistillationLoss(nn.CrossEntropyLoss(), alpha, temperature)
+
+
+# The divergences as their papers write them, in float64: student (B, C), teacher (B, C), labels.
+
+
+def by_kl(s, t, y, T):
+    p, q = softmax64(t / T), softmax64(s / T)
+    return T**2 * (p * np.log(p / q)).sum(axis=1).mean()
+
+
+def by_dkd(s, t, y, T, alpha=1.0, beta=8.0):
+    total = 0.0
+    for student, teacher, label in zip(softmax64(s / T), softmax64(t / T), y, strict=True):
+        others = [c for c in range(C) if c != label]
+        b, b_teacher = student[label], teacher[label]
+        tckd = b_teacher * np.log(b_teacher / b)
+        tckd += (1 - b_teacher) * np.log((1 - b_teacher) / (1 - b))
+        q, p = student[others] / (1 - b), teacher[others] / (1 - b_teacher)
+        total += alpha * tckd + beta * (p * np.log(p / q)).sum()
+    return T**2 * total / len(s)
+
+
+def by_dist(s, t, y, T):
+    q, p = softmax64(s / T), softmax64(t / T)
+    inter = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p, strict=True)])
+    intra = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q.T, p.T, strict=True)])
+    return T**2 * (inter + intra)
+
+
+def by_hard(s, t, y, T):
+    return -np.log(softmax64(s))[np.arange(len(s)), t.argmax(axis=1)].mean()
+
+
+def by_bce(s, t, y, T):
+    p, q = 1 / (1 + np.exp(-t / T)), 1 / (1 + np.exp(-s / T))
+    return -(T**2) * (p * np.log(q) + (1 - p) * np.log(1 - q)).sum(axis=1).mean()
+
+
+REFERENCES = {"kl": by_kl, "dkd": by_dkd, "dist": by_dist, "hard": by_hard, "bce": by_bce}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("standardized", [False, True])
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_each_divergence_equals_its_formula(logits, name, standardized, temperature):
+    student, teacher, targets = logits
+    criterion = DistillationLoss(
+        nn.CrossEntropyLoss(),
+        1.0,
+        temperature,
+        divergence=losses.DIVERGENCES[name],
+        standardized=standardized,
+    )
+    loss, parts = criterion(student, teacher, targets)
+    loss.backward()
+
+    def expected(rows):
+        both = rows, teacher.double().numpy()
+        if standardized:
+            both = [(x - x.mean(1, keepdims=True)) / x.std(1, ddof=1, keepdims=True) for x in both]
+        return REFERENCES[name](*both, targets.numpy(), temperature)
+
+    rows = student.detach().double().numpy()
+    assert loss.item() == pytest.approx(expected(rows), rel=1e-4)
+    assert torch.equal(parts["kd"], loss.detach())
+    gradient, step = np.zeros_like(rows), 1e-5
+    for place in np.ndindex(*rows.shape):  # by central differences
+        change = np.zeros_like(rows)
+        change[place] = step
+        gradient[place] = (expected(rows + change) - expected(rows - change)) / (2 * step)
+    np.testing.assert_allclose(student.grad.numpy(), gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_dkd_with_the_weights_of_its_equation_7_is_kl(logits):
+    """KL = TCKD + (1 - p_teacher[y]) * NCKD, image by image."""
+    student, teacher, targets = (x[:1] for x in logits)
+    beta = 1 - (teacher / 4).softmax(dim=1)[0, targets[0]].item()
+    decoupled = losses.dkd(student, teacher, targets, 4.0, alpha=1.0, beta=beta)
+    torch.testing.assert_close(decoupled, losses.kl_divergence(student, teacher, 4.0))
+
+
+def test_a_peaked_teacher_keeps_dkd_finite():
+    student = torch.tensor([[60.0, -60.0, 0.0]], requires_grad=True)
+    loss = losses.dkd(student, torch.tensor([[-80.0, 80.0, 0.0]]), torch.tensor([1]), 1.0)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+
+
+def test_weights_are_free_and_the_distillation_part_grows(logits):
+    student, teacher, targets = logits
+    usual = DistillationLoss(nn.CrossEntropyLoss(), 0.7, 4.0)(student, teacher, targets)[1]
+    criterion = DistillationLoss(
+        nn.CrossEntropyLoss(), 0.7, 4.0, ce_weight=1.0, kd_weight=9.0, warmup_epochs=4
+    )
+    for epoch, share in ((0, 0.25), (2, 0.75), (3, 1.0), (9, 1.0)):
+        criterion.start_epoch(epoch)
+        loss, parts = criterion(student, teacher, targets)
+        assert loss.item() == pytest.approx(usual["ce"].item() + 9 * share * usual["kd"].item())
+        assert parts == usual
+
+
+@pytest.mark.parametrize("name", ["kl", "dist", "hard", "bce"])
+def test_images_without_labels_are_compared_by_every_loss_without_labels(logits, name):
+    student, teacher, targets = logits
+    labels = torch.eye(C)[targets]
+    labels[::2] = 0  # every second image has no label
+    share = labels.sum().item() / B
+    criterion = PartlyLabeledLoss(
+        nn.CrossEntropyLoss(), 0.7, 4.0, share, 64, divergence=losses.DIVERGENCES[name]
+    )
+    loss, parts = criterion(student, teacher, labels)
+    rows = student.detach().double().numpy(), teacher.double().numpy()
+    kd = REFERENCES[name](*rows, None, 4.0)
+    log_q = np.log(softmax64(rows[0]))
+    ce = -(labels.numpy() * log_q).sum() / (B * share)
+    assert parts["kd"].item() == pytest.approx(kd, rel=1e-4)
+    assert loss.item() == pytest.approx(0.3 * ce + 0.7 * kd, rel=1e-4)

@@ -10,6 +10,7 @@ import timm
 import torch
 from forked import Group
 from helpers import CPU, RECORDS, is_same, teacher_flags
+from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 import engine
@@ -22,6 +23,7 @@ from reporting.recorder import Recorder
 from runtime import device
 from runtime.device import choose_threads
 from training import checkpoints, history
+from training.criterion import make_criterion
 from training.optimizer import Schedule, cosine_schedule, make_optimizer
 from training.settings import LoopSettings
 
@@ -567,3 +569,49 @@ def test_small_batches_take_one_thread_and_a_given_number_of_threads_is_kept(
         assert ", 3 CPU thread(s)" in run_main(*short).out
     finally:
         torch.set_num_threads(given)
+
+
+KD_LOSSES = {
+    "--kd_loss dist --kd_standardize true --ce_weight 1 --kd_weight 2": "test_loss",
+    "--kd_loss dkd --dkd_beta 2 --kd_warmup_epochs 1 --mixup 0 --cutmix 0": "test_loss",
+    "--loss bce --bce_target_thresh 0.2": "test_loss",
+    "--kd_loss bce --unlabeled rest": "train_labeled",
+}
+
+
+@pytest.mark.parametrize("flags", KD_LOSSES)
+def test_a_run_trains_with_the_loss_that_is_asked_for(run_main, kd, short, tmp_path, flags):
+    usual = run_main(*short, *kd, output_dir=tmp_path / "usual")
+    run = run_main(*short, *kd, *flags.split(), output_dir=tmp_path / "run")
+    assert run.code == 0, run.err
+    first, other = run.log[0], usual.log[0]
+    assert first["train_kd"] > 0 and KD_LOSSES[flags] in first
+    assert first["train_loss"] != pytest.approx(other["train_loss"], rel=0.01)
+
+
+LOSS_ERRORS = {
+    "--kd_loss dkd": "--kd_loss dkd: needs one class per image, and mixup and cutmix mix them; "
+    "pass --mixup 0 --cutmix 0",
+    "--kd_loss dkd --mixup 0 --cutmix 0 --unlabeled rest": "--unlabeled adds images without one",
+    "--kd_loss dpk": "invalid choice: 'dpk'",
+    "--kd_weight 0": "--kd_weight 0.0: must be above 0",
+    "--ce_weight -1": "--ce_weight -1.0: must be 0 or more",
+    "--dkd_beta 2": "no effect without --kd_loss dkd",
+    "--loss bce --unlabeled rest": "--loss bce: needs a label for every image",
+    "--loss bce --class_weights balanced": "weighs --loss ce",
+    "--kd_warmup_epochs 99": "longer than the run",
+}
+
+
+@pytest.mark.parametrize("flags", LOSS_ERRORS)
+def test_a_loss_that_does_not_fit_the_labels_is_refused(run_main, kd, short, flags):
+    run = run_main(*short, *kd, *flags.split())
+    assert run.code == 2 and LOSS_ERRORS[flags] in run.err, run.err
+    assert run.err.count("\n") <= 2
+
+
+def test_bce_on_labels_is_timms():
+    args = parse_args(["--loss", "bce", "--smoothing", "0.2", "--mixup", "0", "--cutmix", "0"])
+    ours, theirs = make_criterion(args), BinaryCrossEntropy(smoothing=0.2)
+    logits, targets = torch.randn(5, 7), torch.arange(5)
+    assert torch.equal(ours(logits, targets), theirs(logits, targets))

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMON = "--device cpu --num_workers 1 --model cifar_resnet8"
 SHORT = f"{COMMON} --train_samples 200 --batch_size 16 --epochs 3"
 TEACHER = "--kd true --teacher_arch cifar_resnet8 --teacher_path {folder}/teacher.pth"
+LONGER = "--train_samples 640 --epochs 2"
 HARD = "--model_ema true --model_ema_eval true --update_freq 3"
 CACHE = "--teacher_cache {folder}/cache --teacher_cache_dtype float32"
 PHOTOS = "--device cpu --num_workers 2 --data_path {folder}/photos --batch_size 8 --epochs 2"
@@ -41,6 +42,7 @@ RUNS = {
     "plain": SHORT,
     "plain, no augmentation": f"{SHORT} --mixup 0 --cutmix 0 --aa= --reprob 0 --opt momentum",
     "distilled": f"{SHORT} {TEACHER}",
+    "distilled, 40 steps per epoch": f"{SHORT} {TEACHER} {LONGER}",
     "EMA, accumulation, mixup batch": f"{SHORT} {TEACHER} {HARD} --mixup_mode batch",
     "EMA, accumulation, mixup pair": f"{SHORT} {TEACHER} {HARD} --mixup_mode pair",
     "EMA, accumulation, mixup elem": f"{SHORT} {TEACHER} {HARD} --mixup_mode elem",
@@ -181,7 +183,7 @@ def main() -> None:
         shutil.copytree(outputs[name], again, ignore=shutil.ignore_patterns("*-[12].pth", "*best*"))
         run(tree, RUNS[name], folder, again)
         print(f"{'resumed after an epoch':32} {digest(again)}", flush=True)
-        interrupt_and_resume(tree, f"{SHORT} {TEACHER}", folder, folder / "step")
+        interrupt_and_resume(tree, f"{SHORT} {TEACHER} {LONGER}", folder, folder / "step")
         print(f"{'resumed inside an epoch':32} {digest(folder / 'step')}", flush=True)
         run(tree, FILL, folder, folder / "nothing")
         run(tree, READ, folder, folder / "read")
