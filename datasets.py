@@ -337,6 +337,7 @@ def complete(args: argparse.Namespace, device: torch.device, splits: Splits | No
     if args.use_amp and not args.amp_dtype:
         args.amp_dtype = default_amp_dtype(device)
     if splits is None:
+        args.batch_size = args.batch_size or 32  # of a file that no run wrote
         return
     if follows_network(args) and not args.resume and "input_size" not in args.given:
         with flags_for(architecture="--model"):

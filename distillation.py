@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 from arguments.derived import PRETRAINED, is_own_module
 from losses import Divergence, kl, kl_per_image, standardize
-from models.classes import match_outputs, pretrained_classes
+from models.classes import match_outputs, order_of_script, pretrained_classes
 from models.fusion import fuse_layers
 from models.weights import Checkpoint, load_weights, read_checkpoint
 from runtime.device import send
@@ -250,7 +250,6 @@ class TeacherAdapter(nn.Module):
         super().__init__()
         self.info: TeacherInfo = network.info
         config = self.info.data_config
-        self.expected_acc1: float | None = None  # on the validation images, where its file says
         self.parameters_before_fusing = sum(p.numel() for p in network.parameters())
         network = fuse_layers(network, config["input_size"])
         network = network.to(dtype).to(memory_format=torch.channels_last)
@@ -373,18 +372,20 @@ class TeacherInfo:
         class_index: which of its outputs stand for the data's classes; None for all in order.
         origin: a line that says what was loaded.
         is_ema: whether EMA weights were loaded.
-        args: the arguments in its file, by name.
-        images: what identifies its training images, if a run of this project wrote the file.
+        is_size_guessed: whether input_size is only what timm says of the architecture.
         recorded_acc1: the accuracy in % that the file records of these weights.
+        data, args, images: what the file says of its training, see Checkpoint.
     """
 
     data_config: dict[str, Any]
     class_index: list[int] | None = None
     origin: str = ""
     is_ema: bool = False
+    is_size_guessed: bool = False
+    recorded_acc1: float | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
     args: Mapping[str, Any] = field(default_factory=dict)
     images: Mapping[str, Any] = field(default_factory=dict)
-    recorded_acc1: float | None = None
 
 
 def load_teacher(
@@ -422,69 +423,74 @@ def load_teacher(
         for weights that are not finite.
     """
     models.check_architecture(arch)
-    weights, names = None, teacher_classes
+    checkpoint, weights = Checkpoint(path, {}), None
+    names, guessed = teacher_classes, ""
     if path == PRETRAINED:
-        checkpoint = Checkpoint(path, {})
-        names = list(names or pretrained_classes(arch, classes or []))
-        outputs = len(names)
+        names = names or pretrained_classes(arch, classes or [])
     else:
         checkpoint = read_checkpoint(path)
         weights = checkpoint.weights(use_ema)
         names = names or checkpoint.classes
-        outputs = len(names) if names and classes else num_classes
-    config, config_from = _data_config(arch, checkpoint, default_config)
+        if not names and classes:
+            names, guessed = order_of_script(checkpoint.args, classes, path)
+    outputs = len(names) if names and (classes or not weights) else num_classes
+    config, config_from, is_size_guessed = _data_config(arch, checkpoint, default_config)
     if input_config:
         config, config_from = config | dict(input_config), f"{config_from}, except the given values"
-    teacher: Any = models.create_model(
-        arch, outputs, config["input_size"], pretrained=weights is None
-    )
+    teacher: Any = models.create_model(arch, outputs, config["input_size"], pretrained=not weights)
+    description = "timm's pre-trained weights"
     if weights:
-        name_outputs = "name each of its outputs in teacher_classes"
-        other_teacher = (
-            "use a teacher of the same classes, name the classes of this teacher with "
-            "teacher_classes, or fine-tune the teacher on this data first"
-        )
         loaded = load_weights(
             teacher,
             weights,
-            remedy="pass the architecture that the file was trained as"
-            f"{checkpoint.architecture_note} instead of {arch}",
-            classes_remedy=name_outputs if teacher_classes else other_teacher,
+            remedy=checkpoint.architecture_remedy,
+            classes_remedy=NAME_OUTPUTS if teacher_classes else OTHER_TEACHER,
         )
+        description = f"{weights.description}{loaded.note}"
     _check_finite(teacher, path)
     teacher.requires_grad_(False).eval().to(device)
     index, order = match_outputs(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))
-    description = "timm's pre-trained weights"
-    if weights:
-        description = f"{weights.description}{loaded.note}"
     is_ema = weights is not None and weights.is_ema
+    origin = (
+        f"Teacher {arch} from {path}: {description}, {parameters:,} parameters, {outputs} classes "
+        f"({guessed or order}), {config['input_size']} px, mean {mean}, std {std} (input from "
+        f"{config_from})"
+    )
     teacher.info = TeacherInfo(
         config,
         index,
-        f"Teacher {arch} from {path}: {description}, {parameters:,} parameters, "
-        f"{outputs} classes ({order}), {config['input_size']} px, mean {mean}, std {std} "
-        f"(input from {config_from})",
+        origin,
         is_ema,
+        is_size_guessed and "input_size" not in (input_config or {}),
+        checkpoint.recorded_acc1(is_ema),
+        checkpoint.data,
         checkpoint.args,
         checkpoint.images,
-        checkpoint.scores.get("test_acc1_ema" if is_ema else "test_acc1"),
     )
     return teacher
 
 
+NAME_OUTPUTS = "name each of its outputs in teacher_classes"
+OTHER_TEACHER = (
+    "use a teacher of the same classes, name the classes of this teacher with teacher_classes, or "
+    "fine-tune the teacher on this data first"
+)
+
+
 def _data_config(
     arch: str, checkpoint: Checkpoint, default: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], str]:
-    """What the teacher was trained to see, and where that is known from."""
+) -> tuple[dict[str, Any], str, bool]:
+    """What the teacher was trained to see, who says so, and whether its size is a guess."""
     native = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
     config = native | {"input_size": 224}
     config |= {name: default[name] for name in config if default and name in default}
     config |= models.input_config(arch)
     source = "the network, else the student" if is_own_module(arch) else "timm's pretrained_cfg"
     if checkpoint.is_ours:
-        return config | {name: checkpoint.data[name] for name in config}, "the checkpoint"
+        saved = {name: value for name, value in checkpoint.data.items() if name in config}
+        return config | saved, "the checkpoint", False
     args = checkpoint.args
     if isinstance(args.get("imagenet_default_mean_and_std"), bool):  # the ConvNeXt script's
         is_imagenet = args["imagenet_default_mean_and_std"]
@@ -498,7 +504,8 @@ def _data_config(
     for name in ("mean", "std"):  # timm's, where they were given by hand
         if args.get(name):
             config[name] = list(args[name])
-    return config, "the checkpoint's arguments" if is_told else source
+    is_guessed = not (size or is_own_module(arch) or checkpoint.path == PRETRAINED)
+    return config, "the checkpoint's arguments" if is_told else source, is_guessed
 
 
 def _check_finite(teacher: nn.Module, path: str) -> None:

@@ -67,7 +67,7 @@ def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
     Raises: UserError for data that is missing, has different classes, or was trained on.
     """
     saved = checkpoint.data
-    if not saved and not {"data_set", "data_path"} & set(args.given):
+    if "data_set" not in checkpoint.run_args and not {"data_set", "data_path"} & set(args.given):
         raise UserError(
             f"--eval true: {args.resume} does not name the data that it was trained on; pass "
             "--data_path"

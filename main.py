@@ -75,7 +75,7 @@ from runtime.device import (
 from runtime.distributed import log
 from teacher.prepare import RunTeacher, fill_store, prepare_teacher
 from training import linear_probe
-from training.checkpoints import RunState, claim_output_dir, newest_checkpoint
+from training.checkpoints import RunState, check_resumable, claim_output_dir, newest_checkpoint
 from training.criterion import make_loss
 from training.history import History
 from training.optimizer import (
@@ -134,6 +134,8 @@ def run(argv: list[str] | None) -> None:
     if args.resume:
         with flags_for(checkpoint="--resume"):
             checkpoint = read_checkpoint(args.resume)
+            if not args.eval:
+                check_resumable(checkpoint)
         args = parse_args(argv, follow_checkpoint(checkpoint.run_args, args.given, args.eval))
     with flags_for(architecture="--model"):
         models.check_architecture(args.model)
@@ -169,6 +171,7 @@ def run(argv: list[str] | None) -> None:
         args.lr = linear_probe.default_lr(student)
     ema = make_ema(args, student)
     teacher = prepare_teacher(args, settings, data)
+    teacher.warn_if_smaller(student)
     with (
         flags_for(output="--output_dir", cache="--teacher_cache", log="--log_dir"),
         explain_batch_norm(),

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal, get_args
 # What the value at fault is, for the code that knows which flag it was read from.
 Subject = Literal[
     "", "architecture", "cache", "checkpoint", "classes", "device", "folder", "labels", "log",
-    "model", "names", "output", "text", "use_ema",
+    "model", "names", "order", "output", "text", "use_ema",
 ]  # fmt: skip
 
 
@@ -224,9 +224,17 @@ def is_url(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
+FOLDER_WEIGHTS = "model.safetensors"  # in a folder of export.py --format timm, or of timm's hub
+
+
 def missing_file(path: str) -> str:
-    """What is wrong with the path of a checkpoint file; '' if the file exists."""
-    if os.path.isfile(path):
+    """What is wrong with the path of a checkpoint file, or of a folder with one; '' if nothing."""
+    if os.path.isfile(path) or os.path.isfile(os.path.join(path, FOLDER_WEIGHTS)):
         return ""
     problem = "is a folder" if os.path.isdir(path) else "no such file"
+    if os.path.isfile(os.path.join(path, ".metadata")):
+        return (
+            f"{path}: is a folder of torch.distributed.checkpoint; convert it with python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE"
+        )
     return f"{path}: {problem}; pass the path of a checkpoint file"

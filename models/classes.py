@@ -1,7 +1,9 @@
 """Which output of a network is which class."""
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -74,6 +76,42 @@ def pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
 
 def _normalized(name: str) -> str:
     return name.replace("_", " ").strip().lower()
+
+
+def order_of_script(
+    args: Mapping[str, Any], classes: Sequence[str], path: str
+) -> tuple[list[str] | None, str]:
+    """The names of the outputs of a file that names none, by the script that wrote it.
+
+    torchvision, and so most scripts, numbers class folders in text order; timm's train.py in
+    natural, case-insensitive order: a2 before a10, beagle before Bengal.
+
+    Args:
+        args: the arguments in the file, by name; empty if it has none.
+        classes: of the data, in order.
+    Returns: the names, or None if both orders are the same or the data has an order of its own;
+        and a note on the order.
+    Raises: UserError if the orders differ, and the file does not say which script wrote it.
+    """
+    text, natural = sorted(classes), sorted(classes, key=_natural_key)
+    is_timm, of_folders = "class_map" in args, args.get("dataset") in (None, "", "folder")
+    if text == natural or list(classes) not in (text, natural) or (is_timm and not of_folders):
+        return None, "assumed to be in the data's order"
+    if is_timm and not args["class_map"]:
+        return natural, "in the order in which timm's train.py numbers class folders"
+    if args and not is_timm:
+        return text, "in text order, as torchvision numbers class folders"
+    differ = next(i for i, names in enumerate(zip(text, natural, strict=True)) if len({*names}) > 1)
+    raise UserError(
+        f"{path}: names no classes, so it is unclear which output is which: output {differ} is "
+        f"{text[differ]} if torchvision numbered the class folders, {natural[differ]} if timm did",
+        "order",
+    )
+
+
+def _natural_key(name: str) -> list[int | str]:
+    """timm's (timm/data/readers/reader_image_folder.py)."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def match_outputs(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file  # comes with timm
 from torch import nn
 
 from models import classifiers_of
-from utils import UserError, few, is_url, lock, missing_file
+from utils import FOLDER_WEIGHTS, UserError, few, is_url, lock, missing_file
 
 # Of the checkpoints of a run; raised where the same seed begins to show other images. Older files,
 # and those from before the number, are read as well.
@@ -39,7 +39,6 @@ OTHER_KINDS = {
     (b"\x89hdf",): "is an HDF5 file, as Keras writes; pass weights of PyTorch",
     (b"\x89png", b"\xff\xd8\xff", b"gif8"): "is a picture; pass a checkpoint",
 }
-CONFIG = "config.json"
 
 
 # ------------------------------------------------------------------------- reading any file
@@ -51,18 +50,9 @@ def local_file(path: str) -> str:
     Raises: UserError for a file that does not exist or cannot be downloaded.
     """
     if not is_url(path):
-        weights = os.path.join(path, "model.safetensors")
-        if os.path.isfile(weights) and os.path.isfile(os.path.join(path, CONFIG)):
-            return weights  # a folder that export.py --format timm wrote
-        if os.path.isfile(os.path.join(path, ".metadata")):
-            raise UserError(
-                f"{path}: is a folder of torch.distributed.checkpoint; convert it with python -m "
-                "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE",
-                "checkpoint",
-            )
         if problem := missing_file(path):
             raise UserError(problem, "checkpoint")
-        return path
+        return os.path.join(path, FOLDER_WEIGHTS) if os.path.isdir(path) else path
     # Named by the whole address: files of two releases often have the same last part.
     name = f"{hashlib.sha256(path.encode()).hexdigest()[:12]}-{Path(urlparse(path).path).name}"
     cached = Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -93,8 +83,8 @@ def read_checkpoint(path: str) -> "Checkpoint":
     """
     file = local_file(path)
     content = _read(file)
-    if file.endswith("model.safetensors") and (config := Path(file).parent / CONFIG).is_file():
-        content = _of_folder(content, config)
+    if Path(file).name == FOLDER_WEIGHTS:
+        content = _of_folder(content, Path(file).with_name("config.json"))
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(f"{path}: holds a {kind}, not a dict of weights", "checkpoint")
@@ -108,7 +98,7 @@ def _of_folder(state: dict[str, torch.Tensor], config: Path) -> dict[str, Any]:
         cfg, classes = told["pretrained_cfg"], told["label_names"]
         data = {name: cfg[name] for name in ("mean", "std", "crop_pct", "interpolation")}
         data |= {"input_size": cfg["input_size"][-1], "crop_mode": cfg.get("crop_mode", "center")}
-        args = {"model": told["architecture"]}
+        args = {"model": told["architecture"], "input_size": data["input_size"]}
     except (OSError, ValueError, KeyError, TypeError):  # of another library, or without names
         return state
     return {"model": state, "data": data | {"classes": classes}, "args": args}
@@ -257,10 +247,11 @@ class Checkpoint:
         return self.args if self.is_ours else {}
 
     @property
-    def architecture_note(self) -> str:
-        """The architecture that the file names, to continue a sentence; '' if it names none."""
+    def architecture_remedy(self) -> str:
+        """What to do if the weights do not fit; names the architecture if the file does."""
         name = self.args.get("model") or self.content.get("arch")
-        return f" ({name})" if isinstance(name, str) else ""
+        known = f" ({name})" if isinstance(name, str) else ""
+        return f"pass the architecture that the file was trained as{known}"
 
     @property
     def images(self) -> dict[str, Any]:
@@ -271,6 +262,15 @@ class Checkpoint:
     def scores(self) -> dict[str, float]:
         """Recorded scores such as test_acc1 and test_acc1_ema, in %; of ours only."""
         return self._dict("scores")
+
+    def recorded_acc1(self, is_ema: bool) -> float | None:
+        """The accuracy in % that the file records of its EMA or its raw weights."""
+        if self.is_ours:
+            return self.scores.get("test_acc1_ema" if is_ema else "test_acc1")
+        # timm's train.py: of the EMA if there is one. Another --eval-metric may be a loss.
+        metric = self.content.get("metric")
+        is_acc1 = self.args.get("eval_metric", "top1") == "top1" and is_ema == self.has_ema
+        return float(metric) if is_acc1 and isinstance(metric, int | float) else None
 
     @property
     def epoch(self) -> int | None:
@@ -405,6 +405,13 @@ def load_weights(
     state, left_out, note = _as_named_by(model, weights.state, needed)
     state = counters | state
     if names and classes:
+        if list(names) != list(classes) and not classifiers:
+            raise UserError(
+                f"{weights.source}: was trained on different classes, or in another order, and the "
+                "network does not say which of its layers is the classifier; add a method "
+                "get_classifier to it",
+                "checkpoint",
+            )
         _order_classifier(model, state, names, classes)
     fresh: list[str] = []
     if allow_new_classifier:
@@ -590,7 +597,7 @@ def load_finetune(
     loaded = load_weights(
         model,
         weights,
-        remedy=f"pass the architecture that the file was trained as{checkpoint.architecture_note}",
+        remedy=checkpoint.architecture_remedy,
         names=names,
         classes=classes,
         allow_new_classifier=True,

@@ -3,8 +3,9 @@
 import argparse
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ CAUSES = (
 )
 EMA_CAUSE = "an average (EMA) that had too few steps to follow the weights"
 CHANCE_LEVEL = 0.01  # how often a teacher that guesses may go without a warning
+# How an image becomes pixels; a teacher that was trained with others may score lower.
+PREPARATION = ("input_size", "crop_pct", "crop_mode", "interpolation")
 LOST = 2.0  # percentage points below the recorded accuracy from which on a run warns
 MOST_ASKED = 1000  # images without a label that the teacher is asked about before training
 FOREIGN = 0.2  # by how much less sure the teacher is of images that are not of its kind
@@ -56,6 +59,17 @@ class RunTeacher:
         """Write the logits that the store still holds in memory."""
         if self.store is not None:
             self.store.flush()
+
+    def warn_if_smaller(self, student: nn.Module) -> None:
+        """Warn if the teacher has fewer parameters than its student: they may be swapped."""
+        networks = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        sizes = [n.parameters_before_fusing for n in networks if isinstance(n, TeacherAdapter)]
+        student_size = sum(p.numel() for p in student.parameters())
+        if sizes and max(sizes) < student_size:
+            log(
+                f"Warning: the teacher has {max(sizes):,} parameters and the student "
+                f"{student_size:,}; are --model and --teacher_arch swapped?"
+            )
 
     def warn_if_below(self, student_scores: Mapping[str, float]) -> None:
         """Warn if the student has become better than its teacher."""
@@ -178,24 +192,27 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
         with flags_for(
             architecture="--teacher_arch", checkpoint="--teacher_path", names=classes_from
         ):
-            network: Any = load_teacher(
-                arch,
-                path,
-                len(data.classes),
-                teacher_device,
-                classes=data.classes,
-                teacher_classes=names,
-                input_config=config,
-                default_config=data.config,
-                use_ema=args.use_ema,
-            )
+            try:
+                network: Any = load_teacher(
+                    arch,
+                    path,
+                    len(data.classes),
+                    teacher_device,
+                    classes=data.classes,
+                    teacher_classes=names,
+                    input_config=config,
+                    default_config=data.config,
+                    use_ema=args.use_ema,
+                )
+            except UserError as error:
+                if error.subject != "order":
+                    raise
+                raise _ask_for_order(args, data.classes, error) from error
         log(network.info.origin)
+        _warn_of_guessed_size(network.info, path, data.config["input_size"])
         _warn_if_trained_on_holdout(args, network.info, data.images.get("held_out"), path)
         dtype = getattr(torch, args.teacher_dtype)
         adapter = TeacherAdapter(network, data.config, dtype)
-        trained = network.info.args
-        if all(trained.get(name) == getattr(args, name) for name in with_role(VALIDATION)):
-            adapter.expected_acc1 = network.info.recorded_acc1
         networks.append(adapter)
         weights.append(weight)
     teacher = networks[0]
@@ -204,6 +221,17 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
     if args.compile:
         teacher.compile()
     return teacher
+
+
+def _ask_for_order(args: argparse.Namespace, classes: Sequence[str], error: UserError) -> UserError:
+    """The error for a teacher whose classes may be in either of two orders; writes a file."""
+    path = Path(args.output_dir or ".") / "teacher_classes.txt"
+    if distributed.is_main_process():
+        utils.write_whole(path, "".join(f"{name}\n" for name in classes))
+    return UserError(
+        f"--teacher_path {error}; {path} was written with the classes in the data's order: put "
+        f"them into the teacher's, if it is different, and pass --teacher_classes {path}"
+    )
 
 
 def _warn_if_trained_on_holdout(
@@ -228,6 +256,47 @@ def _warn_if_trained_on_holdout(
         f"with {how}; on the same data, it has learned images that now score it. Train it with the "
         "same --holdout"
     )
+
+
+def _warn_of_guessed_size(info: TeacherInfo, path: str, student_size: int) -> None:
+    """Warn if nobody says the size of the teacher's images, and the student's is far from it."""
+    size = info.data_config["input_size"]
+    if info.is_size_guessed and max(size, student_size) >= 2 * min(size, student_size):
+        log(
+            f"Warning: {path} does not say the size of its images; {size} pixels is timm's for the "
+            f"architecture, the student's is {student_size}; pass --teacher_input_size if the "
+            "teacher was trained at a different size"
+        )
+
+
+def _warn_if_below_record(
+    args: argparse.Namespace, config: Mapping[str, Any], info: TeacherInfo, acc1: float
+) -> None:
+    """Warn if the teacher scores below what its file records, of these images or of its own.
+
+    Args:
+        config: how the validation images are prepared, see datasets.data_config.
+    """
+    if info.recorded_acc1 is None or acc1 >= info.recorded_acc1 - LOST:
+        return
+    records = f"Warning: the file of the teacher records {info.recorded_acc1:.2f} %"
+    if not info.data:
+        log(f"{records} on its own validation images; {_causes(info)}")
+    elif all(info.args.get(name) == getattr(args, name) for name in with_role(VALIDATION)):
+        prepared = {name: info.data[name] for name in PREPARATION if name in info.data}
+        if utils.changes(prepared, config):
+            log(
+                f"{records} on these images, which were prepared differently: this run uses "
+                f"{config['input_size']} pixels with --crop_pct {config['crop_pct']:g}; train the "
+                "teacher with the same --crop_pct, or the student with a larger --input_size"
+            )
+        elif args.teacher_classes:
+            log(
+                f"{records} on these images; --teacher_classes {args.teacher_classes}: probably "
+                "not the order of its outputs; leave the flag out if the file names its classes"
+            )
+        else:
+            log(f"{records} on these images; {_causes(info)}")
 
 
 def _score(
@@ -255,14 +324,8 @@ def _score(
     assert data.val is not None  # it was just scored
     images = len(data.val)
     log(f"Teacher on the {images:,} validation images: acc1 {acc1:.2f}, loss {loss:.4f}")
-    expected = getattr(source, "expected_acc1", None)
-    if expected is not None and acc1 < expected - LOST:
-        log(
-            f"Warning: the file of the teacher records {expected:.2f} % on these images, which it "
-            f"was shown differently: this run shows {data.config['input_size']} pixels with "
-            f"--crop_pct {data.config['crop_pct']:g}; train the teacher with the same --crop_pct, "
-            "or the student with a larger --input_size"
-        )
+    if isinstance(source, TeacherAdapter):
+        _warn_if_below_record(args, data.config, source.info, acc1)
     if acc1 < args.teacher_min_acc1:
         raise UserError(
             f"--teacher_min_acc1 {args.teacher_min_acc1}: the teacher scores {acc1:.2f}; {causes}"
@@ -344,7 +407,8 @@ def is_near_chance(correct: int, images: int, chance: float) -> bool:
 def _causes(source: object) -> str:
     """What may be wrong with a teacher that scores badly."""
     networks = source.modules() if isinstance(source, nn.Module) else ()
-    is_ema = any(isinstance(n, TeacherAdapter) and n.info.is_ema for n in networks)
+    infos = [n.info for n in networks if isinstance(n, TeacherAdapter)]
+    is_ema = any(info.is_ema for info in [source, *infos] if isinstance(info, TeacherInfo))
     return f"{CAUSES}; or {EMA_CAUSE}" if is_ema else CAUSES
 
 

@@ -183,6 +183,22 @@ def told(num_classes):
     return network
 def wrong(num_classes):
     return "a network"
+class Returns(nn.Module):
+    def __init__(self, num_classes, what):
+        super().__init__()
+        self.network, self.what = plain(num_classes), what
+    def forward(self, images):
+        return self.what(self.network(images), self.training)
+def auxiliary(num_classes):
+    return Returns(num_classes, lambda logits, training: (logits, logits) if training else logits)
+def named(num_classes):
+    return Returns(num_classes, lambda logits, training: {"logits": logits})
+def maps(num_classes):
+    return Returns(num_classes, lambda logits, training: logits[:, :, None, None])
+def thousand(num_classes):
+    return plain(1000)
+def lazy(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(num_classes))
 def failing(num_classes):
     raise RuntimeError("no such layer")
 """
@@ -228,8 +244,12 @@ def test_a_network_of_ones_own_is_student_and_teacher(run_main, own, short, tmp_
 
 FAULTS = {
     "nowhere:make": "cannot import nowhere (ModuleNotFoundError",
-    "{own}:missing": "has no function missing; its functions are plain, told, wrong, failing",
+    "{own}:missing": "has no function missing; its functions are plain, told, wrong, auxiliary",
     "{own}:wrong": "the factory returned a str, not a torch.nn.Module",
+    "{own}:auxiliary": "returns tuple, not a tensor, for 2 images in training mode; logits (2, 10)",
+    "{own}:named": "returns dict, not a tensor, for 2 images in eval mode; logits (2, 10)",
+    "{own}:maps": "returns a tensor (2, 10, 1, 1) for 2 images in eval mode; logits (2, 10)",
+    "{own}:thousand": "returns a tensor (2, 1000) for 2 images in eval mode; logits (2, 10)",
     "{own}:failing": "(RuntimeError: no such layer); it must take num_classes",
     "{own}:plain --head_init_scale 0.1": "does not tell its classifier; add a method",
     "{own}:plain --pretrained true": "timm has no weights of --model",
@@ -241,6 +261,17 @@ def test_what_makes_no_network_is_told_in_one_line(run_main, own, short, flags):
     run = run_main(*short, "--model", *flags.format(own=own).split())
     assert run.code == 2 and FAULTS[flags] in run.err, run.err
     assert len(run.err.strip().splitlines()) <= 2
+
+
+def test_lazy_layers_are_trained(run_main, own, short):
+    run = run_main(*short, "--model", f"{own}:lazy", "--epochs", 1)
+    assert run.code == 0, run.err
+
+
+def test_a_patch_size_that_is_one_number_is_understood():
+    assert models.create_model("xcit_nano_12_p16_224", 3, 32).training
+    with pytest.raises(UserError, match="should divide image dimensions evenly"):
+        models.create_model("xcit_nano_12_p16_224", 3, 40)
 
 
 def test_the_networks_of_the_example_can_be_trained(run_main, short):

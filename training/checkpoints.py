@@ -130,6 +130,17 @@ def newest_checkpoint(folder: Path) -> str:
     return newest
 
 
+def check_resumable(checkpoint: Checkpoint) -> int:
+    """The last finished epoch of a checkpoint; UserError if no run of this project wrote it."""
+    if not checkpoint.is_ours or checkpoint.epoch is None:
+        raise UserError(
+            f"{checkpoint.path}: not a checkpoint of a run of this project, so there is nothing to "
+            "resume; to start from its weights, pass it as --finetune",
+            "checkpoint",
+        )
+    return checkpoint.epoch
+
+
 def list_changes(changes: "Changes") -> str:
     """'--lr 0.001 → 0.002, --seed 0 → 1'"""
     told = ((name, as_typed(old), as_typed(new)) for name, (old, new) in changes.items())
@@ -220,23 +231,18 @@ class RunState:
                 "checkpoint",
             )
         if path:
-            start_epoch = self._restore(read_checkpoint(path), start_epoch)
+            start_epoch = self._restore(read_checkpoint(path))
         updates = self.progress.updates if self.progress else 0
         distributed.require_same({"first_epoch": start_epoch, "steps_done_in_it": updates})
         return start_epoch
 
-    def _restore(self, checkpoint: Checkpoint, start_epoch: int) -> int:
-        self._compare(checkpoint)
+    def _restore(self, checkpoint: Checkpoint) -> int:
+        epoch = check_resumable(checkpoint)
+        self._compare(checkpoint, epoch)
         path, saved = checkpoint.path, checkpoint.content
         load_network(self.student, checkpoint, other=", or another --output_dir")
         if self.ema is not None:
             load_network(self.ema.module, checkpoint, "true" if checkpoint.has_ema else "false")
-        if checkpoint.epoch is None:
-            log(
-                f"Weights of {path}: no optimizer state or epoch in the file; the schedule starts "
-                "from the beginning"
-            )
-            return start_epoch
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
         except ValueError as error:
@@ -247,7 +253,7 @@ class RunState:
             ) from error
         if saved.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
-        self.epoch = checkpoint.epoch
+        self.epoch = epoch
         self.best = dict(saved.get("best", {}))
         self.scores = dict(checkpoint.scores)
         self.progress = Progress.from_saved(saved.get("progress"))
@@ -270,13 +276,11 @@ class RunState:
         log(f"Resumed from {path}: epoch {self.epoch} is done{inside}; best so far: {scores}")
         return self.epoch + 1
 
-    def _compare(self, checkpoint: Checkpoint) -> None:
+    def _compare(self, checkpoint: Checkpoint, epoch: int) -> None:
         """Refuse a checkpoint of different data or another model; report another recipe once.
 
         A finished run is refused under another recipe, since its scores belong to the old recipe.
         """
-        if not checkpoint.run_args:
-            return  # a release, or a file of another project
         path, recipe = checkpoint.path, utils.changes(checkpoint.args, self.args)
         skipped = NOT_RECIPE | DATA_FLAGS | {"val_images", "changes"}
         self.changes = {name: change for name, change in recipe.items() if name not in skipped}
@@ -292,8 +296,7 @@ class RunState:
                 "--output_dir to start from the beginning",
                 "checkpoint",
             )
-        if checkpoint.epoch is not None:
-            self._compare_length(path, checkpoint.epoch + 1, checkpoint.args.get("epochs", 0))
+        self._compare_length(path, epoch + 1, checkpoint.args.get("epochs", 0))
 
     def _compare_length(self, path: str, done: int, planned: int) -> None:
         """See whether anything is left to train of a run with `done` of its `planned` epochs."""
