@@ -70,7 +70,7 @@ from data.sources import (
     stratified,
 )
 from data.transforms import Augmentation, ToNetwork, collate
-from models.weights import read_checkpoint
+from models.checkpoint import read_checkpoint
 from runtime import distributed, signals
 from runtime.device import default_amp_dtype, has_streams, local_rank
 from runtime.distributed import log

@@ -23,9 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 from arguments.derived import PRETRAINED, is_own_module
 from losses import Divergence, kl, kl_per_image, standardize
+from models.checkpoint import Checkpoint, read_checkpoint
 from models.classes import match_outputs, order_of_script, pretrained_classes
 from models.fusion import fuse_layers
-from models.weights import Checkpoint, load_weights, read_checkpoint
+from models.weights import load_weights
 from runtime.device import send
 from runtime.distributed import unwrap
 from utils import UserError, few
@@ -402,19 +403,16 @@ def load_teacher(
 ) -> nn.Module:
     """Create a timm architecture, load a checkpoint into it strictly, and freeze it.
 
-    The file may come from this project, timm, a ConvNeXt, DeiT or RepDistiller release, or be a
-    bare state_dict or a .safetensors file.
-
     Args:
         arch: a timm architecture name.
-        path: the checkpoint file, or its http(s) address; 'pretrained' for timm's own weights of
-            the architecture, whose classes are ImageNet's or those that their configuration names.
+        path: the file, see models.checkpoint.read_checkpoint, or its http(s) address; 'pretrained'
+            for timm's weights, whose classes are ImageNet's or named by their configuration.
         num_classes: number of classes of the data.
         device: where the teacher computes.
         classes: names of the data's classes in order, to match with the teacher's by name.
-        teacher_classes: names of the teacher's classes, where the file does not hold them.
+        teacher_classes: names of the teacher's classes, if the file does not hold them.
         input_config: any of mean, std and input_size, to overrule what the file or timm says.
-        default_config: the same, where neither the file nor a network of the user's own says.
+        default_config: the same, if neither the file nor a network of the user's own says.
         use_ema: 'true' for the EMA weights in the file, 'false' for the raw weights, 'auto' for
             those with the better recorded accuracy, else the EMA.
     Returns: the network in eval mode, its parameters without gradient, with a TeacherInfo as its
@@ -424,19 +422,18 @@ def load_teacher(
     """
     models.check_architecture(arch)
     checkpoint, weights = Checkpoint(path, {}), None
-    names, guessed = teacher_classes, ""
-    if path == PRETRAINED:
-        names = names or pretrained_classes(arch, classes or [])
-    else:
+    if path != PRETRAINED:
         checkpoint = read_checkpoint(path)
         weights = checkpoint.weights(use_ema)
-        names = names or checkpoint.classes
-        if not names and classes:
-            names, guessed = order_of_script(checkpoint.args, classes, path)
+    names, guessed = teacher_classes or checkpoint.classes, ""
+    if path == PRETRAINED:
+        names = teacher_classes or pretrained_classes(arch, classes or [])
+    elif classes and not names:
+        names, guessed = order_of_script(checkpoint.args, classes, path)
     outputs = len(names) if names and (classes or not weights) else num_classes
-    config, config_from, is_size_guessed = _data_config(arch, checkpoint, default_config)
-    if input_config:
-        config, config_from = config | dict(input_config), f"{config_from}, except the given values"
+    config, config_from, is_size_guessed = _data_config(
+        arch, checkpoint, default_config, input_config
+    )
     teacher: Any = models.create_model(arch, outputs, config["input_size"], pretrained=not weights)
     description = "timm's pre-trained weights"
     if weights:
@@ -452,23 +449,15 @@ def load_teacher(
     index, order = match_outputs(names, classes, path)
     parameters = sum(p.numel() for p in teacher.parameters())
     mean, std = ("/".join(f"{value:.3g}" for value in config[name]) for name in ("mean", "std"))
-    is_ema = weights is not None and weights.is_ema
     origin = (
         f"Teacher {arch} from {path}: {description}, {parameters:,} parameters, {outputs} classes "
         f"({guessed or order}), {config['input_size']} px, mean {mean}, std {std} (input from "
         f"{config_from})"
     )
-    teacher.info = TeacherInfo(
-        config,
-        index,
-        origin,
-        is_ema,
-        is_size_guessed and "input_size" not in (input_config or {}),
-        checkpoint.recorded_acc1(is_ema),
-        checkpoint.data,
-        checkpoint.args,
-        checkpoint.images,
-    )
+    is_ema = weights is not None and weights.is_ema
+    acc1 = checkpoint.recorded_acc1(is_ema)
+    parts = checkpoint.data, checkpoint.args, checkpoint.images
+    teacher.info = TeacherInfo(config, index, origin, is_ema, is_size_guessed, acc1, *parts)
     return teacher
 
 
@@ -480,9 +469,21 @@ OTHER_TEACHER = (
 
 
 def _data_config(
-    arch: str, checkpoint: Checkpoint, default: Mapping[str, Any] | None
+    arch: str,
+    checkpoint: Checkpoint,
+    default: Mapping[str, Any] | None,
+    given: Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], str, bool]:
     """What the teacher was trained to see, who says so, and whether its size is a guess."""
+    config, source, is_guessed = _known_config(arch, checkpoint, default)
+    if given:
+        config, source = config | dict(given), f"{source}, except the given values"
+    return config, source, is_guessed and "input_size" not in (given or {})
+
+
+def _known_config(
+    arch: str, checkpoint: Checkpoint, default: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], str, bool]:
     native = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
     config = native | {"input_size": 224}
     config |= {name: default[name] for name in config if default and name in default}

@@ -19,8 +19,9 @@ from datasets import build_eval_loader, data_config
 from distillation import SelectClasses
 from engine import evaluate
 from models.calibration import Tempered, write_temperature
+from models.checkpoint import Checkpoint, Weights
 from models.classes import match_classes
-from models.weights import Checkpoint, Weights, load_network
+from models.weights import load_network
 from reporting import metrics, summary
 from reporting.terminal import MANY_CLASSES
 from runtime import distributed

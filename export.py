@@ -55,7 +55,7 @@ from deploy.writers import (
     write_timm,
 )
 from evaluation import evaluation_args, open_scored
-from models.weights import Checkpoint, local_file
+from models.checkpoint import Checkpoint, local_file
 from reporting.tables import table
 from runtime.distributed import log
 from utils import UserError, exit_code, flags_for

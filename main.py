@@ -48,7 +48,7 @@ from datasets import Data, build_data, check_outputs
 from distillation import DistillationLoss, StudentWithDistillation
 from engine import TrainedModel, evaluate, train_one_epoch
 from evaluation import score_checkpoint
-from models.weights import read_checkpoint
+from models.checkpoint import read_checkpoint
 from reporting import metrics, summary
 from reporting.recorder import Recorder
 from reporting.summary import (

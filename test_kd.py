@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.loaders import Batch
 from distillation import DistillationLoss, StudentWithDistillation, load_teacher
 from engine import train_one_epoch
-from models.weights import read_checkpoint
+from models.checkpoint import read_checkpoint
 from training import checkpoints
 from training.optimizer import Schedule
 from training.settings import LoopSettings

@@ -18,7 +18,8 @@ from torch.export.passes import move_to_device_pass
 import models
 from data.transforms import HostBatch, ToNetwork
 from models.calibration import Tempered, read_temperature
-from models.weights import Checkpoint, load_network, read_checkpoint
+from models.checkpoint import Checkpoint, read_checkpoint
+from models.weights import load_network
 from runtime.device import send
 from utils import UserError, few, first_line
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.weights import Weights, local_file, output_prefixes
+from models.checkpoint import Weights, local_file
+from models.weights import output_prefixes
 from utils import UserError, first_line, write_whole
 
 

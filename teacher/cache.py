@@ -28,8 +28,8 @@ from data.order import EpochBatches
 from data.pictures import DECODER
 from data.sources import ImageSource
 from datasets import Data
+from models.checkpoint import local_file, read_checkpoint
 from models.own import code_file
-from models.weights import local_file, read_checkpoint
 from runtime import distributed
 from teacher.logit_store import LogitStore, RowFormat, hash_of
 from utils import UserError, flags_for

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from models.weights import local_file, read_checkpoint
+from models.checkpoint import local_file, read_checkpoint
 from runtime.device import (
     choose_kernels,
     default_amp_dtype,

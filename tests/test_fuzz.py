@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save as save_tensors
 
 from data import pictures
-from models.weights import read_checkpoint
+from models.checkpoint import read_checkpoint
 from utils import UserError
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

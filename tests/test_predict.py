@@ -19,7 +19,7 @@ import export
 import predict
 from deploy.model import ModelCard
 from models.calibration import write_temperature
-from models.weights import read_checkpoint
+from models.checkpoint import read_checkpoint
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from forked import Group, program
 from helpers import QUICK, is_same, teacher_flags, write_images
 
 from deploy.model import network_from_checkpoint
-from models.weights import Checkpoint
+from models.checkpoint import Checkpoint
 from training.checkpoints import lock_folder
 
 FOLDER = ["--input_size", 32, "--batch_size", 8]

@@ -18,7 +18,7 @@ import main
 import utils
 from arguments.parsing import parse_args
 from distillation import DistillationLoss, StudentWithDistillation
-from models.weights import FORMAT
+from models.checkpoint import FORMAT
 from reporting.recorder import Recorder
 from runtime import device
 from runtime.device import choose_threads

@@ -20,7 +20,8 @@ import utils
 from arguments.derived import teachers_of
 from arguments.flags import DATA_FLAGS, NOT_RECIPE
 from arguments.kinds import as_typed
-from models.weights import FORMAT, Checkpoint, load_network, read_checkpoint
+from models.checkpoint import FORMAT, Checkpoint, read_checkpoint
+from models.weights import load_network
 from reporting.recorder import scores_of
 from runtime import distributed
 from runtime.distributed import is_main_process, log, world_size
