@@ -79,7 +79,7 @@ def _normalized(name: str) -> str:
 
 
 def order_of_script(
-    args: Mapping[str, Any], classes: Sequence[str], path: str
+    script_args: Mapping[str, Any], classes: Sequence[str], path: str
 ) -> tuple[list[str] | None, str]:
     """The names of the outputs of a file that names none, by the script that wrote it.
 
@@ -87,19 +87,22 @@ def order_of_script(
     natural, case-insensitive order: a2 before a10, beagle before Bengal.
 
     Args:
-        args: the arguments in the file, by name; empty if it has none.
+        script_args: the arguments in the file, by name; empty if it has none.
         classes: of the data, in order.
     Returns: the names, or None if both orders are the same or the data has an order of its own;
         and a note on the order.
     Raises: UserError if the orders differ, and the file does not say which script wrote it.
     """
     text, natural = sorted(classes), sorted(classes, key=_natural_key)
-    is_timm, of_folders = "class_map" in args, args.get("dataset") in (None, "", "folder")
+    is_timm, of_folders = (
+        "class_map" in script_args,
+        script_args.get("dataset") in (None, "", "folder"),
+    )
     if text == natural or list(classes) not in (text, natural) or (is_timm and not of_folders):
         return None, "assumed to be in the data's order"
-    if is_timm and not args["class_map"]:
+    if is_timm and not script_args["class_map"]:
         return natural, "in the order in which timm's train.py numbers class folders"
-    if args and not is_timm:
+    if script_args and not is_timm:
         return text, "in text order, as torchvision numbers class folders"
     differ = next(i for i, names in enumerate(zip(text, natural, strict=True)) if len({*names}) > 1)
     raise UserError(
