@@ -138,7 +138,7 @@ def report_schedule(
     first_step: int,
     changes: Mapping[str, tuple[Any, Any]],
 ) -> None:
-    """Print the schedule, and and what a changed recipe does to it in a resumed run."""
+    """Print the schedule, and what a changed recipe does to it in a resumed run."""
     log(
         f"{len(schedule.lr)} optimizer steps, {warmup_steps(args, steps_per_epoch)} of them "
         f"warm-up; learning rate {args.lr:.3g}"
