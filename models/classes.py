@@ -94,10 +94,8 @@ def order_of_script(
     Raises: UserError if the orders differ, and the file does not say which script wrote it.
     """
     text, natural = sorted(classes), sorted(classes, key=_natural_key)
-    is_timm, of_folders = (
-        "class_map" in script_args,
-        script_args.get("dataset") in (None, "", "folder"),
-    )
+    is_timm = "class_map" in script_args
+    of_folders = script_args.get("dataset") in (None, "", "folder")
     if text == natural or list(classes) not in (text, natural) or (is_timm and not of_folders):
         return None, "assumed to be in the data's order"
     if is_timm and not script_args["class_map"]:
