@@ -370,7 +370,7 @@ def test_flags_of_the_teacher_are_dropped_and_one_cache_serves_a_seed(sweep_line
 
 
 BAD_SWEEPS = {
-    "--vary kd_alhpa=1": "did you mean --kd_alpha?",
+    "--vary kd_alhpa=1": "did you mean --kd_alpha or",
     "--vary seed": "needs a flag and its values",
     "--vary seed=0,0": "is there twice",
     "--vary output_dir=a,b": "is not a setting of a training run",
