@@ -22,6 +22,7 @@ from PIL import Image
 
 import main
 import models  # noqa: F401
+from models import cost
 
 gc.freeze()  # else each collection would look at all that torch and timm have made: 0.2 s
 
@@ -36,14 +37,19 @@ def end_loader_workers():
 
 @pytest.fixture
 def run_main(capsys):
-    """Runs a command line of main.py; later flags replace the quick defaults."""
+    """Runs a command line of main.py; later flags replace the quick defaults.
+
+    Costs are measured in one round instead of five: see test_report for the rounds.
+    """
 
     def run(*flags: object, output_dir: Path | None = None) -> Run:
         argv = [*QUICK, *map(str, flags)]
         if output_dir is not None:
             argv += ["--output_dir", str(output_dir)]
         try:
-            code = main.main(argv)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cost, "ROUNDS", 1)
+                code = main.main(argv)
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()
@@ -69,8 +75,8 @@ def teacher_file(tmp_path) -> Path:
 
 @pytest.fixture
 def kd(teacher_file) -> list[str]:
-    """The flags that distill from `teacher_file`."""
-    return teacher_flags(teacher_file)
+    """The flags that distill from `teacher_file`, which sees digits at their own size."""
+    return ["--teacher_input_size", "8", *teacher_flags(teacher_file)]
 
 
 @pytest.fixture

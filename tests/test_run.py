@@ -569,22 +569,25 @@ def test_small_batches_take_one_thread_and_a_given_number_of_threads_is_kept(
         torch.set_num_threads(given)
 
 
-KD_LOSSES = {
-    "--kd_loss dist --kd_standardize true --ce_weight 1 --kd_weight 2": "test_loss",
-    "--kd_loss dkd --dkd_beta 2 --kd_warmup_epochs 1 --mixup 0 --cutmix 0": "test_loss",
-    "--loss bce --bce_target_thresh 0.2": "test_loss",
-    "--kd_loss bce --unlabeled rest": "train_labeled",
+KD_LOSSES = {  # flags -> the weights of both parts in the last of two epochs
+    "--kd_loss dist --kd_standardize true --ce_weight 1 --kd_weight 2": (1, 2),
+    "--kd_loss dkd --dkd_beta 2 --kd_warmup_epochs 2 --mixup 0 --cutmix 0": (0.3, 0.7),
+    "--loss bce --bce_target_thresh 0.2 --kd_loss hard": (0.3, 0.7),
+    "--kd_loss bce --unlabeled rest --epochs 1 --kd_alpha 0.9": (0.1 * 16 * 64 / 1437, 0.9),
 }
 
 
 @pytest.mark.parametrize("flags", KD_LOSSES)
 def test_a_run_trains_with_the_loss_that_is_asked_for(run_main, kd, short, tmp_path, flags):
-    usual = run_main(*short, *kd, output_dir=tmp_path / "usual")
-    run = run_main(*short, *kd, *flags.split(), output_dir=tmp_path / "run")
+    run = run_main(*short, *kd, *flags.split(), output_dir=tmp_path)
     assert run.code == 0, run.err
-    first, other = run.log[0], usual.log[0]
-    assert first["train_kd"] > 0 and KD_LOSSES[flags] in first
-    assert first["train_loss"] != pytest.approx(other["train_loss"], rel=0.01)
+    last, (ce_weight, kd_weight) = run.log[-1], KD_LOSSES[flags]
+    expected = ce_weight * last["train_ce"] + kd_weight * last["train_kd"]
+    assert last["train_kd"] > 0 and last["train_loss"] == pytest.approx(expected, rel=1e-4)
+    if "warmup" in flags:  # half of the weight in the first of two epochs
+        first = run.log[0]
+        expected = ce_weight * first["train_ce"] + kd_weight / 2 * first["train_kd"]
+        assert first["train_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 LOSS_ERRORS = {

@@ -39,7 +39,8 @@ def random_teacher(path: Path, num_classes: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def kd(tmp_path_factory) -> list[str]:
-    return random_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth", 10)
+    file = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    return ["--teacher_input_size", "8", *random_teacher(file, 10)]
 
 
 SHORT = ["--train_samples", "72", "--epochs", "2", "--model_ema", "true"]  # 4 batches and a half

@@ -387,7 +387,8 @@ def test_fidelity_is_logged_and_right(run_main, short, kd, teacher_file, tmp_pat
     run = run_main(*short, *kd, output_dir=tmp_path / "out")
     student = models.create_model("cifar_resnet8", 10, 8).eval()
     student.load_state_dict(run.checkpoint(1)["model"])
-    loaded = load_teacher("cifar_resnet8", str(teacher_file), 10, "cpu")
+    size = {"input_size": 8}
+    loaded = load_teacher("cifar_resnet8", str(teacher_file), 10, "cpu", input_config=size)
     args = parse_args(["--input_size", "8"])
     config = datasets.data_config(args)
     teacher = TeacherAdapter(loaded, config)
