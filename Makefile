@@ -13,7 +13,7 @@ demo: .venv/run
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy & OMP_NUM_THREADS=1 $(BIN)/python test_kd.py && \
+	( OMP_NUM_THREADS=1 $(BIN)/python test_kd.py && $(BIN)/mypy ) & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests && wait $$!
 
 setup: .venv/run
