@@ -176,7 +176,8 @@ def run(argv: list[str] | None) -> None:
         flags_for(output="--output_dir", cache="--teacher_cache", log="--log_dir"),
         explain_batch_norm(),
     ):
-        train(args, settings, data, student, ema, teacher, resumed)
+        training = prepare_training(args, settings, data, student, ema, teacher, resumed)
+        train(args, settings, data, training, teacher)
     if lock is not None:
         lock.close()
 
@@ -291,15 +292,12 @@ def train(
     args: argparse.Namespace,
     settings: LoopSettings,
     data: Data,
-    student: nn.Module,
-    ema: ModelEmaV3 | None,
+    training: Training,
     teacher: RunTeacher,
-    resumed: str,
 ) -> None:
-    """Train from the checkpoint `resumed`, or from the beginning for '', to the last epoch."""
-    training = prepare_training(args, settings, data, student, ema, teacher, resumed)
+    """Train from where `training` stands to the last epoch, and report how the run ended."""
     state, times, steps = training.state, training.times, training.steps
-    n_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    n_parameters = sum(p.numel() for p in state.student.parameters() if p.requires_grad)
     with flags_for(folder="--log_dir"):
         recorder = Recorder.open(
             state.args, settings.device, data.config, training.start, training.first_step
@@ -318,7 +316,7 @@ def train(
                 training.schedule,
                 epoch,
                 settings,
-                ema=ema,
+                ema=state.ema,
                 recorder=recorder,
                 progress=state.progress,
                 after_update=partial(save_inside_epoch, args.save_ckpt_steps, training, teacher),

@@ -328,8 +328,8 @@ add("eval_data_path", FOLDER, None, CLASS_FOLDERS, NO_HOLDOUT, help=
     "folder of the validation images of --data_set image_folder (default: a fifth of the training "
     "images is held out)")
 add("labels", FILE, None, CLASS_FOLDERS, role=DATA, help=
-    "text file with a path below --data_path and a class per line, separated by a comma, a tab or "
-    "a space, for training images that are not sorted into class folders")
+    "text file with a path below --data_path and a class per line, separated by a comma, "
+    "a semicolon, a tab or a space, for training images that are not sorted into class folders")
 add("eval_labels", FILE, None, CLASS_FOLDERS, NO_HOLDOUT, help=
     "text file like --labels for the validation images, with paths below --eval_data_path, or "
     "without that flag below --data_path")

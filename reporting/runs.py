@@ -86,7 +86,7 @@ class Group:
 
     @property
     def changed(self) -> list[Run]:
-        """The runs whose recipe, teacher or validation images changed on the way."""
+        """The runs whose flags changed when they were resumed."""
         return [run for run in self.runs.values() if run.args.get(CHANGES)]
 
     def values(self, column: str) -> list[float]:
