@@ -119,9 +119,9 @@ add = Group("knowledge distillation", TRAINING)
 add("kd", SWITCH, False, help="enable knowledge distillation")
 add = Group("knowledge distillation", TRAINING, WITH_KD)
 add("teacher_path", FILE, None, cache=FOLLOWED, nargs="+", help=
-    "checkpoint file(s) of the teacher(s) (required with --kd true)")
+    "teacher checkpoint file(s) (required with --kd true)")
 add("teacher_arch", NAME, None, cache=COMPARED, nargs="+", help=
-    "timm architecture(s) of the teacher(s) (required with --kd true)")
+    "teacher's timm architecture(s) (required with --kd true)")
 add("kd_alpha", SHARE, 0.7, known_as="alpha", help=
     "weight of the distillation loss: 0 for labels only, 1 for teacher only")
 add("kd_temperature", POSITIVE, 4.0, ASKED, known_as="temperature", help=
@@ -133,13 +133,11 @@ add("kd_standardize", SWITCH, False, ASKED, help=
     "compare z-scores of the logits: mean 0 and deviation 1 per image")
 add("ce_weight", NOT_NEGATIVE, None, ASKED, USES_LABELS, help=
     "weight of the label loss (default: 1 - alpha)")
-add("kd_weight", POSITIVE, None, ASKED, help=
-    "weight of the distillation loss (default: alpha)")
+add("kd_weight", POSITIVE, None, ASKED, help="weight of the distillation loss (default: alpha)")
 add("kd_warmup_epochs", FROM_0, 0, ASKED, help=
     "epochs over which the weight of the distillation loss grows linearly from 0")
 DKD = Need("without --kd_loss dkd", lambda a: a.kd_loss == "dkd", ("kd_loss",))
-add("dkd_alpha", NOT_NEGATIVE, 1.0, ASKED, DKD, help=
-    "weight of the target class in --kd_loss dkd")
+add("dkd_alpha", NOT_NEGATIVE, 1.0, ASKED, DKD, help="weight of the target class in --kd_loss dkd")
 add("dkd_beta", NOT_NEGATIVE, 8.0, ASKED, DKD, help=
     "weight of the other classes in --kd_loss dkd: 8 for CIFAR-100, 1 for ImageNet")
 
@@ -148,10 +146,10 @@ add("teacher_weights", NAME, None,
     Need("with a single teacher", lambda a: "," in a.teacher_arch), cache=FOLLOWED, nargs="+", help=
     "relative weights of several teachers, e.g. 2,1 (default: equal)")
 add("teacher_norm", ("auto", "student", "arch"), "auto", cache=COMPARED, help=
-    "teacher's input normalization: from its checkpoint, else timm's (auto); the student's "
-    "(student); timm's for the architecture (arch)")
+    "teacher's input normalization: its checkpoint's, else timm's (auto), the student's (student), "
+    "or timm's for the architecture (arch)")
 add("teacher_input_size", COUNT, None, cache=COMPARED, help=
-    "side of the teacher's input in pixels (default: from its checkpoint, else timm's)")
+    "side of the teacher's input in pixels (default: its checkpoint's, else timm's)")
 add("teacher_classes", FILE, None, cache=FOLLOWED, help=
     "text file with the teacher's class names, one per line in the order of its outputs (default: "
     "the names in its checkpoint)")
@@ -161,27 +159,26 @@ add("teacher_min_acc1", PERCENT, 0.0,
     Need("without --teacher_eval true", lambda a: a.teacher_eval), role=REPEAT, help=
     "stop if the teacher's accuracy is below this, in percent")
 add("teacher_device", NAME, None, role=MACHINE, help=
-    "device for the teacher, such as cpu or cuda:1 (default: --device)")
+    "teacher's device, such as cpu or cuda:1 (default: --device)")
 add("teacher_dtype", ("float32", "bfloat16", "float16"), "float32", cache=COMPARED, help=
-    "data type of the teacher's weights and computation")
+    "data type of the teacher's weights and computation: float32, bfloat16 or float16")
 
 add = Group("teacher cache (teacher logits on disk)", TRAINING)
 add("teacher_cache", FOLDER, None, WITH_KD, ASKED, role=REPEAT, help=
-    "cache folder for teacher logits; filled by the first run and read by later runs")
+    "folder of cached teacher logits; filled by the first run and read by later runs")
 # Repeats augmented epochs without a cache and without a teacher, too.
 add("teacher_views", COUNT, None, cache=FOLLOWED, help=
     "number of distinct augmented epochs (views); later epochs cycle through them (default: "
     "--epochs)")
 add = Group("teacher cache (teacher logits on disk)", TRAINING, WITH_KD, ASKED, CACHE)
 add("teacher_cache_dtype", ("float16", "float32"), "float16", cache=COMPARED, help=
-    "data type of cached logits")
+    "data type of cached logits: float16 or float32")
 add("teacher_cache_topk", COUNT, None, cache=COMPARED, help=
     "cache only the k largest logits per image (default: all)")
-add("teacher_cache_only", SWITCH, False, role=REPEAT, help=
-    "fill the teacher cache and exit")
+add("teacher_cache_only", SWITCH, False, role=REPEAT, help="fill the teacher cache and exit")
 add("teacher_cache_range", Kind(str, "FIRST:END"), None,
     on("teacher_cache_only"), role=REPEAT, help=
-    "views to fill with --teacher_cache_only, such as 0:50 (default: all)")
+    "views for --teacher_cache_only, such as 0:50 (default: all)")
 
 # --------------------------------------------------------------------------------------- run
 
@@ -190,24 +187,21 @@ add("batch_size", COUNT, None, cache=FOLLOWED, help=
     "images per process and forward pass (default: 64; 32, 16 or 8 if an epoch would have fewer "
     "than 50 batches)")
 add("epochs", COUNT, 300, TRAINING, help="passes over the training images")
-add("update_freq", COUNT, 1, TRAINING, STUDENT, help=
-    "batches accumulated into one optimizer step")
+add("update_freq", COUNT, 1, TRAINING, STUDENT, help="batches accumulated into one optimizer step")
 add("seed", FROM_0, 0, role=REPEAT, help="random seed")
 add("data_seed", FROM_0, None, role=REPEAT, help=
-    "random seed of the training images: order, augmentation, subset; runs with one --data_seed "
-    "can share a teacher cache (default: --seed)")
+    "seed of the order, augmentation and subset of training images; runs with one --data_seed can "
+    "share a teacher cache (default: --seed)")
 add("device", NAME, None, role=MACHINE, help=
     "device to train on: cuda, cuda:1, xpu, mps or cpu (default: the first available)")
 add("compile", SWITCH, False, TRAINING, ALL_LAYERS, role=MACHINE, help=
     "compile both networks with torch.compile")
-add("use_amp", SWITCH, False, cache=FOLLOWED, known_as="amp", help=
-    "use automatic mixed precision")
+add("use_amp", SWITCH, False, cache=FOLLOWED, known_as="amp", help="use automatic mixed precision")
 add("amp_dtype", ("float16", "bfloat16"), None, on("use_amp"), cache=FOLLOWED, help=
-    "data type of mixed precision; float16 also scales the loss (default: bfloat16 on the CPU and "
-    "on GPUs that compute in it, else float16)")
+    "data type of mixed precision: bfloat16, or float16 with a scaled loss (default: bfloat16 on "
+    "the CPU and on GPUs that compute in it, else float16)")
 add("fast_cuda", SWITCH, True, role=MACHINE, help=
-    "use TF32 and cuDNN's fastest kernels on CUDA; false for restarts as exact as the GPU's "
-    "kernels")
+    "use TF32 and cuDNN's fastest kernels on CUDA; false for restarts as exact as its kernels")
 add("sync_bn", SWITCH, False, ALL_LAYERS, help=
     "share BatchNorm statistics among all processes (CUDA only)")
 add("start_epoch", FROM_0, 0, TRAINING, STUDENT, role=MACHINE, help=
@@ -215,8 +209,7 @@ add("start_epoch", FROM_0, 0, TRAINING, STUDENT, role=MACHINE, help=
 
 add = Group("processes (set by torchrun)", role=MACHINE)
 add("dist_url", Kind(str, "URL"), "env://", help="address at which the processes meet")
-add("local_rank", WHOLE, None, help=
-    "ignored, for old launchers; the variable LOCAL_RANK counts")
+add("local_rank", WHOLE, None, help="ignored, for old launchers; the variable LOCAL_RANK counts")
 
 # ----------------------------------------------------------------------------------- student
 
@@ -228,17 +221,17 @@ add("input_size", COUNT, None, cache=COMPARED, known_as="img_size", help=
     "side of the input images in pixels (default: 224; for cifar_* and mnist_* the data set's)")
 add = Group("student", TRAINING, STUDENT)
 add("pretrained", SWITCH, False, help=
-    "start from timm's weights of the architecture, with their input size and normalization unless "
-    "a flag says otherwise, and with a new classifier for different classes")
+    "start from timm's weights, with their input size and normalization unless a flag says "
+    "otherwise, and a new classifier for different classes")
 add("finetune", FILE, "", help="start from the weights of this checkpoint file")
 add("linear_probe", SWITCH, False, help=
-    "train only the classifier, on features of the frozen backbone of --finetune or --pretrained "
-    "true; without augmentation unless one of its flags is given")
+    "train only the classifier, on frozen features of --finetune or --pretrained true; without "
+    "augmentation unless one of its flags is given")
 add("head_init_scale", NOT_NEGATIVE, 1.0, help="factor on the classifier's initial weights")
 add("model_key", Kind(str, "KEY|KEY"), "model|module", FINETUNE, help=
     "keys under which --finetune looks for weights, separated by |")
 add("model_prefix", NAME, "", FINETUNE, help=
-    "load only the parameters of --finetune whose names start with this prefix, and strip it")
+    "load only the parameters of --finetune with this prefix, and strip it")
 
 add = Group("exponential moving average (EMA)", TRAINING, STUDENT)
 add("model_ema", SWITCH, False, help="keep an exponential moving average of the student's weights")
@@ -246,8 +239,7 @@ add("model_ema_decay", SHARE_BELOW_1, 0.9999, WITH_EMA, help="EMA decay per opti
 add("model_ema_warmup", SWITCH, True, WITH_EMA, help=
     "let the EMA decay grow from 0, for short runs")
 add("model_ema_force_cpu", SWITCH, False, WITH_EMA, help="keep the EMA in host memory")
-add("model_ema_eval", SWITCH, False, EVALUATION, WITH_EMA, help=
-    "also evaluate the EMA")
+add("model_ema_eval", SWITCH, False, EVALUATION, WITH_EMA, help="also evaluate the EMA")
 
 # --------------------------------------------------------------------------------- optimizer
 
@@ -256,14 +248,13 @@ add("opt", NAME, "adamw", help="optimizer, any of timm's create_optimizer_v2")
 add("opt_eps", NOT_NEGATIVE, 1e-8, help="epsilon of the optimizer")
 add("opt_betas", SHARE_BELOW_1, None, nargs="+", help=
     "betas of the optimizer, such as 0.9 0.999 (default: those of the optimizer)")
-add("clip_grad", POSITIVE, None, help=
-    "clip gradients to this norm (default: no clipping)")
+add("clip_grad", POSITIVE, None, help="clip gradients to this norm (default: no clipping)")
 add("momentum", SHARE, 0.9, help="SGD momentum")
 add("weight_decay", NOT_NEGATIVE, None, known_as="wd", help=
     "weight decay, except of biases and normalization layers (default: 0.05; 1e-4 for SGD)")
 add("weight_decay_end", NOT_NEGATIVE, None,
     Need("with --weight_decay 0", lambda a: a.weight_decay > 0, ("weight_decay",)), help=
-    "final weight decay of a cosine schedule (default: constant weight decay)")
+    "final weight decay of a cosine schedule (default: constant)")
 add("lr", NOT_NEGATIVE, None, known_as="learning_rate", help=
     "peak learning rate (default: 4e-3 at a total batch of 4096, or 0.1 at 128 for SGD, scaled by "
     "the square root of the batch; higher for few steps from scratch; for --linear_probe 2 divided "
@@ -283,21 +274,21 @@ add("bce_target_thresh", SHARE_BELOW_1, None, USES_LABELS,
     "count smoothed and mixed labels above this as 1 and others as 0 (default: none)")
 add("smoothing", SHARE_BELOW_1, 0.1, USES_LABELS, help="label smoothing")
 add("class_weights", ("none", "balanced"), "none", USES_LABELS, help=
-    "weights of the classes in the label loss: all equal (none), or the inverse of each class's "
-    "share of the training images (balanced)")
+    "weights of the classes in the label loss: all equal (none), or inverse to their share of the "
+    "training images (balanced)")
 
 # ------------------------------------------------------------------------------------ images
 
 add = Group(AUGMENTATION, TRAINING, cache=COMPARED)
 add("color_jitter", NOT_NEGATIVE, 0.4,
     Need("without --aa none", lambda a: not a.aa or "3a" in a.aa, ("aa",)), help=
-    "strength of color jitter; used only with --aa none")
+    "strength of color jitter, only with --aa none")
 add("aa", Kind(str, "POLICY"), "rand-m9-mstd0.5-inc1", help=
     "AutoAugment, RandAugment or AugMix policy in timm's notation; none for no policy")
 add("hflip", SHARE, None, help=
     "probability of a horizontal flip (default: 0.5; 0 for DIGITS and MNIST)")
 add("train_interpolation", ("random", "bilinear", "bicubic"), "bicubic", INTERPOLATED, help=
-    "interpolation of the random crop")
+    "interpolation of the random crop: random, bilinear or bicubic")
 add("reprob", SHARE, 0.25, help="probability of random erasing")
 add("remode", ("const", "rand", "pixel"), "pixel", ERASED, help=
     "fill for random erasing: zeros (const), one random color (rand) or random pixels (pixel)")
@@ -310,11 +301,10 @@ add("cutmix", NOT_NEGATIVE, 1.0,
     "alpha of cutmix; 0 for none")
 add("cutmix_minmax", SHARE, None, nargs=2, help="minimum and maximum cut ratio; replaces --cutmix")
 add("mixup_prob", SHARE, 1.0, MIXED, help="probability of mixing at all")
-add("mixup_switch_prob", SHARE, 0.5, BOTH_MIXES, help=
-    "probability of cutmix if both are on")
+add("mixup_switch_prob", SHARE, 0.5, BOTH_MIXES, help="probability of cutmix if both are on")
 add("mixup_mode", ("batch", "pair", "elem"), "batch", MIXED, help=
-    "draw the mix per batch, per pair or per image (elem); pair mixes neighbors in the order of "
-    "the epoch, and timm's pair mode mirrored positions of the batch")
+    "draw the mix per batch (batch), per image (elem) or per pair of neighbors in the epoch (pair; "
+    "timm pairs mirrored positions of the batch)")
 
 add = Group("data", role=VALIDATION, cache=FOLLOWED)
 add("data_set", NAME, None, known_as="dataset", help=
@@ -328,18 +318,17 @@ add("eval_data_path", FOLDER, None, CLASS_FOLDERS, NO_HOLDOUT, help=
     "folder of the validation images of --data_set image_folder (default: a fifth of the training "
     "images is held out)")
 add("labels", FILE, None, CLASS_FOLDERS, role=DATA, help=
-    "text file with a path below --data_path and a class per line, separated by a comma, "
-    "a semicolon, a tab or a space, for training images that are not sorted into class folders")
+    "text file with the labels of training images without class folders: a path below --data_path "
+    "and a class per line, separated by a comma, a semicolon, a tab or a space")
 add("eval_labels", FILE, None, CLASS_FOLDERS, NO_HOLDOUT, help=
     "text file like --labels for the validation images, with paths below --eval_data_path, or "
     "without that flag below --data_path")
 add("holdout", COUNT, None, help=
-    "hold out this many training images and evaluate on them instead of the validation images; for "
-    "tuning (default: none, or a fifth for image_folder without validation images)")
+    "training images to hold out and evaluate on, in place of the validation images; for tuning "
+    "(default: none, or a fifth for image_folder without validation images)")
 add("unlabeled", FOLDER, "", TRAINING, WITH_KD, ASKED, role=DATA, help=
-    "folder of images without labels, at any depth, that join the training images for the "
-    "distillation part of the loss; or 'rest': the images that --train_samples leaves out, their "
-    "labels unused (default: none)")
+    "folder of images without labels, at any depth, for the distillation part of the loss; or "
+    "'rest': the images that --train_samples leaves out, their labels unused (default: none)")
 add("nb_classes", COUNT, None, role=DATA, known_as="num_classes", help=
     "expected number of classes (default: counted)")
 add = Group("data")
@@ -347,7 +336,7 @@ add("train_samples", COUNT, None, TRAINING, cache=FOLLOWED, help=
     "train on a random subset of this many images, with every class in its proportion (default: "
     "all)")
 add("imagenet_default_mean_and_std", SWITCH, True, cache=COMPARED, help=
-    "normalize with the mean and standard deviation of ImageNet; false for 0.5 and 0.5")
+    "normalize with ImageNet's mean and standard deviation; false for 0.5 and 0.5")
 add("check_data", SWITCH, False, role=REPEAT, help=
     "read every image before training; stop with a list of unreadable images")
 add("num_workers", FROM_0, None, role=MACHINE, known_as="workers", help=
@@ -363,8 +352,7 @@ add("resume", FILE, "", STUDENT, help=
     "checkpoint to resume from, or to score with --eval true; flags that are not given follow the "
     "checkpoint")
 add = Group("output", TRAINING, STUDENT, role=MACHINE)
-add("log_dir", FOLDER, None, help=
-    "folder for TensorBoard files, or 'none' (default: tb in --output_dir)")
+add("log_dir", FOLDER, None, help="folder for TensorBoard, or 'none' (default: tb in --output_dir)")
 add("print_seconds", NOT_NEGATIVE, 10, help=
     "minimum seconds between progress lines if stdout is not a terminal")
 add("auto_resume", SWITCH, True, OUTPUT, help=
@@ -373,14 +361,14 @@ add("save_ckpt", SWITCH, True, help="save checkpoints")
 add("save_ckpt_freq", COUNT, 1, OUTPUT, SAVING, help="epochs between two checkpoints")
 add("save_ckpt_num", COUNT, 3, OUTPUT, SAVING, help="number of epoch checkpoints to keep")
 add("save_ckpt_steps", COUNT, None, OUTPUT, SAVING, help=
-    "optimizer steps between two checkpoints within an epoch (default: none within)")
+    "optimizer steps between two checkpoints within an epoch (default: none)")
 
 add = Group("evaluation", role=MACHINE)
 add("eval", SWITCH, False, help="score --resume FILE and exit")
 add("use_ema", ("auto", "true", "false"), "auto", KD_OR_EVAL, cache=FOLLOWED, help=
-    "which weights of a checkpoint with an EMA to use as a teacher: the better ones by their "
-    "recorded accuracy, else the EMA (auto), the EMA (true) or the raw weights (false); --eval "
-    "true scores both with auto")
+    "teacher's weights if its checkpoint holds an EMA: those with the better recorded accuracy, "
+    "else the EMA (auto), the EMA (true) or the raw weights (false); --eval true scores both with "
+    "auto")
 add("report", FILE, "", help=
     "JSON file for accuracy per class, confusions and calibration of the last evaluation")
 add("calibrate", SWITCH, False, help=
@@ -389,8 +377,7 @@ add("calibrate", SWITCH, False, help=
 add("crop_pct", SHARE_ABOVE_0, None, role=RECIPE, help=
     "fraction of the resized image that evaluation crops (default: 0.875; 1 for images below 64 "
     "pixels or from 384 pixels up)")
-add("dist_eval", SWITCH, True, SOMETHING_SCORED, help=
-    "divide validation images among processes")
+add("dist_eval", SWITCH, True, SOMETHING_SCORED, help="divide validation images among processes")
 add("eval_freq", COUNT, 1, TRAINING, EVALUATION, role=RECIPE, help=
     "epochs between two evaluations; the last epoch is always evaluated")
 add("disable_eval", SWITCH, False, TRAINING, role=RECIPE, help="train without evaluation")
@@ -421,7 +408,7 @@ def get_args_parser() -> Parser:
     for flag in FLAGS.values():
         takes: dict[str, Any] = {"nargs": flag.nargs}
         if not isinstance(flag.kind, Kind):
-            takes["choices"] = flag.kind
+            takes |= {"choices": flag.kind, "metavar": "NAME"}  # the help names them
         else:
             takes |= {"type": flag.kind.parse, "metavar": flag.kind.metavar}
         if flag.kind == SWITCH:  # --kd alone means --kd true

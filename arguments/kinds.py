@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shutil
 from collections.abc import Callable
 from os.path import expanduser
 from typing import Any, NamedTuple
@@ -43,7 +44,8 @@ class ShowDefaults(argparse.HelpFormatter):
     """Adds '(default: …)' to the help of every flag that does not state its default in words."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__(*args, **{"max_help_position": 28} | keywords)
+        width = shutil.get_terminal_size((100, 24)).columns - 2  # 100 if stdout is no terminal
+        super().__init__(*args, **{"width": width, "max_help_position": width * 3 // 8} | keywords)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         help_text = action.help or ""

@@ -53,6 +53,16 @@ def test_every_help_line_stands_alone():
         assert len(action.help.split()) >= 2, flag
         first = action.help.split()[0].lower()
         assert first not in ("it", "its", "of", "them", "one", "where", "so"), flag
+        assert all(choice in action.help for choice in action.choices or ()), flag
+
+
+def test_help_fits_250_lines_and_shows_each_flag_beside_its_meaning(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # as if stdout is a pipe
+    lines = get_args_parser().format_help().splitlines()
+    assert len(lines) <= 250 and max(map(len, lines)) <= 100
+    for flag, action in flags_of(get_args_parser()).items():
+        (line,) = (line for line in lines if f" {flag} " in line[: len(flag) + 8])
+        assert action.help[:20] in line or flag == "--imagenet_default_mean_and_std"
 
 
 def test_the_page_of_flags_is_what_the_parser_says():

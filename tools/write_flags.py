@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from arguments.flags import FLAGS, Flag, flags_of_group  # noqa: E402
-from arguments.kinds import Kind, as_typed  # noqa: E402
+from arguments.kinds import as_typed  # noqa: E402
 
 HEAD = """# Every flag
 
@@ -26,8 +26,6 @@ def row(flag: Flag) -> str:
     meaning, _, stated = flag.help.partition(" (default: ")
     no_default = flag.default in (None, "")
     default = stated.rstrip(")") or ("none" if no_default else as_typed(flag.default))
-    if not isinstance(flag.kind, Kind) and not all(choice in meaning for choice in flag.kind):
-        meaning += f" ({', '.join(flag.kind)})"
     cells = [f"`--{flag.name}`", default, meaning]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
