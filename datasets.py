@@ -402,7 +402,7 @@ def build_data(args: argparse.Namespace, device: torch.device) -> Data:
     if val is not None:
         val_loader = build_eval_loader(args, val, config, device)
         val_loader.is_read = args.check_data
-    if not is_augmented(args) and isinstance(train, ImageSource):
+    if args.linear_probe and not is_augmented(args) and isinstance(train, ImageSource):
         feature_loader = build_eval_loader(args, train, config, device, shared=True)
     else:
         train_loader.start_workers()

@@ -106,8 +106,8 @@ NO_AUGMENTATION = {
 
 
 def is_augmented(args: argparse.Namespace) -> bool:
-    """Whether a linear probe changes its training images; every other run crops them at random."""
-    return not args.linear_probe or any(
+    """Whether training images are changed. Without --no_aug, only a linear probe leaves them."""
+    return not (args.no_aug or args.linear_probe) or any(
         getattr(args, flag) != value for flag, value in NO_AUGMENTATION.items()
     )
 

@@ -48,6 +48,7 @@ from arguments.needs import (
     WITH_EMA,
     WITH_KD,
     Need,
+    off,
     on,
 )
 from utils import UserError
@@ -279,7 +280,10 @@ add("class_weights", ("none", "balanced"), "none", USES_LABELS, help=
 
 # ------------------------------------------------------------------------------------ images
 
-add = Group(AUGMENTATION, TRAINING, cache=COMPARED)
+add = Group("data", TRAINING, cache=FOLLOWED)
+add("no_aug", SWITCH, False, help=
+    "resize and crop training images as in evaluation, and change nothing else")
+add = Group(AUGMENTATION, TRAINING, off("no_aug"), cache=COMPARED)
 add("color_jitter", NOT_NEGATIVE, 0.4,
     Need("without --aa none", lambda a: not a.aa or "3a" in a.aa, ("aa",)), help=
     "strength of color jitter, only with --aa none")
@@ -294,7 +298,7 @@ add("remode", ("const", "rand", "pixel"), "pixel", ERASED, help=
     "fill for random erasing: zeros (const), one random color (rand) or random pixels (pixel)")
 add("recount", COUNT, 1, ERASED, help="maximum number of rectangles to erase per image")
 
-add = Group(MIXING, TRAINING, cache=IF_MIXED)
+add = Group(MIXING, TRAINING, off("no_aug"), cache=IF_MIXED)
 add("mixup", NOT_NEGATIVE, 0.8, help="alpha of mixup; 0 for none")
 add("cutmix", NOT_NEGATIVE, 1.0,
     Need("beside --cutmix_minmax", lambda a: not a.cutmix_minmax), help=

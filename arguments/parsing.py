@@ -70,7 +70,7 @@ def parse(
     check_numbers(args)
     check_distillation(args)
     of_images = {*flags_of_group(AUGMENTATION), *flags_of_group(MIXING)}
-    if args.linear_probe and not of_images & {*args.given, *(saved or ())}:
+    if args.no_aug or args.linear_probe and not of_images & {*args.given, *(saved or ())}:
         vars(args).update(NO_AUGMENTATION)
     fill_defaults(args)
     if not args.resume or saved is not None:  # else the checkpoint's flags are still to come

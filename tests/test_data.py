@@ -260,6 +260,17 @@ def test_small_images_are_evaluated_whole_and_normalized():
         assert targets[row] == target
 
 
+def test_without_augmentation_training_images_are_as_in_an_evaluation():
+    data = datasets.build_data(parsed("--no_aug", "true"), CPU)
+    data.train_loader.set_epoch(3)
+    batch = next(iter(data.train_loader))
+    mean, std = (torch.tensor(data.config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    shown = ((batch.images * std + mean) * 255).round().byte().permute(0, 2, 3, 1)
+    originals = {image.tobytes(): label for image, label in digits(True)}
+    labels = [originals.get(image.numpy().tobytes()) for image in shown]
+    assert labels == batch.targets.tolist()
+
+
 class Complete(argparse.Namespace):
     """Arguments that refuse to change."""
 

@@ -272,7 +272,7 @@ IN_CACHE = {
     "teacher_norm train_interpolation",
     IF_MIXED: "cutmix cutmix_minmax mixup mixup_mode mixup_prob mixup_switch_prob",
     FOLLOWED: "amp_dtype batch_size data_path data_set eval_data_path eval_labels holdout labels "
-    "nb_classes teacher_classes teacher_path teacher_views teacher_weights train_samples "
+    "nb_classes no_aug teacher_classes teacher_path teacher_views teacher_weights train_samples "
     "unlabeled use_amp use_ema",
 }
 
