@@ -30,7 +30,7 @@ from arguments.flags import (
     Flag,
     with_cache,
 )
-from arguments.kinds import Kind, ShowDefaults, str2bool
+from arguments.kinds import ShowDefaults, str2bool
 from arguments.parsing import given_flags, parse, unknown_flags
 from utils import UserError, exit_code, flags_for, write_whole
 
@@ -159,7 +159,7 @@ def check_value(text: str, flag: Flag, value: str) -> None:
         typed = given_flags([f"--{flag.name}", value])[flag.name]
     except UserError as error:
         raise UserError(f"--vary {text}: {error}{DECIMALS}") from error
-    if isinstance(flag.kind, Kind) and flag.kind.remedy and not flag.kind.holds(typed):
+    if flag.kind.remedy and not flag.kind.holds(typed):
         raise UserError(f"--vary {text}: {value} {flag.kind.remedy}{DECIMALS}")
 
 

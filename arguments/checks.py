@@ -18,9 +18,8 @@ from arguments.derived import (
     teachers_of,
     views_of,
 )
-from arguments.flags import FLAGS
-from arguments.kinds import Kind, as_typed
-from arguments.needs import Need
+from arguments.flags import FLAGS, Need
+from arguments.kinds import as_typed
 from utils import UserError, is_url, missing_file
 
 # ------------------------------------------------------------------------------------ checks
@@ -39,7 +38,7 @@ def check_numbers(args: argparse.Namespace) -> None:
     """Raise UserError for a number outside the range of its flag."""
     for flag in FLAGS.values():
         value = getattr(args, flag.name)
-        if value is not None and isinstance(flag.kind, Kind) and flag.kind.remedy:
+        if value is not None and flag.kind.remedy:
             values = value if isinstance(value, list) else [value]
             _require(args, flag.name, all(map(flag.kind.holds, values)), flag.kind.remedy)
 

@@ -4,54 +4,102 @@ Nothing here imports torch, so that `--help` and a mistyped flag are answered at
 """
 
 import argparse
+import math
+from collections.abc import Callable
 from functools import cache
+from os.path import expanduser
 from typing import Any, NamedTuple, NoReturn
 
-from arguments.kinds import (
-    COUNT,
-    FILE,
-    FOLDER,
-    FROM_0,
-    FROM_0_OR_UNSET,
-    NAME,
-    NOT_NEGATIVE,
-    PERCENT,
-    POSITIVE,
-    SHARE,
-    SHARE_ABOVE_0,
-    SHARE_BELOW_1,
-    SWITCH,
-    WHOLE,
-    Kind,
-    ShowDefaults,
-)
-from arguments.needs import (
-    ALL_LAYERS,
-    ASKED,
-    BOTH_MIXES,
-    CACHE,
-    CLASS_FOLDERS,
-    ERASED,
-    EVALUATION,
-    FINETUNE,
-    INTERPOLATED,
-    KD_OR_EVAL,
-    MIXED,
-    NO_HOLDOUT,
-    NOT_INCLUDED,
-    OUTPUT,
-    SAVING,
-    SOMETHING_SCORED,
-    STUDENT,
-    TRAINING,
-    USES_LABELS,
-    WITH_EMA,
-    WITH_KD,
-    Need,
-    off,
-    on,
-)
+from arguments.derived import SMALL, is_mixed, teachers_of
+from arguments.kinds import Kind, ShowDefaults, number, str2bool, whole
 from utils import UserError
+
+NAME = Kind(str, "NAME")
+FILE = Kind(expanduser, "FILE")
+FOLDER = Kind(expanduser, "FOLDER")
+SWITCH = Kind(str2bool, "true|false")  # alone, the flag means true
+
+WHOLE = Kind(whole, "N", "must be a whole number")
+COUNT = Kind(whole, "N", "must be 1 or more", lambda value: value >= 1)
+FROM_0 = Kind(whole, "N", "must be 0 or more", lambda value: value >= 0)
+FROM_0_OR_UNSET = Kind(whole, "N", "must be 0 or more, or -1 for unset", lambda value: value >= -1)
+POSITIVE = Kind(number, "X", "must be above 0 and finite", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Kind(number, "X", "must be 0 or more and finite", lambda x: 0 <= x < math.inf)
+SHARE = Kind(number, "X", "must lie in 0…1", lambda value: 0 <= value <= 1)
+SHARE_BELOW_1 = Kind(number, "X", "must be 0 or more and below 1", lambda value: 0 <= value < 1)
+SHARE_ABOVE_0 = Kind(number, "X", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
+PERCENT = Kind(
+    number,
+    "X",
+    "must be 0, or lie in 1…100: it is in percent, so pass 40 for a fraction of 0.4",
+    lambda value: value == 0 or 1 <= value <= 100,
+)
+
+
+class Need(NamedTuple):
+    """A condition without which a flag has no effect.
+
+    On the command line, a flag without effect is refused. If one of `switches` is there too, as in
+    a script that varies the switch, the flag is only reported.
+    """
+
+    otherwise: str  # 'without …', 'with …' or 'beside …', which decides the remedy
+    holds: Callable[[argparse.Namespace], Any]  # true if the flag has an effect
+    switches: tuple[str, ...] = ()
+
+
+def on(flag: str) -> Need:
+    """A switch must be true."""
+    return Need(f"without --{flag} true", lambda a: getattr(a, flag), (flag,))
+
+
+def off(flag: str) -> Need:
+    """A switch must be false."""
+    return Need(f"with --{flag} true", lambda a: not getattr(a, flag), (flag,))
+
+
+def given(flag: str, metavar: str) -> Need:
+    """A flag must name a file or a folder."""
+    return Need(f"without --{flag} {metavar}", lambda a: getattr(a, flag))
+
+
+# Needs of several flags; what a single flag needs stands beside that flag.
+TRAINING = off("eval")
+STUDENT = off("teacher_cache_only")
+ALL_LAYERS = off("linear_probe")
+EVALUATION = off("disable_eval")
+WITH_KD = on("kd")
+WITH_EMA = on("model_ema")
+ASKED = Need("with --kd_alpha 0", lambda a: not a.kd or a.kd_alpha > 0, ("kd_alpha",))
+KD_OR_EVAL = Need("without --kd true or --eval true", lambda a: a.kd or a.eval, ("kd",))
+CACHE = given("teacher_cache", "FOLDER")
+FINETUNE = given("finetune", "FILE")
+OUTPUT = given("output_dir", "FOLDER")
+SAVING = Need("with --save_ckpt false", lambda a: a.save_ckpt, ("save_ckpt",))
+USES_LABELS = Need(
+    "with --kd_alpha 1, which ignores labels",
+    lambda a: not a.kd or a.kd_alpha < 1,
+    ("kd_alpha",),
+)
+ERASED = Need("with --reprob 0", lambda a: a.reprob > 0, ("reprob",))
+RATIOS = ("mixup", "cutmix", "cutmix_minmax")
+MIXED = Need("without --mixup or --cutmix", is_mixed, RATIOS)
+BOTH_MIXES = Need(
+    "without both --mixup and --cutmix",
+    lambda a: a.mixup > 0 and (a.cutmix > 0 or a.cutmix_minmax),
+    RATIOS,
+)
+INTERPOLATED = Need(
+    f"with --aa none and images below {SMALL} pixels",
+    lambda a: a.aa or a.input_size >= SMALL,
+    ("aa", "input_size"),
+)
+NOT_INCLUDED = Need("beside --data_set DIGITS", lambda a: a.data_set != "DIGITS")
+CLASS_FOLDERS = Need("without --data_set image_folder", lambda a: a.data_set == "image_folder")
+NO_HOLDOUT = Need("beside --holdout", lambda a: not a.holdout)
+SOMETHING_SCORED = Need(
+    "with --disable_eval true", lambda a: not a.disable_eval or teachers_of(a), ("disable_eval",)
+)
 
 # The role of a flag: what a resumed run and compare.py make of it.
 RECIPE = "recipe"  # what a run computes: follows the checkpoint, and a change is reported
@@ -71,7 +119,7 @@ class Flag(NamedTuple):
     """One flag."""
 
     name: str
-    kind: Kind | tuple[str, ...]  # or the names to choose from
+    kind: Kind
     default: Any
     help: str
     group: str  # title in --help
@@ -85,28 +133,25 @@ class Flag(NamedTuple):
 FLAGS: dict[str, Flag] = {}  # by name, in the order of --help
 
 
-class Group:
-    """Declares flags of one group of --help, with what they have in common."""
+def group(title: str, *common: Need, role: str = RECIPE, cache: str = "") -> Callable[..., None]:
+    """A function that declares flags of one group of --help, with what they have in common."""
 
-    def __init__(self, title: str, *needs: Need, role: str = RECIPE, cache: str = "") -> None:
-        self.title, self.needs, self.role, self.cache = title, needs, role, cache
-
-    def __call__(
-        self,
+    def declare(
         name: str,
         kind: Kind | tuple[str, ...],
         default: Any,
         *needs: Need,
         help: str,
-        role: str = "",
-        cache: str = "",
+        role: str = role,
+        cache: str = cache,
         nargs: int | str | None = None,
         known_as: str = "",
     ) -> None:
-        """Declare one flag."""
-        needs, role, cache = self.needs + needs, role or self.role, cache or self.cache
-        common = self.title, needs, role, cache, nargs, known_as
-        FLAGS[name] = Flag(name, kind, default, help, *common)
+        kind = kind if isinstance(kind, Kind) else Kind(str, "NAME", choices=kind)
+        rest = title, common + needs, role, cache, nargs, known_as
+        FLAGS[name] = Flag(name, kind, default, help, *rest)
+
+    return declare
 
 
 AUGMENTATION = "augmentation of training images"
@@ -116,9 +161,9 @@ MIXING = "mixup and cutmix (student and teacher see the same mixed images)"
 # fmt: off
 # ------------------------------------------------------------------------------ distillation
 
-add = Group("knowledge distillation", TRAINING)
+add = group("knowledge distillation", TRAINING)
 add("kd", SWITCH, False, help="enable knowledge distillation")
-add = Group("knowledge distillation", TRAINING, WITH_KD)
+add = group("knowledge distillation", TRAINING, WITH_KD)
 add("teacher_path", FILE, None, cache=FOLLOWED, nargs="+", help=
     "teacher checkpoint file(s) (required with --kd true)")
 add("teacher_arch", NAME, None, cache=COMPARED, nargs="+", help=
@@ -142,7 +187,7 @@ add("dkd_alpha", NOT_NEGATIVE, 1.0, ASKED, DKD, help="weight of the target class
 add("dkd_beta", NOT_NEGATIVE, 8.0, ASKED, DKD, help=
     "weight of the other classes in --kd_loss dkd: 8 for CIFAR-100, 1 for ImageNet")
 
-add = Group("teacher", TRAINING, WITH_KD, ASKED)
+add = group("teacher", TRAINING, WITH_KD, ASKED)
 add("teacher_weights", NAME, None,
     Need("with a single teacher", lambda a: "," in a.teacher_arch), cache=FOLLOWED, nargs="+", help=
     "relative weights of several teachers, e.g. 2,1 (default: equal)")
@@ -164,14 +209,14 @@ add("teacher_device", NAME, None, role=MACHINE, help=
 add("teacher_dtype", ("float32", "bfloat16", "float16"), "float32", cache=COMPARED, help=
     "data type of the teacher's weights and computation: float32, bfloat16 or float16")
 
-add = Group("teacher cache (teacher logits on disk)", TRAINING)
+add = group("teacher cache (teacher logits on disk)", TRAINING)
 add("teacher_cache", FOLDER, None, WITH_KD, ASKED, role=REPEAT, help=
     "folder of cached teacher logits; filled by the first run and read by later runs")
 # Repeats augmented epochs without a cache and without a teacher, too.
 add("teacher_views", COUNT, None, cache=FOLLOWED, help=
     "number of distinct augmented epochs (views); later epochs cycle through them (default: "
     "--epochs)")
-add = Group("teacher cache (teacher logits on disk)", TRAINING, WITH_KD, ASKED, CACHE)
+add = group("teacher cache (teacher logits on disk)", TRAINING, WITH_KD, ASKED, CACHE)
 add("teacher_cache_dtype", ("float16", "float32"), "float16", cache=COMPARED, help=
     "data type of cached logits: float16 or float32")
 add("teacher_cache_topk", COUNT, None, cache=COMPARED, help=
@@ -183,7 +228,7 @@ add("teacher_cache_range", Kind(str, "FIRST:END"), None,
 
 # --------------------------------------------------------------------------------------- run
 
-add = Group("run")
+add = group("run")
 add("batch_size", COUNT, None, cache=FOLLOWED, help=
     "images per process and forward pass (default: 64; 32, 16 or 8 if an epoch would have fewer "
     "than 50 batches)")
@@ -208,19 +253,19 @@ add("sync_bn", SWITCH, False, ALL_LAYERS, help=
 add("start_epoch", FROM_0, 0, TRAINING, STUDENT, role=MACHINE, help=
     "first epoch; a resumed run takes it from the checkpoint")
 
-add = Group("processes (set by torchrun)", role=MACHINE)
+add = group("processes (set by torchrun)", role=MACHINE)
 add("dist_url", Kind(str, "URL"), "env://", help="address at which the processes meet")
 add("local_rank", WHOLE, None, help="ignored, for old launchers; the variable LOCAL_RANK counts")
 
 # ----------------------------------------------------------------------------------- student
 
-add = Group("student")
+add = group("student")
 add("model", NAME, None, known_as="arch", help=
     "timm architecture to train (default: convnext_tiny; cifar_resnet20 below 64 pixels)")
 add("drop_path", SHARE, 0.0, TRAINING, STUDENT, ALL_LAYERS, help="stochastic depth rate")
 add("input_size", COUNT, None, cache=COMPARED, known_as="img_size", help=
     "side of the input images in pixels (default: 224; for cifar_* and mnist_* the data set's)")
-add = Group("student", TRAINING, STUDENT)
+add = group("student", TRAINING, STUDENT)
 add("pretrained", SWITCH, False, help=
     "start from timm's weights, with their input size and normalization unless a flag says "
     "otherwise, and a new classifier for different classes")
@@ -234,7 +279,7 @@ add("model_key", Kind(str, "KEY|KEY"), "model|module", FINETUNE, help=
 add("model_prefix", NAME, "", FINETUNE, help=
     "load only the parameters of --finetune with this prefix, and strip it")
 
-add = Group("exponential moving average (EMA)", TRAINING, STUDENT)
+add = group("exponential moving average (EMA)", TRAINING, STUDENT)
 add("model_ema", SWITCH, False, help="keep an exponential moving average of the student's weights")
 add("model_ema_decay", SHARE_BELOW_1, 0.9999, WITH_EMA, help="EMA decay per optimizer step")
 add("model_ema_warmup", SWITCH, True, WITH_EMA, help=
@@ -244,7 +289,7 @@ add("model_ema_eval", SWITCH, False, EVALUATION, WITH_EMA, help="also evaluate t
 
 # --------------------------------------------------------------------------------- optimizer
 
-add = Group("optimizer and label loss", TRAINING, STUDENT)
+add = group("optimizer and label loss", TRAINING, STUDENT)
 add("opt", NAME, "adamw", help="optimizer, any of timm's create_optimizer_v2")
 add("opt_eps", NOT_NEGATIVE, 1e-8, help="epsilon of the optimizer")
 add("opt_betas", SHARE_BELOW_1, None, nargs="+", help=
@@ -280,10 +325,10 @@ add("class_weights", ("none", "balanced"), "none", USES_LABELS, help=
 
 # ------------------------------------------------------------------------------------ images
 
-add = Group("data", TRAINING, cache=FOLLOWED)
+add = group("data", TRAINING, cache=FOLLOWED)
 add("no_aug", SWITCH, False, help=
     "resize and crop training images as in evaluation, and change nothing else")
-add = Group(AUGMENTATION, TRAINING, off("no_aug"), cache=COMPARED)
+add = group(AUGMENTATION, TRAINING, off("no_aug"), cache=COMPARED)
 add("color_jitter", NOT_NEGATIVE, 0.4,
     Need("without --aa none", lambda a: not a.aa or "3a" in a.aa, ("aa",)), help=
     "strength of color jitter, only with --aa none")
@@ -298,7 +343,7 @@ add("remode", ("const", "rand", "pixel"), "pixel", ERASED, help=
     "fill for random erasing: zeros (const), one random color (rand) or random pixels (pixel)")
 add("recount", COUNT, 1, ERASED, help="maximum number of rectangles to erase per image")
 
-add = Group(MIXING, TRAINING, off("no_aug"), cache=IF_MIXED)
+add = group(MIXING, TRAINING, off("no_aug"), cache=IF_MIXED)
 add("mixup", NOT_NEGATIVE, 0.8, help="alpha of mixup; 0 for none")
 add("cutmix", NOT_NEGATIVE, 1.0,
     Need("beside --cutmix_minmax", lambda a: not a.cutmix_minmax), help=
@@ -310,7 +355,7 @@ add("mixup_mode", ("batch", "pair", "elem"), "batch", MIXED, help=
     "draw the mix per batch (batch), per image (elem) or per pair of neighbors in the epoch (pair; "
     "timm pairs mirrored positions of the batch)")
 
-add = Group("data", role=VALIDATION, cache=FOLLOWED)
+add = group("data", role=VALIDATION, cache=FOLLOWED)
 add("data_set", NAME, None, known_as="dataset", help=
     "DIGITS (included), IMNET (a folder with train/ and val/), image_folder (one folder of class "
     "folders), CIFAR (100 classes), CIFAR10, MNIST, FashionMNIST, or a name for timm's "
@@ -335,7 +380,7 @@ add("unlabeled", FOLDER, "", TRAINING, WITH_KD, ASKED, role=DATA, help=
     "'rest': the images that --train_samples leaves out, their labels unused (default: none)")
 add("nb_classes", COUNT, None, role=DATA, known_as="num_classes", help=
     "expected number of classes (default: counted)")
-add = Group("data")
+add = group("data")
 add("train_samples", COUNT, None, TRAINING, cache=FOLLOWED, help=
     "train on a random subset of this many images, with every class in its proportion (default: "
     "all)")
@@ -349,13 +394,13 @@ add("pin_mem", SWITCH, True, role=MACHINE, help="use page-locked memory on CUDA"
 
 # ------------------------------------------------------------------------------------ output
 
-add = Group("output", role=MACHINE)
+add = group("output", role=MACHINE)
 add("output_dir", FOLDER, "", STUDENT, known_as="output", help=
     "folder for checkpoints and log.txt (default: no files)")
 add("resume", FILE, "", STUDENT, help=
     "checkpoint to resume from, or to score with --eval true; flags that are not given follow the "
     "checkpoint")
-add = Group("output", TRAINING, STUDENT, role=MACHINE)
+add = group("output", TRAINING, STUDENT, role=MACHINE)
 add("log_dir", FOLDER, None, help="folder for TensorBoard, or 'none' (default: tb in --output_dir)")
 add("print_seconds", NOT_NEGATIVE, 10, help=
     "minimum seconds between progress lines if stdout is not a terminal")
@@ -367,7 +412,7 @@ add("save_ckpt_num", COUNT, 3, OUTPUT, SAVING, help="number of epoch checkpoints
 add("save_ckpt_steps", COUNT, None, OUTPUT, SAVING, help=
     "optimizer steps between two checkpoints within an epoch (default: none)")
 
-add = Group("evaluation", role=MACHINE)
+add = group("evaluation", role=MACHINE)
 add("eval", SWITCH, False, help="score --resume FILE and exit")
 add("use_ema", ("auto", "true", "false"), "auto", KD_OR_EVAL, cache=FOLLOWED, help=
     "teacher's weights if its checkpoint holds an EMA: those with the better recorded accuracy, "
@@ -410,15 +455,17 @@ def get_args_parser() -> Parser:
     titles = dict.fromkeys(flag.group for flag in FLAGS.values())
     groups = {title: parser.add_argument_group(title) for title in titles}
     for flag in FLAGS.values():
-        takes: dict[str, Any] = {"nargs": flag.nargs}
-        if not isinstance(flag.kind, Kind):
-            takes |= {"choices": flag.kind, "metavar": "NAME"}  # the help names them
-        else:
-            takes |= {"type": flag.kind.parse, "metavar": flag.kind.metavar}
-        if flag.kind == SWITCH:  # --kd alone means --kd true
-            takes |= {"nargs": "?", "const": True}
-        name, default = f"--{flag.name}", flag.default
-        groups[flag.group].add_argument(name, default=default, help=flag.help, **takes)
+        is_switch = flag.kind == SWITCH  # --kd alone means --kd true
+        groups[flag.group].add_argument(
+            f"--{flag.name}",
+            type=flag.kind.parse,
+            metavar=flag.kind.metavar,
+            choices=flag.kind.choices or None,
+            nargs="?" if is_switch else flag.nargs,
+            const=is_switch or None,
+            default=flag.default,
+            help=flag.help,
+        )
     return parser
 
 

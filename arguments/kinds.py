@@ -1,10 +1,8 @@
-"""What a flag takes: files, names, switches, and numbers with the range that is allowed."""
+"""The kinds of values that flags take, and how --help shows them."""
 
 import argparse
-import math
 import shutil
 from collections.abc import Callable
-from os.path import expanduser
 from typing import Any, NamedTuple
 
 
@@ -69,33 +67,11 @@ class Kind(NamedTuple):
         metavar: what --help shows for the value.
         remedy: 'must …' for a number that is out of range; every kind of number has one.
         holds: whether a number is allowed; False for NaN, since NaN compares as False.
+        choices: the only values, if they are few; the flag's help names them.
     """
 
     parse: Callable[[str], Any]
     metavar: str
     remedy: str = ""
     holds: Callable[[float], bool] = lambda value: True
-
-
-NAME = Kind(str, "NAME")
-FILE = Kind(expanduser, "FILE")
-FOLDER = Kind(expanduser, "FOLDER")
-SWITCH = Kind(str2bool, "true|false")  # alone, the flag means true
-
-WHOLE = Kind(whole, "N", "must be a whole number")
-COUNT = Kind(whole, "N", "must be 1 or more", lambda value: value >= 1)
-FROM_0 = Kind(whole, "N", "must be 0 or more", lambda value: value >= 0)
-FROM_0_OR_UNSET = Kind(whole, "N", "must be 0 or more, or -1 for unset", lambda value: value >= -1)
-POSITIVE = Kind(number, "X", "must be above 0 and finite", lambda value: 0 < value < math.inf)
-NOT_NEGATIVE = Kind(
-    number, "X", "must be 0 or more and finite", lambda value: 0 <= value < math.inf
-)
-SHARE = Kind(number, "X", "must lie in 0…1", lambda value: 0 <= value <= 1)
-SHARE_BELOW_1 = Kind(number, "X", "must be 0 or more and below 1", lambda value: 0 <= value < 1)
-SHARE_ABOVE_0 = Kind(number, "X", "must be above 0 and at most 1", lambda value: 0 < value <= 1)
-PERCENT = Kind(
-    number,
-    "X",
-    "must be 0, or lie in 1…100: it is in percent, so pass 40 for a fraction of 0.4",
-    lambda value: value == 0 or 1 <= value <= 100,
-)
+    choices: tuple[str, ...] = ()

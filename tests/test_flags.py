@@ -20,17 +20,19 @@ from arguments.derived import teachers_of
 from arguments.flags import (
     COMPARED,
     DATA,
+    FILE,
     FLAGS,
+    FOLDER,
     FOLLOWED,
     IF_MIXED,
     MACHINE,
     OF_TEACHER,
     REPEAT,
+    SWITCH,
     VALIDATION,
     with_cache,
     with_role,
 )
-from arguments.kinds import FILE, FOLDER, SWITCH, Kind
 from arguments.parsing import parse_args
 from examples import digits_demo
 from tools import kill_test, weight_hashes
@@ -53,7 +55,7 @@ def parse(capsys):
 
 # ------------------------------------------------------------------------------------ numbers
 
-NUMERIC = [flag for flag in FLAGS.values() if isinstance(flag.kind, Kind) and flag.kind.remedy]
+NUMERIC = [flag for flag in FLAGS.values() if flag.kind.remedy]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-2"])
@@ -190,8 +192,8 @@ def test_a_flag_without_effect_is_refused_with_its_remedy(parse, flags):
 
 @pytest.mark.parametrize("flag", sorted(OF_TEACHER - {"unlabeled", "use_ema"}))
 def test_no_flag_of_the_teacher_is_swallowed_without_kd(parse, flag):
-    kind = FLAGS[flag].kind
-    assert "--kd true" in parse(f"--{flag}", "1" if isinstance(kind, Kind) else kind[0])
+    choices = FLAGS[flag].kind.choices
+    assert "--kd true" in parse(f"--{flag}", choices[0] if choices else "1")
 
 
 # If the switch itself is on the command line, as in a script that varies the switch.
