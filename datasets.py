@@ -1,11 +1,9 @@
 """From the flags to the images and the loaders of a run."""
 
 import argparse
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -35,29 +33,10 @@ from arguments.derived import (
     teachers_of,
     unlabeled_of,
 )
-from data import pictures, transforms
-from data.checks import (
-    check_at_most,
-    check_disjoint,
-    check_images,
-    check_same_classes,
-    report_class_counts,
-    warn_of_dark_images,
-    warn_of_missing_classes,
-    warn_of_similar_classes,
-    warn_of_validation_copies,
-)
+from data import checks, pictures, readers, transforms
 from data.loaders import DeviceLoader, Stream, TransformedImages
 from data.mixup import MixingSettings, make_mixup
 from data.order import EpochBatches, EvalBatches
-from data.readers import (
-    digits,
-    image_folder,
-    images_without_label,
-    labeled_images,
-    open_timm,
-    open_torchvision,
-)
 from data.sources import (
     ImageSource,
     Joined,
@@ -65,7 +44,7 @@ from data.sources import (
     StreamSource,
     Subset,
     forget_other_labels,
-    hash_of,
+    hash_of_plain,
     held_out_identity,
     stratified,
 )
@@ -86,23 +65,23 @@ def open_split(
         classes: the classes in their order, for a file of labels that may name only some of them.
     """
     if args.data_set == "DIGITS":
-        return digits(is_train)
+        return readers.digits(is_train)
     if args.data_set in TORCHVISION_SETS:
-        return open_torchvision(args.data_set, args.data_path or "data_cache", is_train)
+        return readers.open_torchvision(args.data_set, args.data_path or "data_cache", is_train)
     if args.data_set == "IMNET":
         folder = os.path.join(args.data_path, "train" if is_train else "val")
         with flags_for(folder="--data_path"):
-            return image_folder(folder)
+            return readers.image_folder(folder)
     if args.data_set == "image_folder":
         flag = "data_path" if is_train or not args.eval_data_path else "eval_data_path"
         file = "labels" if is_train else "eval_labels"
         with flags_for(folder=f"--{flag}", labels=f"--{file}"):
             if getattr(args, file):
-                return labeled_images(getattr(args, file), getattr(args, flag), classes)
-            return image_folder(getattr(args, flag))
+                return readers.labeled_images(getattr(args, file), getattr(args, flag), classes)
+            return readers.image_folder(getattr(args, flag))
     batch_size = args.batch_size or 1  # not yet chosen
     folder, seed, classes_of_stream = args.data_path, args.data_seed, args.nb_classes
-    return open_timm(args.data_set, folder, is_train, batch_size, seed, classes_of_stream)
+    return readers.open_timm(args.data_set, folder, is_train, batch_size, seed, classes_of_stream)
 
 
 def has_validation(args: argparse.Namespace) -> bool:
@@ -114,12 +93,9 @@ def has_validation(args: argparse.Namespace) -> bool:
     return args.data_set in ("DIGITS", *TORCHVISION_SETS)
 
 
-# ----------------------------------------------------------------------------------- subsets
-
-
 def hold_out(source: ImageSource, count: int) -> tuple[ImageSource, ImageSource]:
     """The images of training, and so many that are held out of it for validation. Collective."""
-    check_at_most("--holdout", count, len(source) - 1)
+    checks.check_at_most("--holdout", count, len(source) - 1)
 
     def choose() -> list[np.ndarray]:
         # Fixed seed, so that a teacher and its students hold out the same images.
@@ -185,23 +161,17 @@ class Splits(NamedTuple):
     held_out: int | None
 
 
-def open_splits(
-    args: argparse.Namespace,
-    teacher_classes: Callable[[], list[str]] | None = None,
-    with_validation: bool = True,
-) -> Splits:
+def open_splits(args: argparse.Namespace, with_validation: bool = True) -> Splits:
     """The training images and, if student or teacher is evaluated, the validation images.
 
     Args:
-        teacher_classes: returns the classes of a folder of images without labels that has no
-            validation images, see `is_flat`.
         with_validation: False to leave validation images of their own closed.
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
     val: Source | None = None
     holdout = None
-    if teacher_classes is not None and is_flat(args):
-        train, val = _open_flat(args, teacher_classes)
+    if is_flat(args):
+        train, val = _open_flat(args)
     else:
         train = open_split(args, is_train=True)
         if with_validation and len(train.classes) < 2:
@@ -226,15 +196,13 @@ def open_splits(
     return Splits(train, val, holdout)
 
 
-def _open_flat(
-    args: argparse.Namespace, teacher_classes: Callable[[], list[str]]
-) -> tuple[Source, Source | None]:
+def _open_flat(args: argparse.Namespace) -> tuple[Source, Source | None]:
     """Images without labels, and validation images if there are any."""
     if args.holdout:
         raise UserError(f"--holdout {args.holdout}: the images have no labels; remove the flag")
     val = open_split(args, is_train=False) if has_validation(args) else None
-    classes = val.classes if val is not None else teacher_classes()
-    return images_without_label(args.data_path, classes), val
+    classes = val.classes if val is not None else _classes_of_teacher(args)
+    return readers.images_without_label(args.data_path, classes), val
 
 
 def _choose_holdout(args: argparse.Namespace, train: Source) -> int | None:
@@ -258,10 +226,10 @@ def _open_validation_of(args: argparse.Namespace, train: Source) -> Source | Non
     if args.disable_eval and not for_teacher:
         return None
     val = open_split(args, is_train=False, classes=train.classes)
-    check_same_classes(train.classes, val.classes)
+    checks.check_same_classes(train.classes, val.classes)
     if args.labels or args.eval_labels:
         folder = args.eval_data_path or args.data_path
-        check_disjoint(train, val, os.path.relpath(folder, args.data_path))
+        checks.check_disjoint(train, val, os.path.relpath(folder, args.data_path))
     return val
 
 
@@ -269,31 +237,33 @@ def _choose_training(args: argparse.Namespace, train: ImageSource) -> ImageSourc
     """What --train_samples and --unlabeled make of the images of training. Collective."""
     unlabeled = unlabeled_of(args)
     if args.train_samples:
-        check_at_most("--train_samples", args.train_samples, len(train))
-        sample = partial(stratified, train.targets, args.train_samples, args.data_seed)
-        (chosen,) = distributed.once_per_machine(lambda: [sample()])
+        checks.check_at_most("--train_samples", args.train_samples, len(train))
+        sample = train.targets, args.train_samples, args.data_seed
+        (chosen,) = distributed.once_per_machine(lambda: [stratified(*sample)])
         choose = forget_other_labels if unlabeled == "rest" else Subset
         train = choose(train, chosen)
     if unlabeled not in ("", "rest"):
         with flags_for(folder="--unlabeled"):
-            train = Joined(train, images_without_label(unlabeled, train.classes))
+            train = Joined(train, readers.images_without_label(unlabeled, train.classes))
     return train
 
 
 def _report_splits(args: argparse.Namespace, splits: Splits) -> None:
     """Print what a user should know of the images before they are trained on; on rank 0."""
     train, val, held_out = splits
-    warn_of_similar_classes(train.classes)
+    checks.warn_of_similar_classes(train.classes)
     if not isinstance(train, ImageSource) or not distributed.is_main_process():
         return
-    warn_of_dark_images(train)
+    checks.warn_of_dark_images(train)
     if not len(train.without_label()):
         learns_labels = not args.teacher_cache_only and not (args.kd and args.kd_alpha == 1)
-        report_class_counts(train, learns_labels and args.class_weights == "none")
+        checks.report_class_counts(train, learns_labels and args.class_weights == "none")
     if isinstance(val, ImageSource):
         if held_out:
-            warn_of_missing_classes(val, "validation", "raise --holdout, or add images of them")
-        warn_of_validation_copies(train, val)
+            checks.warn_of_missing_classes(
+                val, "validation", "raise --holdout, or add images of them"
+            )
+        checks.warn_of_validation_copies(train, val)
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -346,7 +316,7 @@ def complete(args: argparse.Namespace, device: torch.device, splits: Splits | No
     args.val_images = None
     if splits.val is not None:
         identity = _same_images(splits.val, "validation") or {"images": len(splits.val)}
-        args.val_images = f"{len(splits.val)}:{hash_of(json.dumps(identity).encode())}"
+        args.val_images = f"{len(splits.val)}:{hash_of_plain(identity)}"
     elif not args.disable_eval:
         log("No validation images: neither teacher nor student is scored")
         args.disable_eval, args.teacher_eval = True, False
@@ -387,10 +357,10 @@ def build_data(args: argparse.Namespace, device: torch.device) -> Data:
         args: what depends on the images is filled in, see `complete`.
     Raises: UserError for data that is missing, empty, mismatched or too small.
     """
-    splits = open_splits(args, partial(_classes_of_teacher, args))
+    splits = open_splits(args)
     _report_splits(args, splits)
     if args.check_data:  # first, since anything else ends at the first file that is missing
-        check_images([splits.train, splits.val], args.num_workers)
+        checks.check_images([splits.train, splits.val], args.num_workers)
     complete(args, device, splits)
     train, val, held_out = splits
     images = _same_images(train, "training")
@@ -541,9 +511,6 @@ def _check_shared_memory(args: argparse.Namespace) -> None:
             f"/dev/shm, which has {free / 2**20:.0f}; pass --num_workers 0, or docker "
             "--shm-size=8g"
         )
-
-
-# ------------------------------------------------------------------------ what a network sees
 
 
 def data_config(args: argparse.Namespace, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:

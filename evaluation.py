@@ -122,9 +122,6 @@ def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source
     log(f"Warning: {flag}: {what}; it may have been trained on them")
 
 
-# ------------------------------------------------------------------------------- calibration
-
-
 def require_other_images(args: argparse.Namespace) -> None:
     """Raise UserError if --calibrate would fit its temperature on the images that it scores."""
     has_val = args.data_set != "image_folder" or args.eval_data_path or args.eval_labels

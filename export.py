@@ -190,9 +190,6 @@ def export(args: argparse.Namespace) -> None:
         log(f"Wrote {args.out} ({kind}, any batch size) and {sidecar(args.out)}")
 
 
-# -------------------------------------------------------------------------- before the export
-
-
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError for flags that cannot work, before anything is read."""
     if args.compare_images < 1:

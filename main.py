@@ -62,7 +62,7 @@ from reporting.summary import (
     write_report,
     write_summary,
 )
-from reporting.timing import TimeSplit
+from reporting.timing import TimedLoader, TimeSplit
 from runtime import distributed, signals
 from runtime.device import (
     choose_kernels,
@@ -283,7 +283,7 @@ def prepare_training(
         if args.compile:
             student.compile()
     first_step = start * steps + (state.progress.updates if state.progress else 0)
-    loaders = times.timed(train_loader), val_loader, part
+    loaders = TimedLoader(train_loader, times), val_loader, part
     made = state, model, loss, optimizer, scaler, schedule, times
     return Training(*made, *loaders, start, steps, first_step)
 

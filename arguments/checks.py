@@ -22,8 +22,6 @@ from arguments.flags import FLAGS, Need
 from arguments.kinds import as_typed
 from utils import UserError, is_url, missing_file
 
-# ------------------------------------------------------------------------------------ checks
-
 
 def _require(args: argparse.Namespace, flag: str, holds: object, remedy: str) -> None:
     if not holds:
@@ -179,9 +177,6 @@ def check_folders(args: argparse.Namespace) -> None:
             remedy += f"; if {splits[0]} and {classes[0]} are classes, pass --data_set image_folder"
             remedy += " --holdout N"
         raise UserError(f"{problem}; {remedy}")
-
-
-# ------------------------------------------------------------------------ flags without effect
 
 
 REMEDIES = {

@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -142,37 +142,31 @@ def _paths(source: ImageSource, positions: np.ndarray) -> list[str]:
 
 def _copies(files: list[str], others: list[str]) -> list[str]:
     """Those of the files whose bytes one of the others has."""
-    names = files
-    with ThreadPoolExecutor(THREADS) as pool:
-        for key in (_size, _parts):  # few files have a size in common, so few are read
-            keys = [list(pool.map(key, paths)) for paths in (names, others)]
-            common = (set(keys[0]) & set(keys[1])) - {None}
-            names, others = (
-                [path for path, own in zip(paths, of_paths, strict=True) if own in common]
-                for paths, of_paths in zip((names, others), keys, strict=True)
-            )
-    return names
+    for key in (os.path.getsize, _parts):  # few files have a size in common, so few are read
+
+        def look(path: str, key: Callable[[str], object] = key) -> object:
+            try:
+                return key(path)
+            except OSError:  # found and named when the images are read
+                return None
+
+        paths = [*files, *others]
+        with ThreadPoolExecutor(THREADS) as pool:
+            keys = dict(zip(paths, pool.map(look, paths), strict=True))
+        common = {keys[path] for path in files} & {keys[path] for path in others} - {None}
+        files, others = ([p for p in paths if keys[p] in common] for paths in (files, others))
+    return files
 
 
-def _size(path: str) -> int | None:
-    try:
-        return os.path.getsize(path)
-    except OSError:  # found and named when the images are read
-        return None
-
-
-def _parts(path: str) -> bytes | None:
+def _parts(path: str) -> bytes:
     """A hash of a file, or of the beginning, the middle and the end of a large one."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.sha256()
-            for place in (0, size // 2, size - PART) if size > 3 * PART else (0, PART, 2 * PART):
-                file.seek(place)
-                digest.update(file.read(PART))
-            return digest.digest()
-    except OSError:
-        return None
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256()
+        for place in (0, size // 2, size - PART) if size > 3 * PART else (0, PART, 2 * PART):
+            file.seek(place)
+            digest.update(file.read(PART))
+        return digest.digest()
 
 
 def warn_of_similar_classes(classes: Sequence[str]) -> None:

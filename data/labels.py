@@ -130,7 +130,9 @@ class _Layout(NamedTuple):
         others = [column for column in columns if column != path]
         classes = [column for column in others if headings[column] in CLASS_HEADINGS]
         if len(others) > 1 and not classes:
-            classes = [c for c in others if not _is_index(headings[c], cells[c], has_headings)]
+            # A column of numbers counts the lines, as in a table of pandas.
+            is_index = [cells[c].isdecimal() and headings[c] in INDEX_HEADINGS for c in columns]
+            classes = [column for column in others if not is_index[column]]
         if len(classes or others) > 1:
             raise _wrong_columns(file, number, len(cells))
         ending = _find(cells[path], folder) or ""
@@ -159,11 +161,6 @@ def _find(cell: str, folder: str) -> str | None:
     endings = [""] + [e for ending in IMG_EXTENSIONS for e in (ending, ending.upper())]
     paths = (path, path.replace("\\", "/")) if cell else ()
     return next((end for p in paths for end in endings if os.path.isfile(p + end)), None)
-
-
-def _is_index(heading: str, cell: str, has_headings: bool) -> bool:
-    """Whether a column counts the lines, as a table of pandas does."""
-    return cell.isdecimal() and (heading in INDEX_HEADINGS or not has_headings)
 
 
 def _cells(file: str, number: int, line: str, separator: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,20 +36,25 @@ class Batch(NamedTuple):
         return self.view, self.places
 
 
-class Loader(Protocol):
-    """What the training loop takes."""
+class Loader:
+    """What the training loop takes: batches in the order of `order`."""
+
+    order: BatchOrder
 
     @property
-    def batches_in_epoch(self) -> int: ...
+    def batches_in_epoch(self) -> int:
+        """Batches of this process in a whole epoch."""
+        return self.order.batches_in_epoch
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None: ...
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin with if part of the epoch is done."""
+        self.order.set_epoch(epoch, first_batch)
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[Batch]:
+        raise NotImplementedError
 
 
-READ_ONLY = (
-    -1
-)  # the view of images that are decoded, to see whether they can be, and not fed to a network
+READ_ONLY = -1  # the view of images that are only decoded, to see whether they can be
 
 
 class TransformedImages(Dataset):
@@ -113,10 +118,7 @@ class Stream:
         return itertools.islice(self.loader, self.first_batch, stop)
 
 
-# --------------------------------------------------------------------------------- the loader
-
-
-class DeviceLoader:
+class DeviceLoader(Loader):
     """Batches as networks take them: on the device, normalized, erased and mixed.
 
     Every batch carries its own key, so a caller may fetch batches ahead of their use.
@@ -139,15 +141,6 @@ class DeviceLoader:
         self.to_network, self.mixup = to_network, mixup
         self.is_read = False  # whether all images of an epoch were read, without an error
 
-    @property
-    def batches_in_epoch(self) -> int:
-        """Batches of this process in a whole epoch."""
-        return self.order.batches_in_epoch
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch to begin with if part of the epoch is done."""
-        self.order.set_epoch(epoch, first_batch)
-
     def start_workers(self) -> None:
         """Fork the loader workers now, while this process has few threads.
 
@@ -165,11 +158,9 @@ class DeviceLoader:
         return self.order.batches_in_epoch - self.order.first_batch
 
     def __iter__(self) -> Iterator[Batch]:
-        view, first_batch = self.order.view, self.order.first_batch
-        device, is_labeled = self.to_network.device, not isinstance(self.mixup, PartialLabels)
-        for number, host in enumerate(self.host(), start=first_batch):
-            images = self.to_network(host)
-            targets = send(host.targets, device)
+        view, is_labeled = self.order.view, not isinstance(self.mixup, PartialLabels)
+        for number, host in enumerate(self.host(), start=self.order.first_batch):
+            images, targets = self.to_network(host), send(host.targets, self.to_network.device)
             places = self.order.places(number)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets, view, places.start)

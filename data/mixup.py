@@ -2,19 +2,29 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
+from timm.data.mixup import Mixup, one_hot
 
 from runtime.device import send
 from runtime.randomness import RandomUse, seed_rng, seed_sequence
 
-# -------------------------------------------------------------------------- mixup and cutmix
-
 PAIRS_AT_ONCE = 256  # whose numbers PairMixup draws together; another value gives other numbers
+
+
+@dataclass(frozen=True)
+class MixingSettings:
+    """How images and labels are mixed; the fields are flags of main.py."""
+
+    mixup: float
+    cutmix: float
+    cutmix_minmax: Sequence[float] | None
+    mixup_prob: float
+    mixup_switch_prob: float
+    mixup_mode: str
+    smoothing: float
 
 
 class BlockMixup:
@@ -48,28 +58,13 @@ class PairMixup:
 
     Args:
         seed: of all draws.
-        mixup_alpha … num_classes: as for timm's Mixup.
     """
 
     unit = 2
 
-    def __init__(
-        self,
-        seed: int,
-        *,
-        mixup_alpha: float,
-        cutmix_alpha: float,
-        cutmix_minmax: Sequence[float] | None,
-        prob: float,
-        switch_prob: float,
-        label_smoothing: float,
-        num_classes: int,
-    ) -> None:
-        self.seed = seed
-        self.mixup_alpha, self.cutmix_minmax = mixup_alpha, cutmix_minmax
-        self.cutmix_alpha = 1.0 if cutmix_minmax else cutmix_alpha
-        self.prob, self.switch_prob = prob, switch_prob
-        self.label_smoothing, self.num_classes = label_smoothing, num_classes
+    def __init__(self, settings: MixingSettings, num_classes: int, seed: int) -> None:
+        self.settings, self.num_classes, self.seed = settings, num_classes, seed
+        self.cutmix_alpha = 1.0 if settings.cutmix_minmax else settings.cutmix
         self.drawn_key, self.drawn = (-1, -1), np.empty((7, 0))  # view and block, numbers
 
     def draw(self, view: int, pairs: range) -> np.ndarray:
@@ -87,17 +82,17 @@ class PairMixup:
         """The numbers of the pairs of one block; those of the last block asked for are kept."""
         if self.drawn_key == (view, number):
             return self.drawn
-        size = PAIRS_AT_ONCE
+        settings, size = self.settings, PAIRS_AT_ONCE
         rng = np.random.default_rng(seed_sequence(RandomUse.PAIR_MIXUP, self.seed, view, number))
-        is_cut = rng.random(size) < (self.switch_prob if self.mixup_alpha else 1.0)
+        is_cut = rng.random(size) < (settings.mixup_switch_prob if settings.mixup else 1.0)
         is_cut &= self.cutmix_alpha > 0
 
         def lambdas(alpha: float) -> np.ndarray:
             return rng.beta(alpha, alpha, size) if alpha else np.ones(size)
 
-        lam_mix, lam_cut = lambdas(self.mixup_alpha), lambdas(self.cutmix_alpha)
+        lam_mix, lam_cut = lambdas(settings.mixup), lambdas(self.cutmix_alpha)
         lam = np.where(is_cut, lam_cut, lam_mix)
-        is_mixed = rng.random(size) < self.prob
+        is_mixed = rng.random(size) < settings.mixup_prob
         self.drawn_key = (view, number)
         self.drawn = np.stack([is_cut, lam, is_mixed, *rng.random((4, size))])
         return self.drawn
@@ -116,8 +111,8 @@ class PairMixup:
         is_cut, lam, is_mixed = numbers[0].astype(bool), numbers[1], numbers[2].astype(bool)
         for axis, side in enumerate(sides):
             u, v = numbers[3 + 2 * axis : 5 + 2 * axis]
-            if self.cutmix_minmax:
-                least, most = (int(side * part) for part in self.cutmix_minmax)
+            if self.settings.cutmix_minmax:
+                least, most = (int(side * part) for part in self.settings.cutmix_minmax)
                 length = least + (u * max(1, most - least)).astype(np.int64)
                 first = (v * (side - length + 1)).astype(np.int64)
                 last = first + length
@@ -149,9 +144,8 @@ class PairMixup:
 
         couples = images.unflatten(0, (-1, 2))  # (P, 2, 3, H, W)
         mixed = torch.lerp(couples.flip(1), couples, weight[:, None, None]).flatten(0, 1)
-        off = self.label_smoothing / self.num_classes
-        labels = torch.full((len(targets), self.num_classes), off, device=images.device)  # (B, C)
-        labels = labels.scatter_(1, targets[:, None], 1 - self.label_smoothing + off)
+        smoothing, off = self.settings.smoothing, self.settings.smoothing / self.num_classes
+        labels = one_hot(targets, self.num_classes, 1 - smoothing + off, off)  # (B, C)
         labels = labels.unflatten(0, (-1, 2))  # (P, 2, C)
         soft = torch.lerp(labels.flip(1), labels, numbers[5][:, None]).flatten(0, 1)
         return mixed.contiguous(memory_format=torch.channels_last), soft
@@ -189,19 +183,6 @@ class PartialLabels:
 Mixing = BlockMixup | PairMixup | PartialLabels
 
 
-@dataclass(frozen=True)
-class MixingSettings:
-    """How images and labels are mixed; the fields are flags of main.py."""
-
-    mixup: float
-    cutmix: float
-    cutmix_minmax: Sequence[float] | None
-    mixup_prob: float
-    mixup_switch_prob: float
-    mixup_mode: str
-    smoothing: float
-
-
 def make_mixup(
     settings: MixingSettings,
     num_classes: int,
@@ -223,15 +204,16 @@ def make_mixup(
         return PartialLabels(inner, num_classes, settings.smoothing)
     if not (settings.mixup > 0 or settings.cutmix > 0 or settings.cutmix_minmax):
         return None
-    keywords: dict[str, Any] = {
-        "mixup_alpha": settings.mixup,
-        "cutmix_alpha": settings.cutmix,
-        "cutmix_minmax": settings.cutmix_minmax,
-        "prob": settings.mixup_prob,
-        "switch_prob": settings.mixup_switch_prob,
-        "label_smoothing": settings.smoothing,
-        "num_classes": num_classes,
-    }
     if settings.mixup_mode == "pair":
-        return PairMixup(seed, **keywords)
-    return BlockMixup(Mixup(mode=settings.mixup_mode, **keywords), batch_size, seed)
+        return PairMixup(settings, num_classes, seed)
+    mixup = Mixup(
+        settings.mixup,
+        settings.cutmix,
+        settings.cutmix_minmax,
+        settings.mixup_prob,
+        settings.mixup_switch_prob,
+        settings.mixup_mode,
+        label_smoothing=settings.smoothing,
+        num_classes=num_classes,
+    )
+    return BlockMixup(mixup, batch_size, seed)

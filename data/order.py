@@ -24,8 +24,6 @@ class BatchOrder(Protocol):
     def places(self, batch: int) -> range: ...
 
 
-# -------------------------------------------------------------------------- images and order
-
 PLACES_AT_ONCE = 4096  # of an order that are computed ahead
 
 

@@ -32,9 +32,6 @@ from utils import UserError, few, first_line, is_hidden
 DIGITS_FILE = Path(__file__).parent / "digits.npz"
 
 
-# ----------------------------------------------------------------------------- kinds of data sets
-
-
 def digits(is_train: bool) -> ArraySource:
     """The included digits: 1,437 to train on, 360 to test on, 8 pixels, ten classes."""
     with np.load(DIGITS_FILE, allow_pickle=False) as file:
@@ -69,11 +66,7 @@ def image_folder(folder: str) -> ImageSource:
 
     Raises: UserError if it does not exist or holds no images.
     """
-    folder = os.path.expanduser(folder)
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"{folder}: is not a folder; it must hold one folder of images per class", "folder"
-        )
+    folder = _existing(folder, "one folder of images per class")
     listing = _Listing(folder)
     if not (classes := listing.classes()):
         raise _no_images(folder, "it holds no folder")
@@ -107,9 +100,7 @@ def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:
         classes: the names of the classes of the images that have a label.
     Raises: UserError if there is no image.
     """
-    folder = os.path.expanduser(folder)
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: is not a folder", "folder")
+    folder = _existing(folder, "images")
 
     def list_all() -> list[np.ndarray]:
         listing = _Listing(folder)
@@ -120,6 +111,14 @@ def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:
         return arrays_of_files(folder, [[(path, len(classes)) for path in paths]])
 
     return FileSource(folder, distributed.once_per_machine(list_all), classes)
+
+
+def _existing(folder: str, content: str) -> str:
+    """The path of a folder of images, with ~ expanded. Raises: UserError if there is none."""
+    folder = os.path.expanduser(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: is not a folder; it must hold {content}", "folder")
+    return folder
 
 
 class _Listing:
@@ -213,9 +212,7 @@ def labeled_images(file: str, folder: str, classes: Sequence[str] | None = None)
         classes: the classes in their order; by default those in the file.
     Raises: UserError for a file with a wrong line, and for a folder that does not exist.
     """
-    folder = os.path.expanduser(folder)
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: is not a folder; it must hold the images of {file}", "folder")
+    folder = _existing(folder, f"the images of {file}")
 
     def make() -> list[np.ndarray]:
         labels = read_labels(file, folder, classes)

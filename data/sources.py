@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,9 +21,6 @@ from runtime import distributed
 from utils import UserError
 
 IDENTIFYING = 10_000  # images that stand for all others when files are compared
-
-
-# ------------------------------------------------------------------------------------ sources
 
 
 class ImageSource(Dataset):
@@ -115,11 +113,16 @@ Source = ImageSource | StreamSource
 
 
 def hash_of(*parts: Any) -> str:
-    """16 hexadecimal digits that stand for bytes, or for arrays one after another."""
+    """16 hexadecimal digits that stand for bytes or arrays, one after another."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def hash_of_plain(value: object) -> str:
+    """16 hexadecimal digits that stand for a plain value, such as a dict of numbers."""
+    return hash_of(json.dumps(value).encode())
 
 
 def evenly(count: int, most: int = IDENTIFYING) -> np.ndarray:
@@ -154,41 +157,10 @@ class ArraySource(ImageSource):
 # ------------------------------------------------------------------------------ images in files
 
 
-class Paths:
-    """Paths below a folder, in two arrays, which workers and processes share without copies.
-
-    Forked workers copy a list page by page (see ImageSource), and an array of strings is as wide as
-    its longest.
-
-    Args:
-        text: (T,) uint8, the bytes of all paths, one after another.
-        starts: (N + 1,) int64, where each path begins in the text, and where the last one ends.
-    """
-
-    def __init__(self, text: np.ndarray, starts: np.ndarray) -> None:
-        self.text, self.starts = text, starts
-
-    def __getitem__(self, index: int) -> bytes:
-        return self.text[self.starts[index] : self.starts[index + 1]].tobytes()
-
-    @cached_property
-    def width(self) -> int:
-        """Bytes of the longest path."""
-        parts = _parts(len(self.starts) - 1)
-        return max(int((self.starts[part + 1] - self.starts[part]).max()) for part in parts)
-
-    def at(self, positions: np.ndarray) -> np.ndarray:
-        """(P,) integers -> (P,) paths, as an array of bytes as wide as the longest path of all"""
-        starts, ends = self.starts[positions, None], self.starts[positions + 1, None]  # (P, 1)
-        places = starts + np.arange(self.width)  # (P, W)
-        letters = self.text[np.minimum(places, len(self.text) - 1)]
-        return np.where(places < ends, letters, 0).view(f"S{self.width}")[:, 0]
-
-
 def arrays_of_files(
     folder: str, files_by_class: Iterable[Iterable[tuple[str, int]]]
 ) -> list[np.ndarray]:
-    """(path, class index) of files below the folder -> text and starts of Paths, and targets."""
+    """(path, class index) of files below the folder -> the arrays of FileSource."""
     outside = len(os.path.join(folder, ""))
     # Compact from the start: as lists, the files of 100 million images would take 35 GB.
     text, starts, targets = bytearray(), array("q", [0]), array("q")
@@ -205,25 +177,39 @@ THREADS = 16  # that look at files: each look costs a round trip on a network fi
 class FileSource(ImageSource):
     """Images in files of their own.
 
+    The paths are kept in two arrays, which workers and processes share without copies: forked
+    workers copy a list page by page, and an array of strings is as wide as its longest.
+
     Args:
         folder: that the paths begin in.
-        arrays: from `arrays_of_files`.
+        arrays: (T,) uint8, the bytes of all paths, one after another; (N + 1,) int64, where each
+            path begins in them, and where the last one ends; and the targets.
     """
 
     def __init__(self, folder: str, arrays: list[np.ndarray], classes: Sequence[str]) -> None:
-        text, starts, targets = arrays
+        self.folder, (self.text, self.starts, targets) = folder, arrays
         super().__init__(targets, classes)
-        self.folder, self.paths = folder, Paths(text, starts)
 
     def load(self, index: int) -> Picture:
         path = self.path(index)
         return open_image(path, path)
 
+    @cached_property
+    def width(self) -> int:
+        """Bytes of the longest path."""
+        parts = _parts(len(self))
+        return max(int((self.starts[part + 1] - self.starts[part]).max()) for part in parts)
+
     def names(self, positions: np.ndarray) -> np.ndarray:
-        return self.paths.at(positions)
+        """(P,) integers -> (P,) paths, as an array of bytes as wide as the longest path of all"""
+        starts, ends = self.starts[positions, None], self.starts[positions + 1, None]  # (P, 1)
+        places = starts + np.arange(self.width)  # (P, W)
+        letters = self.text[np.minimum(places, len(self.text) - 1)]
+        return np.where(places < ends, letters, 0).view(f"S{self.width}")[:, 0]
 
     def path(self, index: int) -> str:
-        return os.path.join(self.folder, os.fsdecode(self.paths[index]))
+        name = self.text[self.starts[index] : self.starts[index + 1]].tobytes()
+        return os.path.join(self.folder, os.fsdecode(name))
 
     def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
         """Hashes of the sizes of files and of their times of modification, in nanoseconds."""

@@ -19,9 +19,6 @@ BATCH = 32
 LATENCIES, ROUNDS = 30, 5  # timed runs per network, spread over rounds; the median is reported
 
 
-# ------------------------------------------------------------------------- images to compare on
-
-
 class Images(NamedTuple):
     """What both networks are given.
 
@@ -36,9 +33,6 @@ class Images(NamedTuple):
     targets: torch.Tensor | None
     positions: list[int] | None
     words: str
-
-
-# ------------------------------------------------------------------------------- loading back
 
 
 @dataclass

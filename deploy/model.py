@@ -143,9 +143,6 @@ class Model:
         return outputs if self.card.with_preprocessing else outputs.softmax(dim=-1)
 
 
-# ---------------------------------------------------------------------------- from a checkpoint
-
-
 def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCard, Checkpoint]:
     """The network of a checkpoint of main.py in eval mode on the CPU, its card, and the checkpoint.
 
@@ -192,9 +189,6 @@ def run_network(network: nn.Module, card: ModelCard, device: torch.device, kind:
     """A network in this process, run as an evaluation runs it."""
     network = network.eval().to(device).to(memory_format=torch.channels_last)
     return Model(card, network, device, kind)
-
-
-# ------------------------------------------------------------------------------- from an export
 
 
 def open_model(path: str, device: torch.device, use_ema: str = "auto") -> Model:

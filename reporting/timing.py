@@ -64,10 +64,6 @@ class TimeSplit:
         self.events.append((what, start, end))
         self._collect()
 
-    def timed(self, loader: Loader) -> TimedLoader:
-        """A loader for whose batches the waiting is timed."""
-        return TimedLoader(loader, self)
-
     def parts(self) -> dict[str, float]:
         """Seconds by name; they add up to the time since this was made."""
         if self.events:
@@ -85,20 +81,11 @@ class TimeSplit:
             self._add(what, start.elapsed_time(end) / 1000)
 
 
-class TimedLoader:
-    """A loader whose callers' waiting is timed; otherwise the loader itself."""
+class TimedLoader(Loader):
+    """A loader for whose batches the waiting is timed."""
 
     def __init__(self, loader: Loader, times: TimeSplit) -> None:
-        self.loader, self.times = loader, times
-
-    @property
-    def batches_in_epoch(self) -> int:
-        """Batches of this process in a whole epoch."""
-        return self.loader.batches_in_epoch
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch to begin with."""
-        self.loader.set_epoch(epoch, first_batch)
+        self.loader, self.times, self.order = loader, times, loader.order
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)

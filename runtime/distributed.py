@@ -29,8 +29,6 @@ from utils import UserError, changes, discard_output, first_line
 
 T = TypeVar("T")
 
-# ---------------------------------------------------------------------------------- processes
-
 
 def init_process(device: torch.device, dist_url: str) -> None:
     """Join the group of the processes that torchrun started, if they are several.
@@ -347,8 +345,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The network inside a DistributedDataParallel, or the network itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
-
-# -------------------------------------------------------------------------- the end of a group
 
 _stores: list[dist.Store] = []  # of the group, if there is one; outlives errors of the backend
 _FAILED = "failed"  # the key that a process sets when an error ends it

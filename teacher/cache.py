@@ -26,15 +26,13 @@ from arguments.flags import COMPARED, IF_MIXED, with_cache
 from data.loaders import image_sample
 from data.order import EpochBatches
 from data.pictures import DECODER
-from data.sources import ImageSource
+from data.sources import ImageSource, hash_of_plain
 from datasets import Data
 from models.checkpoint import local_file, read_checkpoint
 from models.own import code_file
 from runtime import distributed
-from teacher.logit_store import LogitStore, RowFormat, hash_of
+from teacher.logit_store import LogitStore, RowFormat
 from utils import UserError, flags_for
-
-# ------------------------------------------------------------------------------ the cache
 
 FORMAT = 3  # of the files and of the order of their rows; rises when a program would misread others
 SAME_IMAGE = 0.05  # tolerance of means of normalized pixels; rounding of processors is far below
@@ -46,9 +44,6 @@ REPLACED_IMAGES = {  # fields of ImageSource.fingerprint, and what a difference 
     "pixels": "they have different pixels",
     "table": "Hugging Face's fingerprint of their table differs",
 }
-
-
-# ------------------------------------------------------------------------------ the manifest
 
 
 def open_teacher_cache(
@@ -105,7 +100,7 @@ def manifest_of(
         files = [_identity_of(teacher, args.use_ema) for teacher in teachers]
         names = utils.read_lines(args.teacher_classes) if args.teacher_classes else None
     fields["teacher_path"] = files
-    fields["teacher_classes"] = names and hash_of(names)
+    fields["teacher_classes"] = names and hash_of_plain(names)
     assert isinstance(data.train, ImageSource)
     fields |= data.train.fingerprint()
     fields["augmented"] = image_sample(data.train_loader)

@@ -6,7 +6,6 @@ checksum for each row that is complete. `val-<hash>` is the same for validation 
 """
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import torch
 import utils
 from data.loaders import Batch
 from data.order import BatchOrder
+from data.sources import hash_of_plain
 from runtime.device import has_streams, send
 from utils import UserError, few
 
@@ -354,7 +354,7 @@ class LogitStore:
             images: number of validation images.
         """
         row_format = RowFormat(self.format.num_classes, "float32")
-        stem = self.folder / f"val-{hash_of(fingerprint)}"
+        stem = self.folder / f"val-{hash_of_plain(fingerprint)}"
         return LogitFile.open(stem, images, row_format, self.id)
 
 
@@ -421,8 +421,3 @@ class StoredTeacher:
                 "cache",
             )
         return self.store.put(view, places, self.teacher(images))
-
-
-def hash_of(value: object) -> str:
-    """16 hexadecimal digits that stand for a plain value."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -414,9 +414,6 @@ class RunState:
         return "Accuracy: " + (", ".join(parts) or "not evaluated")
 
 
-# -------------------------------------------------------------------------------------- locks
-
-
 def lock_folder(folder: Path) -> FileIO | None:
     """Take a folder for this run, until the returned file is closed or the process ends.
 

@@ -33,9 +33,6 @@ def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return 100 * (logits.argmax(dim=-1) == classes).mean(dim=-1, dtype=torch.float32)
 
 
-# ------------------------------------------------------------------------ within an epoch
-
-
 @dataclass
 class Progress:
     """How far an epoch has come: what a checkpoint inside it must hold, plain values only."""

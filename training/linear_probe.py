@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arguments.derived import is_augmented
 from data.checks import with_progress
-from data.loaders import Batch, DeviceLoader
+from data.loaders import Batch, DeviceLoader, Loader
 from data.order import EpochBatches
 from data.sources import ImageSource
 from datasets import Data
@@ -145,8 +145,8 @@ class TrainedClassifier(nn.Module):
         return head.no_sync() if isinstance(head, DistributedDataParallel) else nullcontext()
 
 
-class FeatureLoader:
-    """Batches of features in the order in which `order` would show the images; a loaders.Loader.
+class FeatureLoader(Loader):
+    """Batches of features in the order in which `order` would show the images.
 
     Args:
         features: (N, D) of all training images, on the device.
@@ -154,16 +154,8 @@ class FeatureLoader:
     """
 
     def __init__(self, order: EpochBatches, features: torch.Tensor, targets: torch.Tensor) -> None:
-        self.order, self.features, self.targets = order, features, targets
-
-    @property
-    def batches_in_epoch(self) -> int:
-        """Batches of this process in a whole epoch."""
-        return self.order.batches_in_epoch
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch to begin with if part of the epoch is done."""
-        self.order.set_epoch(epoch, first_batch)
+        self.order: EpochBatches = order
+        self.features, self.targets = features, targets
 
     def __iter__(self) -> Iterator[Batch]:
         view, device = self.order.view, self.features.device
