@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from arguments.checks import check_numbers
 from arguments.derived import is_own_module, teachers_of
 from arguments.flags import (
     COMPARED,
@@ -31,7 +32,7 @@ from arguments.flags import (
     with_cache,
 )
 from arguments.kinds import ShowDefaults, str2bool
-from arguments.parsing import given_flags, parse, unknown_flags
+from arguments.parsing import command_words, given_flags, parse, unknown_flags
 from utils import UserError, exit_code, flags_for, write_whole
 
 MAIN = Path(__file__).resolve().parent / "main.py"
@@ -156,11 +157,9 @@ def varied_flags(vary: Sequence[str]) -> dict[str, list[str]]:
 def check_value(text: str, flag: Flag, value: str) -> None:
     """Raise UserError for a value of --vary that its flag never takes."""
     try:
-        typed = given_flags([f"--{flag.name}", value])[flag.name]
+        check_numbers(given_flags([f"--{flag.name}", value]))
     except UserError as error:
         raise UserError(f"--vary {text}: {error}{DECIMALS}") from error
-    if flag.kind.remedy and not flag.kind.holds(typed):
-        raise UserError(f"--vary {text}: {value} {flag.kind.remedy}{DECIMALS}")
 
 
 def commands(
@@ -170,9 +169,12 @@ def commands(
 
     Raises: UserError for a run that cannot work, or if two runs would share a folder.
     """
+    outside_recipes = given_flags([word for word in common if not word.startswith("@")])
+    common = command_words(common)
     for flag in given_flags(common):
-        if flag in varied or flag in ("output_dir", "resume", "eval"):
-            setter = "--vary" if flag in varied else "the sweep"
+        is_varied = flag in varied and flag in outside_recipes  # --vary comes after recipes
+        if is_varied or flag in ("output_dir", "resume", "eval"):
+            setter = "--vary" if is_varied else "the sweep"
             raise UserError(f"--{flag}: is set by {setter}; remove it from the flags after --")
     runs: dict[str, list[str]] = {}
     for values in itertools.product(*varied.values()):

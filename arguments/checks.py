@@ -2,9 +2,12 @@
 
 import argparse
 import difflib
+import itertools
 import math
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from arguments.derived import (
     DATA_SETS,
@@ -32,13 +35,14 @@ def _shown(args: argparse.Namespace, flag: str) -> str:
     return f"--{flag} {as_typed(getattr(args, flag))}"
 
 
-def check_numbers(args: argparse.Namespace) -> None:
+def check_numbers(values: Mapping[str, Any]) -> None:
     """Raise UserError for a number outside the range of its flag."""
     for flag in FLAGS.values():
-        value = getattr(args, flag.name)
+        value = values.get(flag.name)
         if value is not None and flag.kind.remedy:
-            values = value if isinstance(value, list) else [value]
-            _require(args, flag.name, all(map(flag.kind.holds, values)), flag.kind.remedy)
+            numbers = value if isinstance(value, list) else [value]
+            if not all(map(flag.kind.holds, numbers)):
+                raise UserError(f"--{flag.name} {as_typed(value)}: {flag.kind.remedy}")
 
 
 def check_distillation(args: argparse.Namespace) -> None:
@@ -68,6 +72,10 @@ def check_distillation(args: argparse.Namespace) -> None:
         remedy = f"pass {len(archs)} number(s) above 0, separated by commas"
         _require(args, "teacher_weights", holds, remedy)
     if args.kd_loss == "dkd" and args.kd_alpha > 0 and not args.eval:
+        if not (args.dkd_alpha or args.dkd_beta):
+            raise UserError(
+                "--dkd_alpha 0 and --dkd_beta 0: leave nothing of --kd_loss dkd; pass one above 0"
+            )
         remedy = "needs one class per image, and {}; {}"
         mixed = remedy.format("mixup and cutmix mix them", "pass --mixup 0 --cutmix 0")
         _require(args, "kd_loss", not is_mixed(args), mixed)
@@ -103,8 +111,11 @@ def check_combinations(args: argparse.Namespace) -> None:
         require("class_weights", args.loss == "ce", "weighs --loss ce; pass that, or none")
     remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"
     require("kd_warmup_epochs", args.kd_warmup_epochs <= args.epochs, remedy)
-    remedy = f"above --lr {args.lr}, the peak; pass a smaller --min_lr, or a larger --lr"
-    require("min_lr", args.lr is None or args.min_lr <= args.lr, remedy)
+    if args.sched == "step":
+        check_milestones(args)
+    else:
+        remedy = f"above --lr {args.lr}, the peak; pass a smaller --min_lr, or a larger --lr"
+        require("min_lr", args.lr is None or args.min_lr <= args.lr, remedy)
     if args.opt_betas:
         require("opt_betas", len(args.opt_betas) > 1, "pass two numbers, such as 0.9 0.999")
     if args.cutmix_minmax:
@@ -135,6 +146,20 @@ def check_combinations(args: argparse.Namespace) -> None:
         all_views = min(args.teacher_views or args.epochs, args.epochs)
         remedy = f"needs a part of 0:{all_views}, such as 0:{max(1, all_views // 2)}"
         require("teacher_cache_range", bool(views_of(args)), remedy)
+
+
+def check_milestones(args: argparse.Namespace) -> None:
+    """Raise UserError if the learning rate of --sched step would never or wrongly be lowered."""
+    epochs = args.decay_epochs
+    if not epochs:
+        raise UserError(
+            "--sched step: needs the epochs after which the learning rate is lowered; pass "
+            f"--decay_epochs, such as {as_typed([args.epochs // 2, args.epochs * 3 // 4])}"
+        )
+    is_rising = all(a < b for a, b in itertools.pairwise(epochs))
+    _require(args, "decay_epochs", is_rising, "pass each epoch once, in ascending order")
+    remedy = f"{epochs[-1]} is not below the number of epochs ({args.epochs}); lower it"
+    _require(args, "decay_epochs", epochs[-1] < args.epochs, remedy)
 
 
 def check_folders(args: argparse.Namespace) -> None:

@@ -168,9 +168,13 @@ add("teacher_path", FILE, None, cache=FOLLOWED, nargs="+", help=
     "teacher checkpoint file(s) (required with --kd true)")
 add("teacher_arch", NAME, None, cache=COMPARED, nargs="+", help=
     "teacher's timm architecture(s) (required with --kd true)")
-add("kd_alpha", SHARE, 0.7, known_as="alpha", help=
+SHARED = Need("beside --ce_weight and --kd_weight",
+    lambda a: a.kd_alpha in (0, 1) or None in (a.ce_weight, a.kd_weight))
+add("kd_alpha", SHARE, 0.7, SHARED, known_as="alpha", help=
     "weight of the distillation loss: 0 for labels only, 1 for teacher only")
-add("kd_temperature", POSITIVE, 4.0, ASKED, known_as="temperature", help=
+SOFT = Need("with --kd_loss hard",
+    lambda a: a.kd_loss != "hard" or "," in a.teacher_arch, ("kd_loss",))
+add("kd_temperature", POSITIVE, 4.0, ASKED, SOFT, known_as="temperature", help=
     "temperature that softens both networks' outputs")
 add("kd_loss", ("kl", "dkd", "dist", "hard", "bce"), "kl", ASKED, help=
     "distillation loss: KL divergence (kl), Decoupled KD (dkd), DIST (dist), the teacher's class "
@@ -307,7 +311,17 @@ add("lr", NOT_NEGATIVE, None, known_as="learning_rate", help=
     "by the number of features, unless with SGD)")
 add("layer_decay", POSITIVE, 1.0, ALL_LAYERS, help=
     "factor on the learning rate from each layer to the layer below")
-add("min_lr", NOT_NEGATIVE, 1e-6, help="learning rate at the end of the cosine")
+add("sched", ("cosine", "step"), "cosine", known_as="lr_scheduler", help=
+    "course of the learning rate after warm-up: half a cosine down to --min_lr (cosine), or "
+    "multiplied by --decay_rate at each of --decay_epochs (step)")
+add("min_lr", NOT_NEGATIVE, 1e-6,
+    Need("with --sched step", lambda a: a.sched == "cosine", ("sched",)), help=
+    "learning rate at the end of the cosine")
+STEP = Need("without --sched step", lambda a: a.sched == "step", ("sched",))
+add("decay_epochs", COUNT, None, STEP, nargs="+", known_as="decay_milestones lr_decay_epochs", help=
+    "epochs after which --sched step lowers the learning rate, such as 150 180 210; required there")
+add("decay_rate", POSITIVE, 0.1, STEP, known_as="lr_decay_rate", help=
+    "factor on the learning rate at each of --decay_epochs")
 add("warmup_epochs", FROM_0, None,
     Need("beside --warmup_steps", lambda a: a.warmup_steps < 0), help=
     "epochs of linear warm-up (default: 20, or a fifth of a short run)")
@@ -447,8 +461,9 @@ def get_args_parser() -> Parser:
     """Every flag with its type, its default and its help."""
     parser = Parser(
         "main.py",
-        usage="%(prog)s [--flag value ...]",
-        description="Train and evaluate image classifiers, with knowledge distillation.",
+        usage="%(prog)s [@FILE] [--flag value ...]",
+        description="Train and evaluate image classifiers, with knowledge distillation. @FILE "
+        "stands for the flags in that file, one per line; later flags win.",
         formatter_class=ShowDefaults,
         allow_abbrev=False,
     )

@@ -4,8 +4,10 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from arguments.checks import (
@@ -37,7 +39,7 @@ NOT_GIVEN = object()  # the value of a flag that a command line does not set
 def given_flags(argv: Sequence[str] | None) -> dict[str, Any]:
     """The flags that a command line sets, with their values; UserError for one that is unknown."""
     args = argparse.Namespace(**dict.fromkeys(FLAGS, NOT_GIVEN))
-    _, unknown = get_args_parser().parse_known_args(_words(argv), args)
+    _, unknown = get_args_parser().parse_known_args(command_words(argv), args)
     if unknown:
         raise UserError(unknown_flags(unknown))
     return {name: value for name, value in vars(args).items() if value is not NOT_GIVEN}
@@ -67,7 +69,7 @@ def parse(
     defaults = {flag.name: flag.default for flag in FLAGS.values()}
     args = argparse.Namespace(**defaults | dict(saved or {}) | typed, given=sorted(typed))
     unify_spelling(args)
-    check_numbers(args)
+    check_numbers(vars(args))
     check_distillation(args)
     of_images = {*flags_of_group(AUGMENTATION), *flags_of_group(MIXING)}
     if args.no_aug or args.linear_probe and not of_images & {*args.given, *(saved or ())}:
@@ -80,15 +82,50 @@ def parse(
     return args
 
 
-def _words(argv: Sequence[str] | None) -> list[str]:
-    """A command line, or that of this process for None, with --batch-size as --batch_size."""
-    words = []
+def command_words(argv: Sequence[str] | None) -> list[str]:
+    """A command line, or that of this process for None, in words of flags and values alone.
+
+    Recipes (@FILE) are replaced by what they hold, and --batch-size by --batch_size.
+    """
+    words: list[str] = []
     for word in sys.argv[1:] if argv is None else argv:
+        if word.startswith("@"):
+            words += _recipe_words(word)
+            continue
         flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_")
         is_flag = flag.startswith("--") and name in FLAGS
         words.append(f"--{name}{equals}{value}" if is_flag else word)
     return words
+
+
+def _recipe_words(recipe: str) -> Iterator[str]:
+    """The words of @FILE, a text file with one flag and its values per line.
+
+    Raises: UserError that names file and line, for a flag that is unknown or a value that its flag
+        never takes.
+    """
+    try:
+        text = Path(os.path.expanduser(recipe[1:])).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        problem = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(
+            f"{recipe}: cannot read this recipe ({problem}); pass @ and the path of a text file "
+            "with one flag per line, such as @recipes/deit_hard.args"
+        ) from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            # A '#' begins a comment only at the beginning of a word, as in a shell.
+            words = shlex.split(re.sub(r"(^|\s)#.*", "", line))
+            if nested := [word for word in words if word.startswith("@")]:
+                raise UserError(f"{nested[0]}: a recipe cannot hold a recipe; pass both")
+            if words and not words[0].startswith("--"):
+                raise UserError(f"{words[0]}: is no flag; begin each line with one")
+            words = command_words(words)
+            check_numbers(given_flags(words))
+        except (UserError, ValueError) as error:
+            raise UserError(f"{recipe[1:]}, line {number}: {error}") from error
+        yield from words
 
 
 def unknown_flags(words: Sequence[str]) -> str:

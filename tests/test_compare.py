@@ -381,12 +381,12 @@ BAD_SWEEPS = {
     "after --",
     "--vary lr=1e-3,abc": "--vary lr=1e-3,abc: --lr: 'abc' is not a number (commas separate",
     "--vary kd=false,true": "run kd=true: --kd true needs --teacher_path and --teacher_arch",
-    "--vary kd_alpha=0.5,0,9 -- KD": "--vary kd_alpha=0.5,0,9: 9 must lie in 0…1 (commas "
+    "--vary kd_alpha=0.5,0,9 -- KD": "kd_alpha=0.5,0,9: --kd_alpha 9.0: must lie in 0…1 (commas "
     "separate values; decimals take a point",
     "--vary model=cifar_resnet8,resnet19": "run model=resnet19: --model resnet19: timm knows no "
     "such architecture",
     "--vary opt=adamw,adamm": "run opt=adamm: --opt adamm: ",
-    "--print_commands --vary lr=1e-3,nan": "lr=1e-3,nan: nan must be 0 or more",
+    "--print_commands --vary lr=1e-3,nan": "lr=1e-3,nan: --lr nan: must be 0 or more",
 }
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
 from torch import nn
 
+from arguments.kinds import as_typed
 from runtime.distributed import log
 from utils import UserError
 
@@ -26,6 +27,22 @@ def cosine_schedule(base: float, final: float, steps: int, warmup_steps: int = 0
     warmup = np.linspace(0.0, base, warmup_steps + 1)[1:]
     phase = np.arange(steps - warmup_steps) / max(1, steps - warmup_steps)
     return np.concatenate([warmup, final + 0.5 * (base - final) * (1 + np.cos(math.pi * phase))])
+
+
+def step_schedule(
+    base: float, rate: float, milestones: Sequence[int], steps: int, warmup_steps: int = 0
+) -> np.ndarray:
+    """Linear warm-up to `base` as in `cosine_schedule`, then times `rate` at each milestone.
+
+    He et al. 2016, section 4.2, and the usual schedule of distillation on CIFAR-100.
+
+    Args:
+        milestones: optimizer steps; the first step with a lower value.
+    Returns: (steps,) float64, one value per optimizer step.
+    """
+    warmup = np.linspace(0.0, base, warmup_steps + 1)[1:]
+    passed = np.searchsorted(milestones, np.arange(warmup_steps, steps), side="right")
+    return np.concatenate([warmup, base * rate**passed])
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,7 @@ def begin_momentum(optimizer: torch.optim.SGD) -> None:
 def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
     """Learning rate and weight decay of every optimizer step of the run."""
     steps, warmup = args.epochs * steps_per_epoch, warmup_steps(args, steps_per_epoch)
-    if args.min_lr > args.lr:
+    if args.sched == "cosine" and args.min_lr > args.lr:
         raise UserError(
             f"--min_lr {args.min_lr}: above {args.lr:.3g}, the peak that was chosen by default; "
             "pass a smaller --min_lr, or a --lr"
@@ -118,8 +135,13 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
             f"--warmup_steps {warmup}: longer than the run of {steps} steps; shorten it"
         )
     decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+    if args.sched == "step":
+        milestones = [epoch * steps_per_epoch for epoch in args.decay_epochs]
+        lr = step_schedule(args.lr, args.decay_rate, milestones, steps, warmup)
+    else:
+        lr = cosine_schedule(args.lr, args.min_lr, steps, warmup)
     return Schedule(
-        lr=cosine_schedule(args.lr, args.min_lr, steps, warmup),
+        lr=lr,
         weight_decay=cosine_schedule(args.weight_decay, decay_end, steps),
     )
 
@@ -131,6 +153,10 @@ def warmup_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
     )
 
 
+SCHEDULE_FLAGS = {"epochs", "lr", "warmup_epochs", "warmup_steps"}
+SCHEDULE_FLAGS |= {"sched", "min_lr", "decay_epochs", "decay_rate"}
+
+
 def report_schedule(
     args: argparse.Namespace,
     schedule: Schedule,
@@ -139,11 +165,12 @@ def report_schedule(
     changes: Mapping[str, tuple[Any, Any]],
 ) -> None:
     """Print the schedule, and what a changed recipe does to it in a resumed run."""
-    log(
-        f"{len(schedule.lr)} optimizer steps, {warmup_steps(args, steps_per_epoch)} of them "
-        f"warm-up; learning rate {args.lr:.3g}"
-    )
-    if changes.keys() & {"epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps"}:
+    line = f"{len(schedule.lr)} optimizer steps, {warmup_steps(args, steps_per_epoch)} of them "
+    line += f"warm-up; learning rate {args.lr:.3g}"
+    if args.sched == "step":
+        line += f", times {args.decay_rate:g} after {as_typed(args.decay_epochs)} epochs"
+    log(line)
+    if changes.keys() & SCHEDULE_FLAGS:
         old_values = {name: old for name, (old, _) in changes.items()}
         before = make_schedule(argparse.Namespace(**{**vars(args), **old_values}), steps_per_epoch)
         old = before.lr[first_step] if first_step < len(before.lr) else before.lr[-1]
