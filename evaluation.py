@@ -23,7 +23,7 @@ from models.checkpoint import Checkpoint, Weights
 from models.classes import match_classes
 from models.weights import load_network
 from reporting import metrics, summary
-from reporting.terminal import MANY_CLASSES
+from reporting.terminal import MANY_CLASSES, columns
 from runtime import distributed
 from runtime.distributed import log
 from training.settings import LoopSettings, loop_settings
@@ -235,6 +235,6 @@ def score_checkpoint(
             if score != "acc5" or len(val.classes) > MANY_CLASSES:
                 log(f"test_{score}{suffix} {value:.4f}")
         reports[name] = report
-        log("\n".join(metrics.report_lines(report)))
+        log("\n".join(metrics.report_lines(report, columns())))
     with flags_for(output="--report"):
         summary.write_report(args.report, reports)

@@ -54,7 +54,6 @@ from reporting.recorder import Recorder
 from reporting.summary import (
     Outcome,
     costs_of,
-    finals_of,
     images_scored,
     lines_of,
     settings_of,
@@ -442,7 +441,7 @@ def summarize(
     with flags_for(output="--report"):
         write_report(args.report, outcome.reports)
     if board is not None:
-        board.settings(settings_of(vars(args)), finals_of(outcome))
+        board.settings(settings_of(vars(args)), outcome.best)
         if isinstance(data.val, ImageSource):
             show_mistakes(data, joined["student"], board)
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -111,6 +112,17 @@ def few(names: Iterable[object], most: int = 3) -> str:
     """The first few names, for an error message."""
     names = list(names)
     return ", ".join(map(str, names[:most])) + (" …" if len(names) > most else "")
+
+
+def wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """A text as lines that are broken between words; a word that is too long stays whole.
+
+    Args:
+        indent: of the lines after the first.
+    """
+    return textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 # -------------------------------------------------------------------------------- small files

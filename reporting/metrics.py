@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from runtime import distributed
 
 BINS = 15  # of the confidences; as in Guo et al., 'On calibration of modern neural networks', 2017
+MOST_IN_MATRIX = 12  # classes of a confusion matrix in the terminal
 MOST_CLASSES = 20  # that are all listed in the terminal; of more classes, the worst are
 WORST_CLASSES = 10
 MOST_CONFUSED = 5  # pairs of classes that are listed in the terminal
@@ -174,25 +175,54 @@ def report(answers: Answers, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def report_lines(report: dict[str, Any]) -> list[str]:
-    """What the terminal shows of a report: accuracy per class, and the most confused pairs."""
+def report_lines(report: dict[str, Any], width: int) -> list[str]:
+    """What the terminal shows of a report: of few classes the confusion matrix, else the worst.
+
+    Args:
+        width: of the terminal.
+    """
+    if matrix := matrix_lines(report, width):
+        return matrix
     rows = [row for row in report["per_class"] if row["images"]]
     title = "Accuracy per class"
     if len(rows) > MOST_CLASSES:
         title = f"The {WORST_CLASSES} of {len(rows)} classes with the lowest accuracy"
         rows = sorted(rows, key=lambda row: row["acc1"])[:WORST_CLASSES]
-    width = max(len(row["class"]) for row in rows)
+    longest = max(len(row["class"]) for row in rows)
     lines = [f"{title}:"]
     lines += [
-        f"  {row['class']:{width}}  {row['acc1']:6.2f} % of {row['images']:,} images"
+        f"  {row['class']:{longest}}  {row['acc1']:6.2f} % of {row['images']:,} images"
         for row in rows
     ]
-    confused = report["confusions"][:MOST_CONFUSED]
-    if confused:
-        total = {row["class"]: row["images"] for row in report["per_class"]}
-        pairs = [
-            f"{c['class']} taken for {c['predicted']} ({c['images']} of {total[c['class']]:,})"
-            for c in confused
-        ]
-        lines.append(f"Most confused: {', '.join(pairs)}")
+    total = {row["class"]: row["images"] for row in report["per_class"]}
+    pairs = [
+        f"  {c['class']} taken for {c['predicted']} ({c['images']} of {total[c['class']]:,})"
+        for c in report["confusions"][:MOST_CONFUSED]
+    ]
+    return [*lines, "Most confused:", *pairs] if pairs else lines
+
+
+def matrix_lines(report: dict[str, Any], width: int) -> list[str]:
+    """The confusion matrix of a report; empty if there are too many classes for it.
+
+    Columns are as wide as the terminal permits, and class names are cut to fit them.
+    """
+    wrong = {(c["class"], c["predicted"]): c["images"] for c in report["confusions"]}
+    predicted = {taken for _, taken in wrong}
+    rows = [row for row in report["per_class"] if row["images"]]
+    names = [r["class"] for r in report["per_class"] if r["images"] or r["class"] in predicted]
+    counts = wrong | {
+        (row["class"], row["class"]): round(row["images"] * row["acc1"] / 100) for row in rows
+    }
+    longest = max(map(len, names))
+    label = min(longest, max(2, width // 5))
+    cell = min(max(longest, 3) + 1, (width - label - len("  100.00 %")) // len(names))
+    if len(names) > MOST_IN_MATRIX or cell < 1 + len(str(max(counts.values()))):
+        return []
+    lines = ["Answers (columns) for each true class (rows):"]
+    lines.append(" " * label + "".join(f"{name[: cell - 1]:>{cell}}" for name in names))
+    for row in rows:
+        cells = [str(counts.get((row["class"], name)) or ".") for name in names]
+        texts = "".join(f"{text:>{cell}}" for text in cells)
+        lines.append(f"{row['class'][:label]:{label}}{texts}  {row['acc1']:6.2f} %")
     return lines

@@ -95,7 +95,8 @@ class Recorder:
                 board.text("command", machine["command"])
                 board.text("settings", json.dumps(args, indent=1))
                 board.text("environment", json.dumps(machine, indent=1))
-        terminal = Terminal(args["epochs"], args["print_seconds"], len(config["classes"]))
+        classes = len(config["classes"])
+        terminal = Terminal(args["epochs"], args["print_seconds"], classes, first_step)
         return cls(terminal, path, board, images_per_step, config, device)
 
     def __enter__(self) -> Self:
@@ -118,7 +119,7 @@ class Recorder:
         captions = [label_text(target, classes) for target in batch.targets[:PICTURES].cpu()]
         if teacher_logits is not None:
             answers = [answer_text(row, classes) for row in teacher_logits[:PICTURES].cpu()]
-            captions = [f"{c}\nteacher {a}" for c, a in zip(captions, answers, strict=True)]
+            captions = [f"{c}\nteacher:\n{a}" for c, a in zip(captions, answers, strict=True)]
         pictures = to_pictures(images, self.config["mean"], self.config["std"])
         self.board.pictures("training_images", pictures, captions)
 
@@ -159,7 +160,7 @@ class Recorder:
             best: highest accuracy so far; None if nothing is evaluated.
             rate: images trained per second.
         """
-        self.terminal.epoch(record, best, rate)
+        self.terminal.epoch(record, best, rate, seen)
         if self.path is not None:
             append_line(self.path, json.dumps(record))
         if self.board is None:

@@ -27,7 +27,7 @@ from models.fusion import fuse_layers
 from reporting import metrics
 from reporting.tables import COSTS, FIGURES, figure_of, in_order, split_name, table
 from reporting.tensorboard import PICTURES, Board
-from reporting.terminal import aligned, time_line
+from reporting.terminal import aligned, columns, time_line
 from runtime import distributed
 from runtime.distributed import log
 from utils import UserError, first_line, write_whole
@@ -47,7 +47,7 @@ def show_mistakes(data: Data, answers: metrics.Answers, board: Board) -> None:
         pixels, _ = transform(data.val.load(int(answers.places[index])))
         pictures.append(Image.fromarray(pixels))
         label, taken = (data.classes[a[index]] for a in (answers.targets, answers.predictions))
-        captions.append(f"{label}, taken for {taken} {answers.confidences[index]:.2f}")
+        captions.append(f"{label}\ntaken for {taken} {answers.confidences[index]:.2f}")
     board.pictures("validation_mistakes", pictures, captions)
 
 
@@ -66,9 +66,9 @@ class Outcome:
     is_resumed: bool = False  # whether an earlier process did a part of the run
 
 
-def columns_of(outcome: Outcome) -> dict[str, dict[str, str]]:
-    """The table at the end of a run: network -> row -> text."""
-    columns: dict[str, dict[str, str]] = {}
+def scores_by_network(outcome: Outcome) -> dict[str, dict[str, str]]:
+    """The first table at the end of a run: network -> row -> text."""
+    networks: dict[str, dict[str, str]] = {}
     for network, curve in CURVES.items():
         column = {}
         if (best := outcome.best.get(BEST.get(network, ""))) is not None:
@@ -79,21 +79,34 @@ def columns_of(outcome: Outcome) -> dict[str, dict[str, str]]:
             row = "accuracy %, last epoch" if is_accuracy else figure.heading
             if row:
                 column[row] = f"{outcome.scores[name]:.{figure.decimals}f}"
-        if its_cost := outcome.costs.get(network):
-            column |= {figure_of(name).heading: cost_text(its_cost, name) for name in COSTS}
         if column:
-            columns[network] = column
-    return columns
+            networks[network] = column
+    return networks
 
 
-def cost_text(spent: Cost, name: str) -> str:
+def cost_text(spent: Cost, name: str, with_range: bool) -> str:
     """A part of what a network costs, and of a latency the fastest and slowest round."""
     value, decimals = getattr(spent, name), figure_of(name).decimals
     if value is None:
         return ""
     low, high = (f"{limit:,.{decimals}f}" for limit in spent.ranges.get(name, (value, value)))
     text = f"{value:,.{decimals}f}"
-    return text if low == high else f"{text} ({low}–{high})"
+    return f"{text} ({low}–{high})" if with_range and low != high else text
+
+
+def cost_table(costs: Mapping[str, Cost | None]) -> list[str]:
+    """What the networks cost, with the ranges of the latencies if the terminal is wide enough."""
+    known = {network: cost for network, cost in costs.items() if cost is not None}
+    wide, narrow = (
+        summary_table(
+            {
+                network: {figure_of(name).heading: cost_text(cost, name, ranges) for name in COSTS}
+                for network, cost in known.items()
+            }
+        )
+        for ranges in (True, False)
+    )
+    return wide if max(map(len, wide)) <= columns() else narrow
 
 
 def summary_table(columns: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -132,19 +145,15 @@ def costs_of(student: nn.Module, teacher: Any, input_size: int) -> dict[str, Cos
 
 def settings_of(args: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies a run on TensorBoard's page HPARAMS: its recipe, as far as it was typed."""
-    main = ["model", "kd", "lr", "epochs", "batch_size", "seed"]
-    main += ["teacher_arch", "kd_alpha", "kd_temperature"] if args["kd"] else []
+    first = {"KD": args["kd"], "Model": args["model"], "Teacher": "none"}
+    main = ["lr", "epochs", "batch_size", "seed"]
+    if args["kd"]:
+        first["Teacher"] = args["teacher_arch"]
+        main += ["kd_alpha", "kd_temperature"]
     typed = [name for name in args["given"] if name not in NOT_RECIPE and name not in DATA_FLAGS]
-    skipped = {"teacher_path", "teacher_cache"}
-    return {name: args[name] for name in dict.fromkeys([*main, *typed]) if name not in skipped}
-
-
-def finals_of(outcome: Outcome) -> dict[str, float]:
-    """The scores of the last epoch and the best accuracy, for TensorBoard's page HPARAMS."""
-    shown = ("test_acc1", "test_acc1_ema", "test_loss", "test_agreement")
-    scores, best = outcome.scores, outcome.best
-    finals = {name.removeprefix("test_"): scores[name] for name in shown if name in scores}
-    return finals | ({"best_acc1": best["best"]} if "best" in best else {})
+    skipped = {"kd", "model", "teacher_arch", "teacher_path", "teacher_cache"}
+    names = [name for name in dict.fromkeys([*main, *typed]) if name not in skipped]
+    return first | {name: args[name] for name in names}
 
 
 def check_report(path: Path) -> None:
@@ -187,11 +196,13 @@ def lines_of(
         folder: of the checkpoints; None if nothing was saved.
         board: TensorBoard's folder; None without one.
     """
-    if columns := columns_of(outcome):
+    if scores := scores_by_network(outcome):
         yield from ["", *([f"Scored on {outcome.scored_on}:"] if outcome.scored_on else ())]
-        yield from summary_table(columns)
+        yield from summary_table(scores)
+    if any(outcome.costs.values()):
+        yield from ["", *cost_table(outcome.costs)]
     if outcome.reports:
-        yield from ["", *metrics.report_lines(outcome.reports["student"])]
+        yield from ["", *metrics.report_lines(outcome.reports["student"], columns())]
     since = " since the restart" if outcome.is_resumed else ""
     rows = [("Time", time_line(outcome.seconds, since))]
     if outcome.memory is not None:

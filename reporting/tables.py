@@ -34,7 +34,7 @@ FIGURES = {
     # Speed and costs, in summary.json.
     "images_per_second": Figure("", "images/s", 0),
     "parameters": Figure("", "parameters", 0),
-    "multiply_adds": Figure("", "multiply-adds per image", 0),
+    "multiply_adds": Figure("", "multiply-adds", 0),
     "ms_single": Figure("", "ms for 1 image"),
     "ms_large": Figure("", "ms for 32 images", 1),
 }

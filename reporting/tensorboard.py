@@ -5,7 +5,7 @@ quantities. So TensorBoard draws their curves into one chart.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.tensorboard import SummaryWriter
 
 import utils
+from arguments.kinds import as_typed
 
 PICTURES = 16  # of training images, and of validation mistakes
 CELL = 200  # pixels of a picture's side
@@ -36,10 +37,13 @@ class Board:
         utils.make_folder(folder)
         _leave_errors_to_main_thread()
         self.folder, self.first, self.seen = folder, seen + 1, seen
-        self.writers: dict[str, SummaryWriter] = {}  # by curve; '' for pictures and settings
+        self.writers: dict[str, SummaryWriter] = {}  # by curve
 
-    def writer(self, curve: str = "") -> SummaryWriter:
-        """The writer of one curve, such as 'train'."""
+    def writer(self, curve: str = "train") -> SummaryWriter:
+        """The writer of one curve; that of 'train' takes texts and pictures too.
+
+        TensorBoard has seven colors, one per writer.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         if curve not in self.writers:
@@ -59,23 +63,28 @@ class Board:
             self.writer().add_text(name, "    " + text.replace("\n", "\n    "))
 
     def pictures(self, name: str, pictures: Sequence[Image.Image], captions: Sequence[str]) -> None:
-        """Show a grid of pictures with captions of two lines."""
+        """Show a grid of pictures with captions of some lines."""
         if pictures:
             with events_in(self.folder):
                 self.writer().add_image(name, grid(pictures, captions), dataformats="HWC")
 
     def settings(self, values: Mapping[str, Any], scores: Mapping[str, float]) -> None:
-        """The settings and the final scores, for TensorBoard's page HPARAMS."""
+        """The settings and some final scores, for TensorBoard's page HPARAMS.
+
+        The page shows them beside the last scores of 'test', whose folder they share. It shows five
+        settings: those that differ between runs, then by name, upper case first.
+        """
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {k: v for k, v in values.items() if isinstance(v, bool | int | float | str)}
-        named = {f"final/{name}": value for name, value in scores.items()}
+        plain = {k: as_typed(v) if isinstance(v, bool) else v for k, v in values.items()}
+        plain = {k: v for k, v in plain.items() if isinstance(v, int | float | str)}
+        writer = self.writer("test")
         with events_in(self.folder):
-            writer = self.writer()
-            for summary in hparams(plain, named):
+            # Without its first summary, which would show the settings of the first run alone.
+            for summary in hparams(plain, {})[1:]:
                 writer._get_file_writer().add_summary(summary)
-            for name, value in named.items():
-                writer.add_scalar(name, value, self.seen)
+            for name, value in scores.items():
+                writer.add_scalar(f"final/{name}", value, self.seen)
 
     def flush(self) -> None:
         """Write what is waiting in memory."""
@@ -108,7 +117,7 @@ def board_folder(log_dir: str | None, output_dir: str, is_resumed: bool) -> Path
     owner = str(Path(output_dir).resolve()) if output_dir else ""
     number = 1
     folder = Path(log_dir)
-    while any(folder.glob("*events.out*")) or (folder / OWNER).exists():
+    while any(folder.glob("train/*events.out*")) or (folder / OWNER).exists():
         note = folder / OWNER
         if is_resumed and owner and note.exists() and note.read_text("utf-8") == owner:
             break
@@ -144,14 +153,24 @@ def grid(pictures: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray
         how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
         sheet.paste(picture.resize(size, how), (left, top))
         for line, text in enumerate(caption.splitlines()):
-            while draw.textlength(text, font) > CELL:
-                text = f"{text[:-2]}…"
+            text = shortened(text, lambda text: draw.textlength(text, font) <= CELL)
             draw.text((left, top + CELL + line * LINE), text, "black", font)
     return np.asarray(sheet)
 
 
+def shortened(text: str, fits: Callable[[str], bool]) -> str:
+    """A line of a caption, cut so that it fits: a name and a share lose the end of the name."""
+    name, _, share = text.rpartition(" ")
+    end = f"… {share}" if name else "…"
+    name = name or share
+    while name and not fits(text):
+        name = name[:-1]
+        text = name + end
+    return text
+
+
 def label_text(target: torch.Tensor, classes: Sequence[str]) -> str:
-    """The label of one image: a class (), or the shares (C,) of a mixed one."""
+    """The label of one image: a class (), or the shares (C,) of a mixed one, one per line."""
     if target.ndim == 0:
         index = int(target)
         return classes[index] if index < len(classes) else "no label"
@@ -162,14 +181,12 @@ def label_text(target: torch.Tensor, classes: Sequence[str]) -> str:
         for share, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         if share > 0.05
     ]
-    return " + ".join(named) or "no label"
+    return "\n".join(named) or "no label"
 
 
-def answer_text(logits: torch.Tensor, classes: Sequence[str], most: int = 2) -> str:
-    """The most probable classes (C,) of one image with their probabilities."""
-    top = logits.float().softmax(dim=0).topk(min(most, len(logits)))
-    pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    return ", ".join(f"{classes[index]} {share:.2f}" for share, index in pairs)
+def answer_text(logits: torch.Tensor, classes: Sequence[str]) -> str:
+    """The one or two most probable classes (C,) of one image, one per line."""
+    return label_text(logits.float().softmax(dim=0), classes)
 
 
 # --------------------------------------------------------------------------------- errors

@@ -1,17 +1,24 @@
 """How the terminal shows a run: a live line, or one every few seconds; rows; the final table."""
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 
 from tqdm import tqdm
 
 from reporting.tables import figure_of
 from runtime import distributed
 from runtime.distributed import log
+from utils import wrapped
 
 MANY_CLASSES = 10  # above which the top-5 accuracy is shown
+ROWS = 40  # under one header
+# What is shown first if there is no room for all; log.txt has everything.
+ROW = ("epoch", "acc1", "loss", "best", "left", "val loss", "kd", "EMA", "ce", "agree", "acc5")
+STATUS = ("place", "left", "loss", "images/s", "lr", "memory", "kd", "ce")
 
 
 class Terminal:
@@ -24,13 +31,20 @@ class Terminal:
         epochs: of the run.
         seconds: least time between two added lines; 0 for a line at every look at the device.
         num_classes: with few classes, the top-5 accuracy is not shown.
+        first_step: optimizer steps that were done before this process began.
     """
 
-    def __init__(self, epochs: int, seconds: float = 10, num_classes: int = 1000) -> None:
+    def __init__(
+        self, epochs: int, seconds: float = 10, num_classes: int = 1000, first_step: int = 0
+    ) -> None:
         self.epochs, self.seconds, self.num_classes = epochs, seconds, num_classes
-        self.shown = time.monotonic()  # when a line was last added
+        self.first_step, self.began = first_step, time.monotonic()
+        self.shown = self.began  # when a line was last added
         self.bar: tqdm | None = None
         self.is_live = distributed.is_main_process() and sys.stdout.isatty()
+        self.names: set[str] = set()  # of the columns under the last header
+        self.header: dict[str, str] = {}  # of the columns that fitted, by name
+        self.width = self.rows = 0  # of the terminal, and printed, at the last header
 
     def step(
         self,
@@ -43,7 +57,7 @@ class Terminal:
         images: float,
         memory: int | None,
     ) -> None:
-        """Tell about a step of an epoch.
+        """Show a step of an epoch.
 
         Args:
             done, updates: optimizer steps of the epoch: done, and in all.
@@ -52,47 +66,76 @@ class Terminal:
             images: of an optimizer step.
             memory: peak, in bytes; None if it is not known.
         """
-        left = (updates - done) * images / rate
-        run = left + (self.epochs - epoch - 1) * updates * images / rate
-        losses = "  ".join(loss_cells({f"train_{name}": value for name, value in means.items()}))
-        place = f"Epoch {epoch} [{done:>{len(str(updates))}}/{updates}]"
-        text = f"{losses}  lr {lr:.2e}  {rate:,.0f} images/s"
+        if not self.is_live and time.monotonic() - self.shown < self.seconds:
+            return
+        left = self.time_left(epoch * updates + done, updates)
+        cells = {"place": f"Epoch {epoch} [{done:>{len(str(updates))}}/{updates}]"}
+        cells["left"] = f"{left} left"
+        losses = loss_cells({f"train_{name}": value for name, value in means.items()})
+        cells |= {name: f"{name} {text}" for name, text in losses.items()}
+        cells |= {"lr": f"lr {lr:.2e}", "images/s": f"{rate:,.0f} images/s"}
         if memory is not None:
-            text += f"  {memory / 2**30:.2f} GiB"
-        if self.is_live:
-            if self.bar is None:
-                self.bar = status_line()
-            self.bar.total, self.bar.n = updates, done
-            # Redraws the line, the most important first: the rest is cut in a narrow terminal.
-            self.bar.set_description_str(f"{place} {clock(left)} left, run {clock(run)}  {text}  ")
-        elif time.monotonic() - self.shown >= self.seconds:
-            log(f"{place}  {text}  {clock(left)} left, run {clock(run)}")
+            cells["memory"] = f"{memory / 2**30:.2f} GiB"
+        cells["epoch"] = f"epoch {clock((updates - done) * images / rate)}"
+        text = "  ".join(fitting(cells, STATUS, columns() - 1).values())
+        if not self.is_live:
+            log(text)
             self.shown = time.monotonic()
+            return
+        if self.bar is None:
+            tqdm.monitor_interval = 0  # no thread that watches over it: workers may be forked
+            self.bar = tqdm(file=sys.stdout, bar_format="{desc}", leave=False)
+        self.bar.set_description_str(text)  # redraws the line
 
-    def epoch(self, record: Mapping[str, float], best: float | None, rate: float) -> None:
-        """Add the row of a finished epoch.
+    def epoch(
+        self, record: Mapping[str, float], best: float | None, rate: float, seen: int
+    ) -> None:
+        """Add the row of a finished epoch, below a header if its columns are new.
 
         Args:
             record: of log.txt.
             best: highest accuracy so far, this epoch included; None if nothing is evaluated.
             rate: images trained per second, over the epoch.
+            seen: optimizer steps of the run so far.
         """
         self.clear()
-        width = len(str(self.epochs - 1))
-        cells = [f"Epoch {record['epoch']:>{width}}"]
-        cells += loss_cells(record, "train ")
+        cells = {"epoch": f"{record['epoch']:5}"} | loss_cells(record)
         if "test_acc1" in record:
-            cells.append(f"test loss {record['test_loss']:.4f}")
-            cells.append(f"acc1 {record['test_acc1']:6.2f} (best {best:6.2f})")
-            if self.num_classes > MANY_CLASSES:
-                cells.append(f"acc5 {record['test_acc5']:6.2f}")
-            if "test_acc1_ema" in record:
-                cells.append(f"EMA {record['test_acc1_ema']:6.2f}")
-            if "test_agreement" in record:
-                cells.append(f"agreement {record['test_agreement']:6.2f}")
-        cells.append(f"{rate:,.0f} images/s")
-        log("  ".join(cells))
+            cells |= {
+                "val loss": rounded(record["test_loss"]),
+                "acc1": f"{record['test_acc1']:.2f}",
+            }
+            cells["best"] = f"{best:.2f}"
+            more = {"EMA": "test_acc1_ema", "agree": "test_agreement"}
+            more |= {"acc5": "test_acc5"} if self.num_classes > MANY_CLASSES else {}
+            cells |= {name: f"{record[key]:.2f}" for name, key in more.items() if key in record}
+        cells["left"] = self.time_left(seen, seen // (int(record["epoch"]) + 1))
+        cells["images/s"] = f"{rate:,.0f}"
+        is_same = cells.keys() <= self.names and self.width == columns()  # some are not evaluated
+        if not is_same or self.rows % ROWS == 0:
+            self.names, self.width, self.rows = self.names | cells.keys(), columns(), 0
+            widths = {name: max(len(name), len(text), 6) for name, text in cells.items()}
+            widths["epoch"] = len(cells["epoch"])
+            header = {name: f"{name:>{width}}" for name, width in widths.items()}
+            self.header = fitting(header, ROW, self.width)
+            log("  ".join(self.header.values()))
+        log(
+            "  ".join(
+                f"{cells.get(n, ''):>{len(head)}}" for n, head in self.header.items()
+            ).rstrip()
+        )
+        self.rows += 1
         self.shown = time.monotonic()
+
+    def time_left(self, step: int, updates: int) -> str:
+        """Time to the end of the run if it goes on as since its start, evaluations included.
+
+        Args:
+            step: optimizer steps of the run so far.
+            updates: optimizer steps of an epoch.
+        """
+        each = (time.monotonic() - self.began) / (step - self.first_step)
+        return clock(max(0, self.epochs * updates - step) * each)
 
     def clear(self) -> None:
         """Remove the live line."""
@@ -101,26 +144,40 @@ class Terminal:
             self.bar = None
 
 
-def loss_cells(record: Mapping[str, float], before: str = "") -> list[str]:
+def columns() -> int:
+    """How many characters a line may have: the terminal's width; 80 in a file or a pipe."""
+    return shutil.get_terminal_size().columns
+
+
+def fitting(cells: Mapping[str, str], importance: Sequence[str], width: int) -> dict[str, str]:
+    """The cells that fit side by side, two spaces apart, in their order.
+
+    Args:
+        importance: names of cells, the most important first; cells without a name here come last.
+    """
+    order = {name: number for number, name in enumerate(importance)}
+    kept, room = set(), width + 2
+    for name in sorted(cells, key=lambda name: order.get(name, len(order))):
+        if len(cells[name]) + 2 <= room:
+            kept.add(name)
+            room -= len(cells[name]) + 2
+    return {name: text for name, text in cells.items() if name in kept}
+
+
+def rounded(value: float) -> str:
+    """A loss with four decimals, or with fewer of them if it would be longer than '12.345'."""
+    return f"{value:.{max(0, min(4, 5 - len(f'{abs(value):.0f}')))}f}"
+
+
+def loss_cells(record: Mapping[str, float]) -> dict[str, str]:
     """A training loss and its parts; a single part is the loss itself, which is shown once.
 
     Args:
         record: of log.txt.
     """
-    figures = [(figure_of(name), record[name]) for name in record if name.startswith("train_")]
-    cells = [f"{f.word} {value:.{f.decimals}f}" for f, value in figures if f.word]
-    return [before + cells[0], *(cells[1:] if len(cells) > 2 else [])] if cells else []
-
-
-def status_line() -> tqdm:
-    """A line that is kept up to date and never longer than the terminal is wide."""
-    tqdm.monitor_interval = 0  # no thread that watches over it: loader workers may be forked
-    return tqdm(
-        file=sys.stdout,
-        bar_format="{desc}|{bar:8}|",
-        dynamic_ncols=True,
-        leave=False,
-    )
+    words = {name: figure_of(name).word for name in record if name.startswith("train_")}
+    cells = {word: rounded(record[name]) for name, word in words.items() if word}
+    return cells if len(cells) > 2 else dict(list(cells.items())[:1])
 
 
 def clock(seconds: float) -> str:
@@ -140,6 +197,13 @@ def time_line(seconds: Mapping[str, float], since: str = "") -> str:
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Lines of a name and a text, the texts below each other."""
+    """Lines of a name and a text, the texts below each other; commands are not broken."""
     width = max(len(name) for name, _ in rows)
-    return [f"{name:{width}}  {text}" for name, text in rows]
+    lines = []
+    for name, text in rows:
+        room = len(text) if " --" in text else max(20, columns() - width - 2)
+        parts = wrapped(text, room)
+        lines += [
+            f"{head:{width}}  {part}" for head, part in zip_longest([name], parts, fillvalue="")
+        ]
+    return lines

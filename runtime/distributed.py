@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from runtime.device import has_streams, local_rank
 from runtime.signals import received_signal
-from utils import UserError, changes, discard_output, first_line
+from utils import UserError, changes, discard_output, first_line, wrapped
 
 T = TypeVar("T")
 
@@ -154,10 +154,13 @@ def is_main_process() -> bool:
 def log(*words: object) -> None:
     """Print, on rank 0 only; above a line that is kept up to date (see terminal.Terminal).
 
+    In a terminal, a message is broken between words; a text of several lines has its own layout.
     A run whose output cannot be written (a closed pipe, a full disk) warns once and goes on.
     """
     if is_main_process():
         text = " ".join(map(str, words))
+        if sys.stdout.isatty() and "\n" not in text:
+            text = "\n".join(wrapped(text, shutil.get_terminal_size().columns, "  "))
         try:
             # A file name need not be UTF-8; Python keeps its other bytes as code points of their
             # own, which a terminal refuses.

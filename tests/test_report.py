@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import CPU, ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 import compare
 import main
@@ -21,9 +22,16 @@ from deploy.model import open_model
 from distillation import DistillationLoss
 from engine import evaluate
 from models import cost
-from reporting import metrics, summary
+from reporting import metrics, summary, terminal
 from reporting.summary import cost_text
-from reporting.tensorboard import answer_text, board_folder, grid, label_text, to_pictures
+from reporting.tensorboard import (
+    answer_text,
+    board_folder,
+    grid,
+    label_text,
+    shortened,
+    to_pictures,
+)
 from training.settings import LoopSettings
 
 torch.manual_seed(0)
@@ -97,15 +105,24 @@ def test_report_counts_classes_and_confusions():
     assert first["images"] == is_pair.sum() == max(c["images"] for c in found["confusions"])
     assert found["nll"] == pytest.approx(F.cross_entropy(LOGITS, TARGETS).item(), rel=1e-6)
     assert found["ece"] == pytest.approx(error_by_hand(LOGITS.numpy(), TARGETS.numpy()), abs=1e-4)
-    lines = metrics.report_lines(found)
-    assert len(lines) == 7 and "never seen" not in "".join(lines)
-    assert f"{first['class']} taken for {first['predicted']} ({first['images']} of" in lines[-1]
+    matrix = np.zeros((5, 5), dtype=int)
+    np.add.at(matrix, (TARGETS.numpy(), predictions.numpy()), 1)
+    title, head, *rows = metrics.report_lines(found, 40)
+    assert "rows" in title and head.split() == [*"abcde"]  # 'never seen' was never predicted either
+    for row, counts in zip(rows, matrix, strict=True):
+        name, *cells, accuracy, _ = row.split()
+        assert cells == [str(n) if n else "." for n in counts] and len(row) <= 40
+        assert float(accuracy) == round(100 * counts["abcde".index(name)] / counts.sum(), 2)
+    narrow = metrics.report_lines(found, 20)  # no room for the counts: a list
+    assert "Accuracy per class:" in narrow and "Most confused:" in narrow
+    pair = f"  {first['class']} taken for {first['predicted']} ({first['images']} of"
+    assert any(line.startswith(pair) for line in narrow)
 
 
 def test_evaluation_reports_and_calibrates_on_held_out_images(run_main, tmp_path):
     train = ["--train_samples", 200, "--epochs", 3, "--lr", "3e-3"]
     run = run_main(*train, "--holdout", 100, "--report", tmp_path / "r.json", output_dir=tmp_path)
-    assert run.code == 0 and "Most confused: " in run.out, run.err
+    assert run.code == 0 and "Answers (columns)" in run.out, run.err
     report = json.loads((tmp_path / "r.json").read_text())["student"]
     last = run.log[-1]
     assert (report["acc1"], report["nll"]) == pytest.approx((last["test_acc1"], last["test_loss"]))
@@ -141,10 +158,11 @@ def test_end_of_a_run_tells_scores_costs_time_and_what_to_do(run_main, short, kd
     head = next(i for i, line in enumerate(lines) if line.split() == ["student", "EMA", "teacher"])
     last = run.log[-1]
     names = ["test_acc1", "test_acc1_ema", "teacher_acc1"]
-    rows = {line[:24].strip(): line[24:].split() for line in lines[head + 1 : head + 10]}
+    rows = {line[:22].strip(): line[22:].split() for line in lines[head + 1 : head + 7]}
+    rows |= {line[:16].strip(): line[16:].split() for line in lines[head + 9 : head + 13]}
     assert rows["accuracy %, last epoch"] == [f"{last[name]:.2f}" for name in names]
     assert rows["parameters"] == ["78,042", "78,042"]
-    assert len(rows["multiply-adds per image"]) == 2 and "ms for 1 image" in rows
+    assert len(rows["multiply-adds"]) == 2 and "ms for 1 image" in rows
     best = run.checkpoint(1)["best"]
     name = max(best, key=best.get)
     assert f"main.py --eval true --resume {tmp_path}/checkpoint-{name}.pth" in run.out
@@ -221,11 +239,16 @@ def test_the_end_says_which_images_and_which_time_and_the_best_file(run_main, sh
     assert "Distill" not in unused.out
 
 
-def test_rows_say_what_the_run_has_and_no_more(run_main, short, kd, imnet):
-    plain = run_main(*short, "--print_seconds", 0)
+def test_rows_say_what_the_run_has_and_no_more(run_main, short, kd, tmp_path):
+    plain = run_main(*short, "--print_seconds", 0, output_dir=tmp_path)
     assert " kd " not in plain.out and "acc5" not in plain.out and "[4/4]" in plain.out
-    (row, second) = (x for x in plain.out.splitlines() if x.startswith("Epoch") and "best" in x)
-    assert row.index("acc1") == second.index("acc1")  # aligned
+    lines = plain.out.splitlines()
+    head = next(line for line in lines if line.startswith("epoch"))
+    rows = [line for line in lines if line[:5].strip().isdigit() and ":" in line]
+    ends = [head.index("acc1") + 4, head.index("val loss") + 8]
+    assert [[line[:end].split()[-1] for end in ends] for line in rows] == [
+        [f"{record['test_acc1']:.2f}", f"{record['test_loss']:.4f}"] for record in plain.log
+    ]
     distilled = run_main(*short, *kd)
     assert " kd " in distilled.out and distilled.out.count("Teacher on the 360") == 1
     assert "[4/4]" not in distilled.out  # less than ten seconds
@@ -250,7 +273,7 @@ def test_latency_has_the_range_of_its_rounds(monkeypatch):
     found = cost.cost_of(timm.create_model("cifar_resnet8", num_classes=10), 8, 7)
     assert (found.ms_single, found.ms_large) == (3.0, 3.0)
     assert found.ranges == {"ms_single": (1.0, 50.0), "ms_large": (1.0, 50.0)}
-    assert cost_text(found, "ms_single") == "3.00 (1.00–50.00)"
+    assert cost_text(found, "ms_single", True) == "3.00 (1.00–50.00)"
     both = cost.total([found, found])
     assert both.ms_large == 6.0 and both.ranges["ms_large"] == (2.0, 100.0)
 
@@ -290,10 +313,17 @@ def test_tensorboard_shares_charts_over_the_images_seen(run_main, short, kd, tmp
         wanted = [(64 * (r["epoch"] + 1), pytest.approx(r[key])) for r in run.log]
         assert points(tb, name, "acc/acc1") == wanted
     assert "acc/acc5" not in curve(tb, "test").Tags()["scalars"]  # ten classes
-    root = curve(tb, "").Tags()
-    assert set(root["images"]) == {"training_images", "validation_mistakes"}
-    assert {"command/text_summary", "settings/text_summary"} <= set(root["tensors"])
-    assert points(tb, "", "final/acc1") == [(128, pytest.approx(run.log[-1]["test_acc1"]))]
+    assert not [*tb.glob("*events*")]  # would be one more color
+    train = curve(tb, "train").Tags()
+    assert set(train["images"]) == {"training_images", "validation_mistakes"}
+    assert {"command/text_summary", "settings/text_summary"} <= set(train["tensors"])
+    best = max(r["test_acc1"] for r in run.log)
+    assert points(tb, "test", "final/best") == [(128, pytest.approx(best))]
+    pages = curve(tb, "test").PluginTagToContent("hparams")
+    assert "_hparams_/experiment" not in pages  # the first run's would hide what others have
+    start = metadata.parse_session_start_info_plugin_data(pages["_hparams_/session_start_info"])
+    first = [(name, start.hparams[name].string_value) for name in sorted(start.hparams)[:3]]
+    assert first == [("KD", "true"), ("Model", "cifar_resnet8"), ("Teacher", "cifar_resnet8")]
 
 
 def test_an_interrupted_run_continues_its_curves(run_main, short, tmp_path):
@@ -329,10 +359,38 @@ def test_pictures_are_shown_as_the_network_sees_them_with_their_captions():
     classes = ["ant", "bee", "cat"]
     assert label_text(torch.tensor(1), classes) == "bee"
     assert label_text(torch.tensor(3), classes) == "no label"
-    assert label_text(torch.tensor([0.3, 0.0, 0.7]), classes) == "cat 0.70 + ant 0.30"
+    assert label_text(torch.tensor([0.3, 0.0, 0.7]), classes) == "cat 0.70\nant 0.30"
     assert label_text(torch.zeros(3), classes) == "no label"
     logits = torch.tensor([0.0, 2.0, -1.0])
-    assert answer_text(logits, classes) == "bee 0.84, ant 0.11"
+    assert answer_text(logits, classes) == "bee 0.84\nant 0.11"
+    assert shortened("Smileys & Emotion 0.52", lambda text: len(text) <= 14) == "Smileys … 0.52"
+    assert shortened("Wolkenkratzer", lambda text: len(text) <= 8) == "Wolkenk…"
+
+
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_rows_and_status_lines_fit_the_terminal_the_important_first(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    clock = iter(range(0, 1000, 10))  # seconds
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    shown = terminal.Terminal(epochs=40, seconds=0, num_classes=1000, first_step=50)
+    losses = {"loss": 12.34567, "ce": 2.5, "kd": 0.01234}
+    record = {"epoch": 1, **{f"train_{name}": value for name, value in losses.items()}}
+    shown.step(1, 1, 50, losses, 1e-3, 12345, 64, 3 << 30)
+    shown.epoch(record, None, 12345, 100)  # not evaluated
+    record |= {f"test_{name}": 100.0 for name in ("loss", "acc1", "acc5", "acc1_ema", "agreement")}
+    shown.epoch(record | {"epoch": 2}, 100.0, 12345, 150)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    status, _, _, head, row = lines
+    cells = dict(zip(head.replace("val loss", "val").split(), row.split(), strict=True))
+    assert (cells["loss"], cells["acc1"], cells["val"]) == ("12.346", "100.00", "100.00")
+    assert cells["left"] == "0:18:30"  # 100 steps took 60 s by that clock; 1,850 are to come
+    everything = ["loss", "ce", "kd", "val", "acc1", "best", "EMA", "agree", "acc5", "left"]
+    fits = {50: {"loss", "val", "acc1", "best", "left"}, 80: {*everything} - {"acc5"}}
+    assert set(cells) - {"epoch", "images/s"} == fits.get(width, {*everything})
+    assert ("images/s" in status, "GiB" in status, "kd" in status) == (
+        (False, False, False) if width == 50 else (True, width == 120, width == 120)
+    )
 
 
 def test_a_network_that_cannot_be_measured_does_not_fail_the_run(run_main, short, monkeypatch):
@@ -361,7 +419,7 @@ def test_a_loss_part_and_a_score_that_nobody_listed_are_shown_everywhere(
     monkeypatch.setattr("training.criterion.DistillationLoss", Hinted)
     monkeypatch.setattr(main, "evaluate_all", score_more)
     run = run_main(*short, *kd, output_dir=tmp_path)
-    assert run.code == 0 and "  hint 0.2500  " in run.out, run.err
+    assert run.code == 0 and "    hint  " in run.out and "  0.2500  " in run.out, run.err
     assert run.log[1]["train_hint"] == 0.25 and run.log[1]["test_charm"] == 0.5
     assert points(tmp_path / "tb", "train", "loss/hint") == [(64, 0.25), (128, 0.25)]
     assert points(tmp_path / "tb", "test", "scores/charm") == [(64, 0.5), (128, 0.5)]
