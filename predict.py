@@ -8,11 +8,17 @@ at the end, and the exit code is then 1; it is 2 if the command itself cannot wo
 
 import argparse
 import csv
+import filecmp
 import glob
 import json
 import os
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from unicodedata import category
 
@@ -23,15 +29,16 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from tqdm import tqdm
 
 from arguments.defaults import cores_per_process
-from arguments.kinds import ShowDefaults
+from arguments.kinds import ShowDefaults, number
 from data import pictures
 from data.transforms import eval_transform
 from deploy.model import Model, open_model
 from runtime import signals
 from runtime.device import default_device, find_device
-from utils import UserError, exit_code, few, flags_for, is_hidden
+from utils import UserError, exit_code, few, flags_for, is_hidden, make_folder
 
 LONG = 256  # images for which starting loader workers pays
+UNKNOWN = "unknown"  # the answer for an image whose best class is below --threshold
 PATIENCE = 5  # seconds before progress is shown
 
 
@@ -54,6 +61,18 @@ def get_parser() -> argparse.ArgumentParser:
         help="output format: an aligned table, CSV, or one JSON object per line",
     )
     add("--top_k", type=int, default=5, help="classes to print per image, most probable first")
+    add(
+        "--threshold",
+        type=number,
+        default=0,
+        metavar="P",
+        help=f"answer '{UNKNOWN}' if the most probable class has a probability below P, in 0…1",
+    )
+    add(
+        "--sort_into",
+        metavar="FOLDER",
+        help="copy each image into FOLDER/CLASS; never over a file, whose name is then numbered",
+    )
     add("--batch_size", type=int, default=32, help="images per batch")
     add(
         "--device",
@@ -93,6 +112,8 @@ def predict(args: argparse.Namespace) -> int:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold:g}: must lie in 0…1; pass 0.4 for 40 %")
     if not os.path.isdir(args.model) and has_file_allowed_extension(args.model, IMG_EXTENSIONS):
         raise UserError(f"{args.model}: is an image; pass the model first, then the images")
     files = find_images(args.images)
@@ -105,16 +126,27 @@ def predict(args: argparse.Namespace) -> int:
     if args.num_workers is None:
         args.num_workers = max(1, int(cores_per_process())) if len(files) > LONG else 0
     top_k = min(args.top_k, len(model.card.classes))
-    writer = WRITERS[args.format](files, model.card.classes, top_k)
+    answers = [*model.card.classes, *([UNKNOWN] if args.threshold else ())]
+    sorter = None
+    if args.sort_into:
+        sorter = Sorter(args.sort_into, answers, args.images, files)
+    writer = WRITERS[args.format](files, answers, top_k)
     broken = []
     with tqdm(total=len(files), unit=" images", delay=PATIENCE, mininterval=1) as progress:
         for path, result in predictions(model, files, args.batch_size, args.num_workers):
             if isinstance(result, str):
                 broken.append(result)
             else:
-                writer.write(path, top_classes(result, model.card.classes, top_k))
+                best, *others = top_classes(result, model.card.classes, top_k)
+                if best.probability < args.threshold:
+                    best = best._replace(name=UNKNOWN)
+                writer.write(path, [best, *others])
+                if sorter is not None:
+                    sorter.copy(path, best.name)
             progress.update()
     sys.stdout.flush()
+    if sorter is not None:
+        print(sorter.summary(), file=sys.stderr)
     if broken:
         print(f"{len(broken)} of {len(files)} images could not be read:", file=sys.stderr)
         print("\n".join(map(one_line, broken)), file=sys.stderr)
@@ -213,6 +245,92 @@ def predictions(
                 )
             yield path, row
         start += len(items)
+
+
+# ------------------------------------------------------------------------------------ sorting
+
+
+class Sorter:
+    """Copies images into one folder per class, and never over a file.
+
+    A copy with the name of a different image gets a number: photo-2.jpg. A file that holds the same
+    bytes is left as it is, so that the same command can be run again.
+
+    Args:
+        folder: created if it is missing.
+        classes: what an image may be answered with.
+        words, files: the images of the command line, and what they name.
+    Raises: UserError for a folder that cannot be written, that some class cannot be in, or that
+        lies where the same words would find the copies.
+    """
+
+    def __init__(
+        self, folder: str, classes: Sequence[str], words: Sequence[str], files: Sequence[str]
+    ) -> None:
+        sources = {os.path.realpath(os.path.dirname(path)) for path in files}
+        searched = [os.path.realpath(root) for word in words if (root := searched_from(word))]
+        for name in classes:
+            if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
+                raise UserError(f"--sort_into {folder}: class {name!r} cannot name a folder")
+            place = os.path.realpath(os.path.join(folder, name))
+            if place in sources or any(Path(place).is_relative_to(root) for root in searched):
+                raise UserError(
+                    f"--sort_into {folder}: lies among the images, and the copies would be sorted "
+                    "again; choose a folder elsewhere"
+                )
+        with flags_for(folder="--sort_into"):
+            make_folder(folder)
+        self.folder, self.copies, self.old = Path(folder), Counter[str](), 0
+
+    def copy(self, path: str, name: str) -> None:
+        """Copy an image into the folder of a class. Raises: UserError if that fails."""
+        try:
+            target = self.place(Path(path), self.folder / name)
+            if target is None:
+                self.old += 1
+                return
+            try:
+                shutil.copyfile(path, target)
+            except BaseException:  # a full disk, or Ctrl-C
+                target.unlink()
+                raise
+        except OSError as error:
+            raise UserError(
+                f"--sort_into {self.folder}: {path} could not be copied ({error}); free some space "
+                "or choose another folder"
+            ) from error
+        with suppress(OSError):  # some file systems keep no time
+            shutil.copystat(path, target)
+        self.copies[name] += 1
+
+    def place(self, source: Path, folder: Path) -> Path | None:
+        """A new and empty file for a copy; None if the folder has the copy."""
+        folder.mkdir(exist_ok=True)
+        target, copies = folder / source.name, 1
+        while True:
+            try:
+                open(target, "x").close()
+                return target
+            except FileExistsError:
+                if target.is_file() and filecmp.cmp(source, target, shallow=False):
+                    return None
+            copies += 1
+            target = folder / f"{source.stem}-{copies}{source.suffix}"
+
+    def summary(self) -> str:
+        """How many images were copied, by class."""
+        parts = [f"{one_line(name)} {number:,}" for name, number in self.copies.most_common()]
+        parts += [f"{self.old:,} there already"] if self.old else []
+        return f"Copied into {self.folder}: {', '.join(parts) or 'no image'}"
+
+
+def searched_from(word: str) -> str:
+    """The folder below which a folder or a glob finds images at any depth; '' for others."""
+    if os.path.lexists(word):
+        return word if os.path.isdir(word) else ""
+    if not glob.has_magic(os.path.dirname(word)):
+        return ""
+    return str(Path(*takewhile(lambda part: not glob.has_magic(part), Path(word).parts)))
 
 
 # ------------------------------------------------------------------------------------- output

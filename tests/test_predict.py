@@ -166,6 +166,87 @@ def test_files_folders_and_globs_name_each_image_once_in_order(student, run_pred
     assert code == 0 and out.count(".png") == 4
 
 
+def test_answers_below_the_threshold_are_unknown_and_images_are_sorted_once(
+    student, run_predict, photos, tmp_path
+):
+    flags = [photos / "val", "--format", "csv", "--top_k", 2]
+    plain = list(csv.reader(io.StringIO(run_predict(student, *flags)[1])))
+    limit = sorted(float(row[2]) for row in plain[1:])[4]  # 4 of 9 images are below
+    flags += ["--threshold", limit - 1e-6, "--sort_into", tmp_path / "sorted"]
+    code, out, err = run_predict(student, *flags)
+    assert code == 0, err
+    expected = {}
+    for row, (path, first, probability, *others) in zip(
+        csv.reader(io.StringIO(out)), plain, strict=True
+    ):
+        is_low = path != "image" and float(probability) < limit - 1e-6
+        first = "unknown" if is_low else first
+        assert row == [path, first, probability, *others]
+        if path != "image":
+            expected.setdefault(first, []).append(Path(path).read_bytes())
+    assert len(expected["unknown"]) == 4
+    copies = sorted((tmp_path / "sorted").rglob("*"))
+    found = {}
+    for path in copies:
+        if path.is_file():
+            found.setdefault(path.parent.name, []).append(path.read_bytes())
+    assert {k: sorted(v) for k, v in found.items()} == {k: sorted(v) for k, v in expected.items()}
+    assert {"0.png", "0-2.png"} <= {path.name for path in copies}  # of different folders
+    assert "unknown 4" in err and "there already" not in err
+
+    (tmp_path / "sorted" / "unknown" / copies[-1].name).write_bytes(b"a file of the user")
+    code, out, err = run_predict(student, *flags)  # again: one copy is missing, the others are not
+    assert code == 0 and ": unknown 1, 8 there already" in err
+    assert len(sorted((tmp_path / "sorted").rglob("*"))) == len(copies) + 1
+    assert (tmp_path / "sorted" / "unknown" / copies[-1].name).read_bytes() == b"a file of the user"
+
+
+@pytest.mark.parametrize(
+    ("images", "folder", "message"),
+    [
+        (["val"], "val/sorted", "lies among the images"),
+        (["val"], ".", None),  # none of its class folders is in val
+        (["**/*.png"], "new", "lies among the images"),
+        (["val/bee/*.png"], "val", "lies among the images"),
+        (["val/bee/*.png"], "val/bee", None),
+        (["val"], "file.txt", "--sort_into file.txt: cannot write there"),
+        (["val"], "taken", "could not be copied"),
+    ],
+)
+def test_images_are_sorted_where_no_command_reads_them_again(
+    student, run_predict, photos, monkeypatch, images, folder, message
+):
+    monkeypatch.chdir(photos)
+    Path("file.txt").write_text("of the user")
+    Path("taken").mkdir()
+    for name in CLASSES:
+        (Path("taken") / name).write_text("of the user")
+    before = sorted(Path().rglob("*"))
+    code, out, err = run_predict(student, *images, "--sort_into", folder)
+    assert code == (2 if message else 0), err
+    if message:
+        assert message in err and "--sort_into" in err and "Traceback" not in err
+        assert sorted(Path().rglob("*")) == before
+
+
+def test_a_full_disk_leaves_no_half_copy_and_a_class_cannot_lead_elsewhere(
+    checkpoint, run_predict, photos, tmp_path, monkeypatch
+):
+    def half(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("predict.shutil.copyfile", half)
+    flags = [photos / "val" / "bee", "--sort_into", tmp_path / "sorted"]
+    code, out, err = run_predict(checkpoint("cifar_resnet8"), *flags)
+    assert code == 2 and "No space left on device" in err and "Traceback" not in err
+    assert not [path for path in (tmp_path / "sorted").rglob("*") if path.is_file()]
+    for name in ("../elsewhere", "..", "/tmp", ""):
+        with pytest.raises(predict.UserError, match="cannot name a folder"):
+            predict.Sorter(str(tmp_path / "new"), ["bee", name], [], [])
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -174,6 +255,8 @@ def test_files_folders_and_globs_name_each_image_once_in_order(student, run_pred
         (["EMPTY"], "holds no image"),
         (["PHOTO", "--top_k", "0"], "--top_k 0: must be at least 1"),
         (["PHOTO"], "/0.png: is an image; pass the model first"),
+        (["PHOTO", "--threshold", "40"], "--threshold 40: must lie in 0…1; pass 0.4 for 40 %"),
+        (["PHOTO", "--threshold", "nan"], "--threshold nan: must lie in 0…1"),
         (["PHOTO", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
     ],
 )
