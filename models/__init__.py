@@ -26,7 +26,11 @@ def check_architecture(arch: str) -> None:
     if ":" in arch:
         return  # found out when it is fetched or imported
     if not timm.is_model(arch):
-        raise UserError(_unknown_architecture(arch, timm.list_models()), "architecture")
+        name, known = arch.split(".")[0], timm.list_models()
+        similar = [other for other in known if other.endswith(f"_{name}")][:2]
+        similar += difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        remedy = f"did you mean {', '.join(similar)}?" if similar else "see timm.list_models()"
+        raise UserError(f"{arch}: timm knows no such architecture; {remedy}", "architecture")
     tags = timm.models.get_arch_pretrained_cfgs(arch)
     if "." in arch and arch not in tags:
         name = arch.partition(".")[0]
@@ -34,15 +38,6 @@ def check_architecture(arch: str) -> None:
             f"{arch}: timm has no such weights of {name}; it has {few(tags, most=5) or 'none'}",
             "architecture",
         )
-
-
-def _unknown_architecture(arch: str, known: list[str]) -> str:
-    """The error for an architecture that timm does not know, with similar names."""
-    name = arch.split(".")[0]
-    similar = [other for other in known if other.endswith(f"_{name}")][:2]
-    similar += difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    remedy = f"did you mean {', '.join(similar)}?" if similar else "see timm.list_models()"
-    return f"{arch}: timm knows no such architecture; {remedy}"
 
 
 def input_config(arch: str) -> dict[str, Any]:
@@ -91,17 +86,12 @@ def fetching(arch: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # of the hub, files and timm
-        remedy = "check the name, and that there is a network, or a copy of timm's cache"
+        problem = f"could not be fetched or loaded ({first_line(error)}); check the name, and that "
+        problem += "there is a network, or a copy of timm's cache (HF_HOME)"
         if "No pretrained weights exist" in str(error):
-            raise UserError(
-                f"{arch}: timm has no pre-trained weights of this architecture; see "
-                "timm.list_pretrained()",
-                "architecture",
-            ) from error
-        raise UserError(
-            f"{arch}: could not be fetched or loaded ({first_line(error)}); {remedy} (HF_HOME)",
-            "architecture",
-        ) from error
+            problem = "timm has no pre-trained weights of this architecture; see "
+            problem += "timm.list_pretrained()"
+        raise UserError(f"{arch}: {problem}", "architecture") from error
 
 
 def classifiers_of(model: nn.Module) -> list[nn.Module]:

@@ -129,6 +129,8 @@ def _conv(inputs: int, outputs: int, size: int = 1, stride: int = 1, groups: int
 class Bottleneck(nn.Module):
     """He et al. 2016, figure 5, with the stride in the 3x3 convolution."""
 
+    expansion = 4
+
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, width), nn.BatchNorm2d(width)
@@ -145,25 +147,25 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
 
 
+def _blocks(block: Any, inputs: int, width: int, stride: int, count: int) -> nn.Sequential:
+    """A stage: blocks of which the first has the stride."""
+    outputs = width * getattr(block, "expansion", 1)
+    rest = (block(outputs, width, 1) for _ in range(count - 1))
+    return nn.Sequential(block(inputs, width, stride), *rest)
+
+
 class BottleneckResNet(CifarNet):
     """ResNet-50 with a 3x3 stem and without its first pooling."""
 
     classifier_name = "linear"
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
 
-    def __init__(self, blocks: Sequence[int] = (3, 4, 6, 3), **kwargs: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(2048, **kwargs)
         self.conv1, self.bn1 = _conv(self.in_chans, 64, 3), nn.BatchNorm2d(64)
-        inputs = 64
-        for number, count in enumerate(blocks):
-            stage, width = nn.Sequential(), 64 * 2**number
-            for index in range(count):
-                stage.append(Bottleneck(inputs, width, 2 if number and not index else 1))
-                inputs = 4 * width
-            self.add_module(f"layer{number + 1}", stage)
+        self.layer1 = _blocks(Bottleneck, 64, 64, 1, 3)
+        self.layer2 = _blocks(Bottleneck, 256, 128, 2, 4)
+        self.layer3 = _blocks(Bottleneck, 512, 256, 2, 6)
+        self.layer4 = _blocks(Bottleneck, 1024, 512, 2, 3)
         self.add_classifier()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -197,21 +199,17 @@ class WideResNet(CifarNet):
 
     block_names = (r"^block(\d+)", r"\.layer\.(\d+)")
     last_names = r"^bn1\."
-    block1: nn.ModuleDict
-    block2: nn.ModuleDict
-    block3: nn.ModuleDict
 
     def __init__(self, depth: int, widen: int, **kwargs: Any) -> None:
         super().__init__(64 * widen, **kwargs)
         self.conv1 = _conv(self.in_chans, 16, 3)
-        inputs = 16
-        for number in range(3):
-            stage, width = nn.Sequential(), 16 * widen * 2**number
-            for index in range((depth - 4) // 6):
-                stage.append(PreActBlock(inputs, width, 2 if number and not index else 1))
-                inputs = width
-            self.add_module(f"block{number + 1}", nn.ModuleDict({"layer": stage}))
-        self.bn1 = nn.BatchNorm2d(inputs)
+        width, blocks = 16 * widen, (depth - 4) // 6
+        stage1 = _blocks(PreActBlock, 16, width, 1, blocks)
+        stage2 = _blocks(PreActBlock, width, 2 * width, 2, blocks)
+        stage3 = _blocks(PreActBlock, 2 * width, 4 * width, 2, blocks)
+        stages = [nn.ModuleDict({"layer": stage}) for stage in (stage1, stage2, stage3)]
+        self.block1, self.block2, self.block3 = stages
+        self.bn1 = nn.BatchNorm2d(4 * width)
         self.add_classifier()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -385,11 +383,8 @@ class CifarShuffleNet(CifarNet):
     def __init__(self, version: int, **kwargs: Any) -> None:
         super().__init__(960 if version == 1 else 1024, **kwargs)
         self.conv1, self.bn1 = _conv(self.in_chans, 24), nn.BatchNorm2d(24)
-        widths, counts = (
-            ((240, 480, 960), (4, 8, 4)) if version == 1 else ((116, 232, 464), (4, 8, 4))
-        )
-        inputs = 24
-        for number, (width, count) in enumerate(zip(widths, counts, strict=True), start=1):
+        inputs, widths = 24, (240, 480, 960) if version == 1 else (116, 232, 464)
+        for number, (width, count) in enumerate(zip(widths, (4, 8, 4), strict=True), start=1):
             first = GroupedBlock(inputs, width, 2) if version == 1 else DownBlock(inputs, width)
             stage = nn.Sequential(first)
             for _ in range(count - 1):

@@ -1,11 +1,11 @@
 """Which output of a network is which class."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.utils import natural_key
 
 import models
 from utils import UserError, few
@@ -93,7 +93,7 @@ def order_of_script(
         and a note on the order.
     Raises: UserError if the orders differ, and the file does not say which script wrote it.
     """
-    text, natural = sorted(classes), sorted(classes, key=_natural_key)
+    text, natural = sorted(classes), sorted(classes, key=natural_key)
     is_timm = "class_map" in script_args
     of_folders = script_args.get("dataset") in (None, "", "folder")
     if text == natural or list(classes) not in (text, natural) or (is_timm and not of_folders):
@@ -108,11 +108,6 @@ def order_of_script(
         f"{text[differ]} if torchvision numbered the class folders, {natural[differ]} if timm did",
         "order",
     )
-
-
-def _natural_key(name: str) -> list[int | str]:
-    """timm's (timm/data/readers/reader_image_folder.py)."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def match_outputs(

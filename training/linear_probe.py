@@ -18,7 +18,7 @@ from data.loaders import Batch, DeviceLoader, Loader
 from data.order import EpochBatches
 from data.sources import ImageSource
 from datasets import Data
-from models import classifier_of
+from models import classifier_of, classifiers_of
 from runtime import distributed
 from runtime.device import has_streams, send
 from runtime.distributed import log
@@ -34,22 +34,21 @@ def freeze_backbone(network: nn.Module, input_size: int) -> None:
     Raises: UserError for a network without a classifier, or whose classifier does not map the
         features that timm's `forward_head(…, pre_logits=True)` returns to the network's output.
     """
-    classifier: Any = getattr(network, "get_classifier", lambda: None)()
-    name = type(network).__name__
-    if not isinstance(classifier, nn.Module) or not any(True for _ in classifier.parameters()):
-        has = "several classifiers" if isinstance(classifier, tuple) else "no classifier"
+    classifiers, name = classifiers_of(network), type(network).__name__
+    if len(classifiers) != 1:
+        has = "several classifiers" if classifiers else "no classifier"
         raise UserError(
             f"{name}: has {has}, and a linear probe trains a single one; use another architecture",
             "architecture",
         )
-    if not _maps_features(network, classifier, input_size):
+    if not _maps_features(network, classifiers[0], input_size):
         raise UserError(
             f"{name}: the output is not the classifier of the features that timm returns, so a "
             "linear probe cannot train the classifier alone; use another architecture",
             "architecture",
         )
     network.requires_grad_(False)
-    classifier.requires_grad_(True)
+    classifiers[0].requires_grad_(True)
 
 
 def default_lr(student: nn.Module) -> float:
