@@ -25,35 +25,9 @@ from arguments.kinds import ShowDefaults, str2bool
 from data import pictures
 from data.sources import ImageSource, Source, evenly
 from data.transforms import eval_transform
-from deploy.comparison import (
-    HEADS,
-    LATENCIES,
-    Images,
-    Row,
-    check_card,
-    check_difference,
-    compare,
-    size_of,
-)
-from deploy.model import (
-    CPU,
-    ONNX_PACKAGES,
-    ModelCard,
-    import_onnxruntime,
-    network_from_checkpoint,
-    open_model,
-    open_onnx,
-    run_network,
-)
-from deploy.writers import (
-    OPSET,
-    publish,
-    quantize,
-    sidecar,
-    temporary_folder,
-    write_program,
-    write_timm,
-)
+from deploy import comparison, model, writers
+from deploy.comparison import Images, Row, size_of
+from deploy.model import CPU, ModelCard, open_model, open_onnx, run_network
 from evaluation import evaluation_args, open_scored
 from models.checkpoint import Checkpoint, local_file
 from reporting.tables import table
@@ -111,11 +85,14 @@ def get_parser() -> argparse.ArgumentParser:
         "--opset",
         type=int,
         metavar="N",
-        default=OPSET,
-        help=f"version of the ONNX operators, at least {OPSET}; onnx",
+        default=writers.OPSET,
+        help=f"version of the ONNX operators, at least {writers.OPSET}; onnx",
     )
     add("--data_set", help="data set to compare on (default: that of the checkpoint)")
-    add("--data_path", help="folder of the images to compare on (default: that of the checkpoint)")
+    add(
+        "--data_path",
+        help="folder of the images to compare on (default: that of the checkpoint)",
+    )
     add("--eval_data_path", help="folder of validation images, as for main.py (default: none)")
     add(
         "--compare_images",
@@ -139,7 +116,7 @@ def export(args: argparse.Namespace) -> None:
     """
     check_flags(args)
     with flags_for(use_ema="--use_ema"):
-        network, card, checkpoint = network_from_checkpoint(args.checkpoint, args.use_ema)
+        network, card, checkpoint = model.network_from_checkpoint(args.checkpoint, args.use_ema)
     check_architecture(args, card)
     images, data = open_images(args, checkpoint, card)
     reason = checkpoint.weights(args.use_ema).reason
@@ -150,18 +127,18 @@ def export(args: argparse.Namespace) -> None:
     if card.temperature != 1:
         log(f"Logits are divided by the temperature {card.temperature:.4f} of --calibrate true")
     is_onnx = args.format == "onnx"
-    runtime = f" in onnxruntime {import_onnxruntime().__version__}" if is_onnx else ""
+    runtime = f" in onnxruntime {model.import_onnxruntime().__version__}" if is_onnx else ""
     log(f"Compared{runtime} on {images.words}")
     precision = "int8" if args.int8 else "float16" if args.half else "float32"
     card = replace(card, dtype=precision, with_preprocessing=args.with_preprocessing)
-    with temporary_folder(args.out) as folder:
+    with writers.temporary_folder(args.out) as folder:
         path = folder / args.out.name
         if args.format == "timm":
-            write_timm(network, card, path)
+            writers.write_timm(network, card, path)
         else:
             # INT8 begins with a float32 file.
             precise = replace(card, dtype="float32") if args.int8 else card
-            write_program(network, precise, path, args.opset)
+            writers.write_program(network, precise, path, args.opset)
         rows = []
         checked = run_network(network, replace(card, with_preprocessing=False), CPU, "checkpoint")
         if args.int8:
@@ -170,24 +147,25 @@ def export(args: argparse.Namespace) -> None:
                 f"INT8 is calibrated on up to {CALIBRATION} training images; runtimes other than "
                 "onnxruntime may give different answers"
             )
-            path = quantize(path, card, calibration_batches(data, card))
+            path = writers.quantize(path, card, calibration_batches(data, card))
         exported = open_model(str(path), CPU)
-        check_card(exported.card, card)
+        comparison.check_card(exported.card, card)
         file = Path(local_file(args.checkpoint))
         rows.insert(0, Row(f"checkpoint, {card.weights}", checked, size_of(file)))
         rows.append(Row(args.out.name, exported, size_of(path)))
-        compare(rows, images)
-        log("\n".join(table([HEADS, *(row.cells for row in rows)])))
-        log(f"Latency: median of {LATENCIES} runs on {torch.get_num_threads()} CPU thread(s)")
+        comparison.compare(rows, images)
+        log("\n".join(table([comparison.HEADS, *(row.cells for row in rows)])))
+        threads = torch.get_num_threads()
+        log(f"Latency: median of {comparison.LATENCIES} runs on {threads} CPU thread(s)")
         for row in rows[1:-1]:
-            check_difference(row, "float32", args.out, images)
-        check_difference(rows[-1], card.dtype, args.out, images)
-        publish(path, args.out, "" if args.format == "timm" else card.to_json())
+            comparison.check_difference(row, "float32", args.out, images)
+        comparison.check_difference(rows[-1], card.dtype, args.out, images)
+        writers.publish(path, args.out, "" if args.format == "timm" else card.to_json())
     if args.format == "timm":
         log(f"Wrote {args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
     else:
         kind = f"ONNX opset {args.opset}" if args.format == "onnx" else "torch.export"
-        log(f"Wrote {args.out} ({kind}, any batch size) and {sidecar(args.out)}")
+        log(f"Wrote {args.out} ({kind}, any batch size) and {writers.sidecar(args.out)}")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -206,15 +184,15 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--out {args.out}: must end in {ENDING[args.format]} for --format {args.format}: "
             "predict.py knows a file by its ending"
         )
-    if args.opset < OPSET:
-        raise UserError(f"--opset {args.opset}: torch writes versions from {OPSET} on")
-    if args.opset != OPSET and args.format != "onnx":
+    if args.opset < writers.OPSET:
+        raise UserError(f"--opset {args.opset}: torch writes versions from {writers.OPSET} on")
+    if args.opset != writers.OPSET and args.format != "onnx":
         raise UserError(f"--opset {args.opset}: --format {args.format} has no ONNX operators")
     if args.int8 and args.format != "onnx":
         raise UserError("--int8 true: onnxruntime quantizes; pass --format onnx")
     if args.int8 and args.half:
         raise UserError("--int8 true --half true: pass one of them")
-    for path in (args.out, sidecar(args.out)) if args.format != "timm" else (args.out,):
+    for path in (args.out, writers.sidecar(args.out)) if args.format != "timm" else (args.out,):
         if os.path.lexists(path):
             raise UserError(f"--out {args.out}: {path} exists; remove it, or pass another name")
     if args.format == "onnx":
@@ -224,7 +202,7 @@ def check_flags(args: argparse.Namespace) -> None:
             import onnxscript  # noqa: F401
         except ImportError as error:
             raise UserError(
-                f"--format onnx: packages are missing ({error}); {ONNX_PACKAGES}"
+                f"--format onnx: packages are missing ({error}); {model.ONNX_PACKAGES}"
             ) from error
 
 

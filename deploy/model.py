@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -96,7 +97,7 @@ class ModelCard:
         try:
             values = json.loads(text)
             names = [f.name for f in fields(cls) if f.name in values or f.default is MISSING]
-            card = cls(**{name: values[name] for name in names})
+            return cls(**{name: values[name] for name in names})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{source}: does not say which classes and which input this network has "
@@ -104,7 +105,6 @@ class ModelCard:
                 "export.py",
                 "model",
             ) from error
-        return card
 
 
 @dataclass
@@ -206,6 +206,19 @@ def open_model(path: str, device: torch.device, use_ema: str = "auto") -> Model:
     return open_onnx(path, device) if path.endswith(".onnx") else open_pt2(path, device)
 
 
+@contextmanager
+def _loading(path: str, library: str, what: str = "file") -> Iterator[None]:
+    """Raise UserError for whatever a library raises about a damaged file, which may be anything."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{path}: {library} cannot load this {what} ({type(error).__name__}: "
+            f"{first_line(error)}); export the checkpoint again",
+            "model",
+        ) from error
+
+
 def open_timm(folder: str, device: torch.device) -> Model:
     """A folder with config.json and model.safetensors, loaded by timm.
 
@@ -218,15 +231,9 @@ def open_timm(folder: str, device: torch.device) -> Model:
             "checkpoint, an .onnx or a .pt2 file",
             "model",
         )
-    try:
+    with _loading(folder, "timm", "folder"):
         config = json.loads(file.read_text(encoding="utf-8"))
         network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"{folder}: timm cannot load this folder ({type(error).__name__}: "
-            f"{first_line(error)}); export the checkpoint again",
-            "model",
-        ) from error
     classes, architecture = config.get("label_names"), config.get("architecture")
     if not isinstance(classes, list) or len(classes) != network.num_classes:
         raise UserError(
@@ -248,17 +255,11 @@ def open_pt2(path: str, device: torch.device) -> Model:
     Raises: UserError for a file that torch cannot load, or that has no card.
     """
     inside = {CARD: ""}
-    try:
+    with _loading(path, "torch.export"):
         program = torch.export.load(path, extra_files=inside)
         if device.type != "cpu":
             program = move_to_device_pass(program, device)
         network = program.module()
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(
-            f"{path}: torch.export cannot load this file ({type(error).__name__}: "
-            f"{first_line(error)}); export the checkpoint again",
-            "model",
-        ) from error
     return Model(ModelCard.from_json(inside[CARD] or "{}", path), network, device, "pt2")
 
 
@@ -294,14 +295,8 @@ def open_onnx(path: str, device: torch.device) -> Model:
     # Threads that spin while they wait for work slow torch and whatever else uses these cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors only: the result is compared, not its fused operators
-    try:
+    with _loading(path, "onnxruntime"):
         session = onnxruntime.InferenceSession(path, options, providers=[provider])
-    except Exception as error:  # onnxruntime's own types derive from Exception alone
-        raise UserError(
-            f"{path}: onnxruntime cannot load this file ({first_line(error)}); export the "
-            "checkpoint again",
-            "model",
-        ) from error
     if provider not in session.get_providers():  # onnxruntime falls back to the CPU by itself
         raise UserError(
             f"{device.type}: onnxruntime cannot start {provider}; pass cpu, or install the CUDA "

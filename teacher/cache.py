@@ -5,11 +5,10 @@ import hashlib
 import importlib.metadata
 import json
 import secrets
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import models
@@ -49,7 +48,10 @@ REPLACED_IMAGES = {  # fields of ImageSource.fingerprint, and what a difference 
 def open_teacher_cache(
     args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
 ) -> LogitStore:
-    """The store that --teacher_cache names, created or proven to belong to this run. Collective."""
+    """The store that --teacher_cache names, created or proven to belong to this run. Collective.
+
+    Raises: UserError if the store was created with something else.
+    """
     if not isinstance(data.train, ImageSource):
         raise UserError(
             f"--teacher_cache {args.teacher_cache}: needs images in a fixed order, which the "
@@ -63,15 +65,13 @@ def open_teacher_cache(
             f"--teacher_cache_topk {args.teacher_cache_topk}: there are only {num_classes} "
             "classes; pass a smaller number, or leave the flag out"
         )
-    row_format = RowFormat(num_classes, args.teacher_cache_dtype, args.teacher_cache_topk)
+    folder, topk = Path(args.teacher_cache), args.teacher_cache_topk
     with flags_for(folder="--teacher_cache"):
-        return open_store(
-            Path(args.teacher_cache),
-            partial(manifest_of, args, data, amp_dtype),
-            images=len(data.train),
-            needed=order.end,
-            row_format=row_format,
-        )
+        manifest = distributed.from_main(lambda: claim(folder, manifest_of(args, data, amp_dtype)))
+    # Of top-k rows, the temperature of the run that created the cache is used.
+    temperature = manifest["note"]["kd_temperature"]
+    row_format = RowFormat(num_classes, args.teacher_cache_dtype, topk, temperature)
+    return LogitStore(folder, len(data.train), order.end, row_format, manifest["id"])
 
 
 def manifest_of(
@@ -136,27 +136,6 @@ def _identity_of(teacher: Teacher, use_ema: str) -> str:
     for tensor in network.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     return f"timm's weights, sha256 {digest.hexdigest()}"
-
-
-@flags_for(cache="--teacher_cache")
-def open_store(
-    folder: Path,
-    make_manifest: Callable[[], dict[str, Any]],
-    images: int,
-    needed: int,
-    row_format: RowFormat,
-) -> LogitStore:
-    """Open a store that belongs to this run, or create it. Collective.
-
-    Args:
-        make_manifest: called on rank 0; returns what the logits depend on, see `claim`.
-        images, needed: see LogitStore.
-        row_format: for top-k rows, the temperature of the store's first run is used.
-    Raises: UserError if the store was created with something else.
-    """
-    manifest = distributed.from_main(lambda: claim(folder, make_manifest()))
-    row_format.temperature = manifest["note"]["kd_temperature"]
-    return LogitStore(folder, images, needed, row_format, manifest["id"])
 
 
 def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -229,9 +208,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_close(ours: Any, theirs: Any) -> bool:
-    if not isinstance(ours, list) or not isinstance(theirs, list) or len(ours) != len(theirs):
-        return False
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < SAME_IMAGE
+    is_alike = isinstance(theirs, list) and len(ours) == len(theirs)
+    return is_alike and np.allclose(ours, theirs, rtol=0, atol=SAME_IMAGE)
 
 
 def _short(value: object) -> str:

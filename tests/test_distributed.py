@@ -15,7 +15,6 @@ import torch
 from forked import Group, program, run_group
 from helpers import CPU, ROOT, children_of, read_log, start, teacher_flags, torchrun
 
-import datasets
 import models  # noqa: F401
 from data import readers
 from data.sources import ArraySource
@@ -222,8 +221,8 @@ def run_with_other_images(argv: list[str]) -> int:
         count = 40 + int(os.environ["RANK"])
         return ArraySource(digits.images, digits.targets[:count], digits.classes)
 
-    whole = datasets.digits
-    datasets.digits = lambda is_train: fewer(whole(True)) if is_train else whole(False)
+    whole = readers.digits
+    readers.digits = lambda is_train: fewer(whole(True)) if is_train else whole(False)
     return program(argv)
 
 

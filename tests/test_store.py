@@ -16,7 +16,6 @@ import torch
 from helpers import QUICK, is_same, teacher_flags, write_images
 from PIL import Image
 
-import datasets
 import main
 from data import readers
 from data.order import view_order
@@ -273,7 +272,7 @@ def test_a_store_of_another_teacher_or_other_pixels_is_refused(run_main, kd, tmp
     run = run_main(*SHORT, *kd, "--teacher_path", tmp_path / "other.pth", *cache)
     assert run.code == 2 and 'created with teacher_path ["sha256 ' in run.err
     real = digits
-    monkeypatch.setattr(datasets, "digits", lambda is_train: invert(real(is_train)))
+    monkeypatch.setattr(readers, "digits", lambda is_train: invert(real(is_train)))
     run = run_main(*SHORT, *kd, *cache)
     assert run.code == 2 and "the augmented images differ: different pixels" in run.err
 
