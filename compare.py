@@ -48,7 +48,8 @@ MANY_PAIRS = 5  # verdicts in one table, of which some may be chance
 def judge(groups: Sequence[Group]) -> tuple[list[Verdict], list[str]]:
     """A verdict per pair of groups that differ in one flag; lines that say why others have none.
 
-    --kd brings its own flags with it, and defaults may follow the flag that was changed.
+    --kd brings its own flags with it, and defaults may follow the flag that was changed. Images
+    without labels lengthen the epochs of a distilled run, so a run without them may have more.
     """
     verdicts: list[Verdict] = []
     without: dict[str, list[str]] = defaultdict(list)  # reason -> what differs, one per pair
@@ -56,7 +57,9 @@ def judge(groups: Sequence[Group]) -> tuple[list[Verdict], list[str]]:
         both = dict(differences([before.settings, after.settings]))
         typed = [name for name in both if name in before.given | after.given]
         if "kd" in typed:
-            typed = [name for name in typed if name not in OF_TEACHER]
+            joined = before.settings.get("unlabeled") or after.settings.get("unlabeled")
+            brought = OF_TEACHER | ({"epochs", "teacher_views"} if joined else set())
+            typed = [name for name in typed if name not in brought]
         if VAL_IMAGES in both:
             labels = " and ".join(sorted(both[VAL_IMAGES]))
             without["scored on different validation images"].append(labels)

@@ -441,7 +441,7 @@ add("crop_pct", SHARE_ABOVE_0, None, role=RECIPE, help=
     "fraction of the resized image that evaluation crops (default: 0.875; 1 for images below 64 "
     "pixels or from 384 pixels up)")
 add("dist_eval", SWITCH, True, SOMETHING_SCORED, help="divide validation images among processes")
-add("eval_freq", COUNT, 1, TRAINING, EVALUATION, role=RECIPE, help=
+add("eval_freq", COUNT, 1, TRAINING, EVALUATION, role=REPEAT, help=
     "epochs between two evaluations; the last epoch is always evaluated")
 add("disable_eval", SWITCH, False, TRAINING, role=RECIPE, help="train without evaluation")
 

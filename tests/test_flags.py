@@ -262,8 +262,8 @@ def test_what_a_flag_needs_names_flags_and_a_remedy():
 ROLES = {
     DATA: "labels nb_classes unlabeled",
     VALIDATION: "data_path data_set eval_data_path eval_labels holdout",
-    REPEAT: "check_data data_seed seed teacher_cache teacher_cache_only teacher_cache_range "
-    "teacher_eval teacher_min_acc1",
+    REPEAT: "check_data data_seed eval_freq seed teacher_cache teacher_cache_only "
+    "teacher_cache_range teacher_eval teacher_min_acc1",
     MACHINE: "auto_resume calibrate compile device dist_eval dist_url eval fast_cuda local_rank "
     "log_dir num_workers output_dir pin_mem print_seconds report resume save_ckpt save_ckpt_freq "
     "save_ckpt_num save_ckpt_steps start_epoch teacher_device use_ema",

@@ -6,7 +6,8 @@ from graphlib import TopologicalSorter
 from helpers import ROOT
 
 # Each line imports from its own line and those below it.
-ORDER = """main sweep compare export predict
+ORDER = """main sweep compare export predict distill
+pipeline
 deploy
 teacher evaluation
 engine

@@ -1,0 +1,451 @@
+"""From a folder of images to a small classifier that learned from a large one, with a verdict.
+
+    python distill.py my_images --out my_model
+    python distill.py my_images --labels few.csv --unlabeled pile --out my_model
+
+Every step is a command of this project, printed before it runs, in a folder of its own below --out.
+The same command goes on after an interruption.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import models
+from arguments.defaults import default_batch_size, usable_cores
+from arguments.derived import SMALL
+from arguments.kinds import ShowDefaults, str2bool
+from arguments.parsing import given_flags
+from deploy.model import ONNX_PACKAGES
+from pipeline import rules
+from pipeline.commands import Command, Commands
+from pipeline.images import Images, look
+from pipeline.plan import KINDS, Network, Plan, Scale, Speed, find_network, fit
+from pipeline.rules import Choice
+from reporting.runs import SCORE
+from reporting.tables import table
+from runtime.device import default_device
+from utils import UserError, changes, exit_code, make_folder, write_whole
+
+MEASURED = 64  # images whose training is timed
+MOST_JOBS = 4  # trainings at the same time on a CPU
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The flags of this script; those of main.py follow after --."""
+    parser = argparse.ArgumentParser(
+        "distill.py",
+        usage="python distill.py IMAGES --out FOLDER [--flag value ...] [-- FLAGS of main.py]",
+        description=__doc__.partition("\n")[0],
+        formatter_class=ShowDefaults,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("images", help="class folders, or a folder with train/ and val/, or what --labels names")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder of everything written")
+    add("--labels", default="", metavar="FILE", help="text file of paths below IMAGES and classes")
+    add(
+        "--eval_labels",
+        default="",
+        metavar="FILE",
+        help="text file like --labels of the images that judge (default: a fifth of the labeled)",
+    )
+    add(
+        "--unlabeled",
+        default="",
+        metavar="FOLDER",
+        help="folder of images without labels, or 'rest' for those below IMAGES without a label",
+    )
+    add(
+        "--teacher",
+        action="append",
+        metavar="ARCH[=FILE]",
+        help="teacher to try, with a file of its weights; may be repeated",
+    )
+    add("--student", metavar="ARCH[=FILE]", help="student, with a file of its weights")
+    add("--input_size", type=int, metavar="N", help="side of the student's images in pixels")
+    add("--seeds", type=int, metavar="N", help="trainings of each student (default: 4, or fewer)")
+    add("--budget", default="2h", metavar="TIME", help="time for everything, such as 30m or 2h")
+    add("--recipe", metavar="FILE", help="file of flags for the distilled students")
+    add(
+        "--plan",
+        type=str2bool,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="true|false",
+        help="print the plan and stop",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Distill what a command line asks for; returns the exit code."""
+    stopped = "stopped; the same command goes on from here"
+    return exit_code("distill.py", partial(distill, argv), stopped)
+
+
+def distill(argv: Sequence[str] | None) -> None:
+    """From images to a model and a verdict. Raises: UserError for what the user can correct."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args = get_parser().parse_args(words[:cut])
+    more = words[cut + 1 :]
+    given_flags(more)  # refuses what main.py does not know
+    budget = seconds_of(args.budget)
+    check_out(args)
+    images = look(args.images, args.labels, args.eval_labels, args.unlabeled, args.out / "images")
+    plan, choices = make_plan(args, images, more, budget)
+    commands = Commands(args.out, plan.seconds(), plan.jobs)
+    print(describe(plan, choices, budget), flush=True)
+    if args.plan:
+        return
+
+    scores = choose(plan, commands)
+    teacher, kind = best_teacher(plan, scores)
+    line, is_above = anything_to_move(plan, scores, (teacher, kind))
+    print(f"\n{line}", flush=True)
+    if is_above:
+        file = train_teacher(plan, commands, teacher, kind)
+        verdict = train_students(plan, commands, teacher, file)
+    else:
+        verdict = {"verdict": "nothing to move"}
+        train_students(plan, commands, None, "")
+    student = hand_over(plan, verdict)
+    exported = export(plan, commands, student)
+    summary = {"choose": scores, "teacher": [teacher.name, kind], "line": line, "verdict": verdict}
+    write_whole(args.out / "result.json", json.dumps(summary | {"files": exported}, indent=1))
+    print("\n" + "\n".join(last_words(plan, verdict, student, exported)))
+
+
+# --------------------------------------------------------------------------------- the plan
+
+
+def seconds_of(budget: str) -> float:
+    """'30m' -> 1800. Raises: UserError."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    number, unit = budget[:-1], budget[-1:].lower()
+    try:
+        seconds = float(number) * units[unit]
+    except (ValueError, KeyError):
+        seconds = 0
+    if not 0 < seconds < math.inf:
+        raise UserError(
+            f"--budget {budget}: is no time; pass a number and a unit, such as 30m or 2h"
+        )
+    return seconds
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Raise UserError for an output folder among the images."""
+    out = args.out.resolve()
+    for flag, name in (("IMAGES", args.images), ("--unlabeled", args.unlabeled)):
+        if name and name != "rest" and out.is_relative_to(Path(name).resolve()):
+            raise UserError(f"--out {args.out}: lies inside {flag} {name}; pass a folder outside")
+    make_folder(args.out)
+
+
+def make_plan(
+    args: argparse.Namespace, images: Images, more: list[str], budget: float
+) -> tuple[Plan, list[Choice]]:
+    """Find the networks, measure them, and fit the trainings into the budget.
+
+    What was measured and chosen is kept in plan.json, so that the same command goes on with it.
+    """
+    default_teacher, default_student = rules.default_networks(images.side)
+    is_slow = default_device() == "cpu"
+
+    def size(has_weights: bool) -> int:
+        return rules.input_size(images.side, has_weights, is_slow)
+
+    student = find_network(
+        args.student or default_student,
+        "--student",
+        images.classes,
+        lambda has_weights: args.input_size or size(has_weights),
+    )
+    networks = [
+        find_network(name, "--teacher", images.classes, size)
+        for name in args.teacher or [default_teacher]
+    ]
+    for network in networks:
+        if network.parameters <= student.parameters:
+            raise UserError(
+                f"--student {student.arch}: has {student.parameters:,} parameters, and the teacher "
+                f"{network.arch} {network.parameters:,}; pass a smaller --student"
+            )
+    augmentation, choice = rules.augmentation(student.size)
+    loss, choices = rules.distillation(images.unlabeled)
+    jobs = min(MOST_JOBS, usable_cores()) if is_slow else 1
+    workers = [] if jobs == 1 else ["--num_workers", "0" if images.side < SMALL else "1"]
+    common = [*augmentation, *workers, *more]
+    distilled = [*loss, *([f"@{args.recipe}"] if args.recipe else [])]
+    teachers = [(network, kind) for network in networks for kind in network.kinds]
+    plan = Plan(
+        images, teachers, student, common, distilled, {}, Scale(1, images.folds, 4, 1), jobs
+    )
+    identity = {
+        "images": images.identity,
+        "networks": [" ".join(map(str, network)) for network in [student, *networks]],
+        "flags": [*common, *distilled, f"--seeds {args.seeds} --budget {args.budget}"],
+    }
+    file = args.out / "plan.json"
+    if file.exists():
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if changed := changes(known, identity):
+            raise UserError(
+                f"--out {args.out}: was begun with different {' and '.join(changed)}; pass "
+                "another --out, or the earlier command"
+            )
+        plan.speeds = {name: Speed(*speed) for name, speed in known["speeds"].items()}
+        plan.scale = Scale(*known["scale"])
+    else:
+        plan.speeds = {n.name: measure(n, plan, args.out) for n in {student, *networks}}
+        plan.scale = fit(plan, budget, args.seeds)
+        measured = {"speeds": plan.speeds, "scale": plan.scale}
+        write_whole(file, json.dumps(identity | measured, indent=1))
+    return plan, [choice, *choices]
+
+
+def measure(network: Network, plan: Plan, out: Path) -> Speed:
+    """Train on a few images, and read how long that took."""
+    count = min(MEASURED, plan.images.labeled)
+    batch = min(count // 2 * 2, default_batch_size(plan.all_images))
+    epochs = 2 if network.size >= SMALL else 20  # a step of a small network takes a millisecond
+    folder = out / "plan" / network.name
+    flags = [*plan.images.flags(), *network.flags, *plan.common, "--disable_eval", "true"]
+    flags += ["--train_samples", str(count), "--epochs", str(epochs), "--save_ckpt", "false"]
+    flags += ["--batch_size", str(batch), "--auto_resume", "false"]
+    name = f"plan/{network.name}"
+    commands = Commands(out, {"measure": 0}, plan.jobs)
+    started = time.monotonic()
+    commands.run_again("measure", name, "main.py", [*flags, "--output_dir", str(folder)])
+    taken = time.monotonic() - started
+    seconds = sum(json.loads((folder / "summary.json").read_text())["seconds"].values())
+    return Speed(taken - seconds, seconds / (epochs * count))
+
+
+def describe(plan: Plan, choices: Sequence[Choice], budget: float) -> str:
+    """The plan as a person reads it: the images, the choices with their reasons, the times."""
+    images, scale = plan.images, plan.scale
+    lines = [
+        f"Images    {images.labeled:,} labeled to train on, {images.unlabeled:,} without labels; "
+        f"{images.test:,} judge; {len(images.classes)} classes, about {images.side} pixels",
+    ]
+    judged_by = "each labeled image once" if images.folds > 1 else "a fifth of the labeled images"
+    lines.append(f"Chosen on {images.chosen_by:,} images: {judged_by}, in {scale.folds} part(s)")
+    for network, kind in plan.teachers[: scale.candidates]:
+        lines.append(f"Teacher   {network.arch}, {kind}: {KINDS[kind]}; {network.size} pixels")
+    for network, kind in plan.teachers[scale.candidates :]:
+        lines.append(f"Left out  {network.arch}, {kind}: does not fit into --budget")
+    for network in dict.fromkeys([plan.student, *(network for network, _ in plan.teachers)]):
+        if network.missing:
+            lines.append(f"Warning: no weights of {network.arch}: {network.missing}")
+    start = "its weights" if plan.student.weights else "random weights"
+    lines.append(
+        f"Student   {plan.student.arch} from {start}, {plan.student.size} pixels, "
+        f"{plan.student.parameters:,} parameters; {scale.seeds} seeds alone and distilled"
+    )
+    lines.append("Choices")
+    for choice in choices:
+        lines.append(f"  {choice.what} {choice.value}: {choice.reason} ({choice.overruled_by})")
+    if scale.share < 1:
+        lines.append(f"  {scale.share:.0%} of the usual passes over the images, for --budget")
+    seconds = plan.seconds()
+    rows = [[name, f"about {math.ceil(value / 60)} min"] for name, value in seconds.items()]
+    total = sum(seconds.values())
+    rows.append(["together", f"about {math.ceil(total / 60)} min of {budget / 60:.0f}"])
+    return "\n".join([*lines, *table([["Step", "time on this machine"], *rows])])
+
+
+# --------------------------------------------------------------------------------- the steps
+
+
+def choose(plan: Plan, commands: Commands) -> dict[str, float]:
+    """The accuracy in % of each way to make a teacher, and of the student alone.
+
+    Each is trained on all but one part of the labeled images, and scored on that part.
+
+    Returns: by 'ARCH, kind', and for 'alone'.
+    """
+    names: dict[str, list[str]] = {}
+    tried: list[Command] = []
+    for network, kind in [(plan.student, "alone"), *plan.teachers[: plan.scale.candidates]]:
+        label = "alone" if kind == "alone" else f"{network.arch}, {kind}"
+        if kind == "given":
+            name = f"choose/{network.name}-given"
+            report = ["--report", str(commands.out / f"{name}.json")]
+            flags = [
+                "--eval",
+                "true",
+                "--resume",
+                network.file,
+                *plan.images.labeled_flags,
+                *report,
+            ]
+            tried.append(Command(name, "main.py", [*flags, *report]))
+            names[label] = [name]
+            continue
+        for fold in range(plan.scale.folds):
+            name = f"choose/{network.name}-{kind}/{fold}"
+            names.setdefault(label, []).append(name)
+            shown = plan.all_images if kind == "alone" else plan.images.labeled
+            flags = plan.training(network, kind, fold, shown)
+            flags += ["--output_dir", str(commands.out / name)]
+            tried.append(Command(name, "main.py", flags))
+    commands.run_all("choose", tried)
+    return {
+        label: statistics.mean(score_of(commands.out / name) for name in of_label)
+        for label, of_label in names.items()
+    }
+
+
+def score_of(folder: Path) -> float:
+    """The accuracy in % of the last epoch of a run, or of an evaluation with a report."""
+    if not folder.is_dir():
+        report = json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))
+        return max(one["acc1"] for one in report.values())
+    lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
+    return json.loads(lines[-1])[SCORE]
+
+
+def best_teacher(plan: Plan, scores: dict[str, float]) -> tuple[Network, str]:
+    """The way to make a teacher that scored best."""
+    tried = plan.teachers[: plan.scale.candidates]
+    return max(tried, key=lambda one: scores[f"{one[0].arch}, {one[1]}"])
+
+
+def anything_to_move(
+    plan: Plan, scores: dict[str, float], best: tuple[Network, str]
+) -> tuple[str, bool]:
+    """Whether the teacher knows more than the student alone, by more than the noise.
+
+    The noise is one standard error of the difference of two shares, so that one of six teachers
+    that know nothing more passes; the verdict at the end would find that out, and a teacher that is
+    stopped here could not.
+    """
+    images = plan.images.chosen_by * plan.scale.folds // plan.images.folds
+    label = f"{best[0].arch}, {best[1]}"
+    teacher, alone = scores[label], scores["alone"]
+    variance = sum(share * (100 - share) for share in (teacher, alone)) / images
+    error = max(math.sqrt(variance), 100 / images)
+    is_above = teacher - alone > error
+    tried = "; ".join(f"{name} {score:.1f}" for name, score in scores.items())
+    line = f"Accuracy in % on {images} images that choose: {tried}\n"
+    line += (
+        f"Best teacher: {label}, {teacher - alone:+.1f} ± {error:.1f} points beside the student "
+    )
+    line += "alone (standard error): "
+    if is_above:
+        return line + "there is something to move", True
+    return line + "nothing to move, so the student alone is handed over", False
+
+
+def train_teacher(plan: Plan, commands: Commands, network: Network, kind: str) -> str:
+    """The checkpoint of the teacher, trained on all labeled images unless only a fifth chose."""
+    if kind == "given":
+        return network.file
+    if plan.images.folds == 1:
+        folder = commands.out / f"choose/{network.name}-{kind}/0"
+    else:
+        folder = commands.out / "teacher"
+        flags = plan.training(network, kind, None, plan.images.labeled)
+        commands.run("teacher", "teacher", "main.py", [*flags, "--output_dir", str(folder)])
+    return str(last_checkpoint(folder))
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The checkpoint of the last epoch of a run."""
+    files = folder.glob("checkpoint-*.pth")
+    numbered = {file.stem.rpartition("-")[2]: file for file in files}
+    return numbered[max((n for n in numbered if n.isdecimal()), key=int)]
+
+
+def train_students(
+    plan: Plan, commands: Commands, teacher: Network | None, file: str
+) -> dict[str, Any]:
+    """Train the student alone and distilled with each seed; returns compare.py's verdict.
+
+    Args:
+        teacher: None to train the student alone, once.
+    """
+    runs = commands.out / "students"
+    jobs = []
+    for seed in range(plan.scale.seeds if teacher else 1):
+        for is_distilled in (False, True) if teacher else (False,):
+            flags = plan.student_flags(teacher if is_distilled else None, file)
+            folder = runs / f"kd={str(is_distilled).lower()},seed={seed}"
+            if is_distilled:
+                flags += ["--teacher_cache", str(runs / f"teacher_cache,seed={seed}")]
+            flags += ["--seed", str(seed), "--output_dir", str(folder)]
+            jobs.append(Command(f"students/{folder.name}", "main.py", flags))
+    commands.run_all("students", jobs)
+    if not teacher:
+        return {"verdict": "nothing to move"}
+    folders = sorted(str(path) for path in runs.iterdir() if path.name.startswith("kd="))
+    text = commands.run_again("students", "verdict", "compare.py", folders)
+    print(f"\n{text.read_text(encoding='utf-8')}", flush=True)
+    log = commands.run_again("students", "verdict as JSON", "compare.py", ["--json", *folders])
+    (verdict,) = json.loads(log.read_text(encoding="utf-8"))["verdicts"]
+    return verdict
+
+
+def hand_over(plan: Plan, verdict: dict[str, Any]) -> str:
+    """The folder of the student to deploy: that of the first seed, which no score has chosen."""
+    is_distilled = verdict.get("mean", -1) > 0
+    return f"students/kd={str(is_distilled).lower()},seed=0"
+
+
+def export(plan: Plan, commands: Commands, student: str) -> list[str]:
+    """Write the student as timm's folder, or as a program, and as ONNX if its packages are there.
+
+    Returns: what was written.
+    """
+    checkpoint = str(last_checkpoint(commands.out / student))
+    in_timm = models.is_in_timm(plan.student.arch)
+    formats = {"timm": "model"} if in_timm else {"pt2": "model.pt2"}
+    if has_onnx():
+        formats["onnx"] = "model.onnx"
+    else:
+        print(f"No ONNX file: run {ONNX_PACKAGES}, then the same command", flush=True)
+    for kind, name in formats.items():
+        flags = [checkpoint, "--format", kind, "--out", str(commands.out / name)]
+        flags += ["--with_preprocessing", "true"] if kind == "onnx" else []
+        commands.run("export and report", f"export {kind}", "export.py", flags)
+    return [str(commands.out / name) for name in formats.values()]
+
+
+def has_onnx() -> bool:
+    """Whether ONNX files can be written and compared."""
+    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
+def last_words(
+    plan: Plan, verdict: dict[str, Any], student: str, exported: Sequence[str]
+) -> list[str]:
+    """What the user reads at the end."""
+    lines = []
+    if "mean" in verdict:
+        lines.append(
+            f"Distillation {verdict['verdict']}: {verdict['mean']:+.2f} ± "
+            f"{verdict['half_width'] or math.nan:.2f} points on {plan.images.test:,} images that "
+            "chose nothing"
+        )
+    else:
+        lines.append("Nothing to move: no teacher at hand knows more than the student alone")
+    which = "distilled" if "kd=true" in student else "trained alone"
+    lines.append(f"Handed over: the student {which}, seed 0: {', '.join(exported)}")
+    lines.append(f"Use it: python predict.py {exported[0]} PHOTO")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
