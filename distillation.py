@@ -475,38 +475,32 @@ def _data_config(
     given: Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], str, bool]:
     """What the teacher was trained to see, who says so, and whether its size is a guess."""
-    config, source, is_guessed = _known_config(arch, checkpoint, default)
-    if given:
-        config, source = config | dict(given), f"{source}, except the given values"
-    return config, source, is_guessed and "input_size" not in (given or {})
-
-
-def _known_config(
-    arch: str, checkpoint: Checkpoint, default: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], str, bool]:
     native = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
     config = native | {"input_size": 224}
     config |= {name: default[name] for name in config if default and name in default}
     config |= models.input_config(arch)
     source = "the network, else the student" if is_own_module(arch) else "timm's pretrained_cfg"
-    if checkpoint.is_ours:
-        saved = {name: value for name, value in checkpoint.data.items() if name in config}
-        return config | saved, "the checkpoint", False
-    args = checkpoint.args
+    config |= {name: value for name, value in checkpoint.data.items() if name in config}
+    args = {} if checkpoint.is_ours else checkpoint.args
     if isinstance(args.get("imagenet_default_mean_and_std"), bool):  # the ConvNeXt script's
         is_imagenet = args["imagenet_default_mean_and_std"]
         config["mean"] = list(IMAGENET_DEFAULT_MEAN if is_imagenet else IMAGENET_INCEPTION_MEAN)
         config["std"] = list(IMAGENET_DEFAULT_STD if is_imagenet else IMAGENET_INCEPTION_STD)
     told = [args.get(name) for name in ("imagenet_default_mean_and_std", "mean", "std")]
     size = args.get("input_size") or args.get("img_size")  # timm's is (3, size, size), or img_size
-    is_told = size or any(value is not None for value in told)
+    if checkpoint.is_ours:
+        source = "the checkpoint"
+    elif size or any(value is not None for value in told):
+        source = "the checkpoint's arguments"
     if size:
         config["input_size"] = size if isinstance(size, int) else size[-1]
     for name in ("mean", "std"):  # timm's, where they were given by hand
         if args.get(name):
             config[name] = list(args[name])
-    is_guessed = not (size or is_own_module(arch) or checkpoint.path == PRETRAINED)
-    return config, "the checkpoint's arguments" if is_told else source, is_guessed
+    says = size or checkpoint.is_ours or is_own_module(arch) or checkpoint.path == PRETRAINED
+    if given:
+        config, source = config | dict(given), f"{source}, except the given values"
+    return config, source, not says and "input_size" not in (given or {})
 
 
 def _check_finite(teacher: nn.Module, path: str) -> None:

@@ -39,14 +39,12 @@ class Scored(NamedTuple):
         images: the validation images.
         classes: of the network, in the order of its logits.
         positions: of the images' classes among the logits; None for all of them, in order.
-        saved: the checkpoint's own record of its data; empty if it has none.
     """
 
     config: dict[str, Any]
     images: Source
     classes: list[str]
     positions: list[int] | None
-    saved: dict[str, Any]
 
 
 def evaluation_args(checkpoint: Checkpoint, flags: Sequence[str] = ()) -> argparse.Namespace:
@@ -67,13 +65,12 @@ def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
         args: of an evaluation; `holdout` is set if the training held images out.
     Raises: UserError for data that is missing, has different classes, or was trained on.
     """
-    saved = checkpoint.data
     if "data_set" not in checkpoint.run_args and not {"data_set", "data_path"} & set(args.given):
         raise UserError(
             f"--eval true: {args.resume} does not name the data that it was trained on; pass "
             "--data_path"
         )
-    config = data_config(args, saved)
+    config = data_config(args, checkpoint.data)
     if args.calibrate:
         require_other_images(args)
         args.holdout = None  # the checkpoint's: those images are for the temperature
@@ -90,7 +87,7 @@ def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
     classes = checkpoint.classes or val.classes
     with flags_for(classes=f"{data_flag(args)}:"):
         positions = match_classes(val.classes, classes)
-    return Scored(config, val, classes, positions, saved)
+    return Scored(config, val, classes, positions)
 
 
 def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source) -> None:
@@ -156,9 +153,7 @@ def calibrate(
 ) -> tuple[float, str]:
     """The temperature with which a network's answers for these images have the smallest loss.
 
-    Args:
-        loader: every image, on each process.
-    Returns: see metrics.fit_temperature.
+    See metrics.fit_temperature. The loader shows every image on each process.
     """
     held_out = evaluate(loader, network, settings, shared=False, keep_logits=True)
     targets = torch.cat([batch.targets for batch in held_out.answers]).cpu()
@@ -193,13 +188,13 @@ def score_checkpoint(
     Classes are matched by name; data with only some of the classes is scored on those.
     """
     datasets.complete(args, device)
-    config, val, classes, positions, saved = open_scored(args, checkpoint)
+    config, val, classes, positions = open_scored(args, checkpoint)
     log(
         f"Data {args.data_set}{f' in {args.data_path}' if args.data_path else ''}: {len(val)} "
         f"{'held-out ' if args.holdout else ''}images, {len(val.classes)} classes; "
         f"{config['input_size']} pixels, on {device}"
     )
-    for name, (old, new) in utils.changes(saved, config).items():
+    for name, (old, new) in utils.changes(checkpoint.data, config).items():
         log(f"Warning: scored with {name} {new}, but the checkpoint was trained with {old}")
     if len(val.classes) < len(classes):
         log(f"Scored on {len(val.classes)} of the {len(classes)} classes of the checkpoint")

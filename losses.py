@@ -13,13 +13,13 @@ def kl_per_image(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """`kl_divergence` per image, (B,) float32; the mean is the divergence of the batch."""
-    divergence = F.kl_div(
-        F.log_softmax(student_logits.float() / temperature, dim=-1),
-        F.log_softmax(teacher_logits.float() / temperature, dim=-1),
-        reduction="none",
-        log_target=True,
-    )
-    return divergence.sum(dim=-1) * temperature**2
+    return _kl(student_logits, teacher_logits, temperature, "none").sum(dim=-1) * temperature**2
+
+
+def _kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float, how: str) -> torch.Tensor:
+    log_q, log_p = (F.log_softmax(x.float() / temperature, dim=-1) for x in (student, teacher))
+    # With probabilities, p * log p would be NaN if p rounds to 0.
+    return F.kl_div(log_q, log_p, reduction=how, log_target=True)
 
 
 def kl_divergence(
@@ -35,12 +35,7 @@ def kl_divergence(
         temperature: T > 0.
     Returns: () float32.
     """
-    divergence = F.kl_div(
-        F.log_softmax(student_logits.float() / temperature, dim=-1),
-        F.log_softmax(teacher_logits.float() / temperature, dim=-1),
-        reduction="sum",
-        log_target=True,  # with probabilities, p * log p would be NaN if p rounds to 0
-    )
+    divergence = _kl(student_logits, teacher_logits, temperature, "sum")
     return divergence * (temperature**2 / len(student_logits))
 
 
@@ -156,13 +151,8 @@ def bce(
 # (student_logits (B, C), teacher_logits (B, C), targets, temperature) -> () float32: a mean over
 # the batch, T^2 included.
 Divergence = Callable[..., torch.Tensor]
-DIVERGENCES: dict[str, Divergence] = {  # by the name for --kd_loss
-    "kl": kl,
-    "dkd": dkd,
-    "dist": dist,
-    "hard": hard,
-    "bce": bce,
-}
+# By the name for --kd_loss.
+DIVERGENCES: dict[str, Divergence] = {d.__name__: d for d in (kl, dkd, dist, hard, bce)}
 
 
 def balanced_weights(targets: np.ndarray, classes: int) -> torch.Tensor:

@@ -51,6 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=ShowDefaults,
     )
     add = parser.add_argument
+    switch = partial(add, type=str2bool, nargs="?", const=True, metavar="true|false")
     add(
         "--vary",
         action="append",
@@ -72,20 +73,14 @@ def get_parser() -> argparse.ArgumentParser:
         help='launch command for main.py, such as "torchrun --nproc_per_node=8" '
         "(default: this Python)",
     )
-    add(
+    switch(
         "--share_teacher",
-        type=str2bool,
         default=True,
-        metavar="true|false",
         help="give runs with a teacher one --teacher_cache if their flags allow it",
     )
-    add(
+    switch(
         "--print_commands",
-        type=str2bool,
-        nargs="?",
-        const=True,
         default=False,
-        metavar="true|false",
         help="print the commands of unfinished runs, one per line, and run nothing",
     )
     return parser

@@ -28,12 +28,7 @@ class Answers(NamedTuple):
 
 
 def answers_of(logits: torch.Tensor, targets: torch.Tensor, places: range) -> Answers:
-    """The answers for one batch.
-
-    Args:
-        logits: (B, C) float32.
-        targets: (B,) int64.
-    """
+    """The answers for one batch of logits (B, C) float32 and targets (B,) int64."""
     predictions = logits.argmax(dim=1)
     confidences = logits.softmax(dim=1).amax(dim=1)
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -80,14 +75,9 @@ def bins_of(confidences: torch.Tensor) -> torch.Tensor:
 
 
 def calibration_gaps(confidences: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
-    """Sum of (correct - confidence) over the images of each bin.
+    """Sum of (correct - confidence) over the images of each bin: (B,), (B,) bool -> (BINS,)
 
     These sums may be added up over batches; `calibration_error` needs nothing else.
-
-    Args:
-        confidences: (B,) floating point, in 0…1.
-        correct: (B,) bool.
-    Returns: (BINS,), dtype of the confidences.
     """
     is_in = bins_of(confidences)[:, None] == torch.arange(BINS, device=confidences.device)
     return ((correct.to(confidences.dtype) - confidences)[:, None] * is_in).sum(dim=0)

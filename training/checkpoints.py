@@ -1,7 +1,6 @@
 """The files of a run, from which it resumes exactly."""
 
 import argparse
-import itertools
 import os
 import re
 import shutil
@@ -62,8 +61,7 @@ def files_of_run(folder: Path) -> list[Path]:
 
 def move_aside(folder: Path) -> None:
     """Move the files of an earlier run, where there are any, into a new folder `earlier-<n>`."""
-    files = files_of_run(folder)
-    if not files:
+    if not (files := files_of_run(folder)):
         return
     number = 1
     while (aside := folder / f"earlier-{number}").exists():
@@ -151,40 +149,31 @@ def list_changes(changes: "Changes") -> str:
 Changes = Mapping[str, tuple[Any, Any]]  # name -> (old, new), see utils.changes
 
 
-def _data_differences(data: Changes) -> Iterator[str]:
-    """How what the network is fed differs; continues 'was trained'."""
+def _differences(data: Changes, args: Changes, images: Changes, recipe: Changes) -> Iterator[str]:
+    """How runs differ so that neither can go on from the other; each continues 'was trained'.
+
+    Args:
+        data: what the network is fed.
+        args: all flags, and the validation images.
+        recipe: those of the flags that say what a run computes.
+    """
     if "classes" in data:
         old, new = data["classes"]
         yield f"on other classes ({few(sorted(set(old) ^ set(new)) or new)})"
-    for name, (old, new) in data.items():
+    typed = {name: args[name] for name in ("model", "kd", "opt", "linear_probe") if name in args}
+    changed = {f"--{name}": (as_typed(old), as_typed(new)) for name, (old, new) in typed.items()}
+    for name, (old, new) in {**data, **changed}.items():
         yield f"with {name} {old}, but this run uses {new}"
-
-
-def _run_differences(recipe: Changes) -> Iterator[str]:
-    """How flags differ without which a run cannot go on; continues 'was trained'."""
-    for name in ("model", "kd", "opt", "linear_probe"):
-        if name in recipe:
-            old, new = map(as_typed, recipe[name])
-            yield f"with --{name} {old}, but this run uses {new}"
-
-
-def _image_differences(images: Changes, recipe: Changes) -> Iterator[str]:
-    """How the training images differ; continues 'was trained'."""
-    if not images:
-        return
-    old, new = images.get("images", ("", ""))
-    how = f"{old} images, now {new}" if old != new else "as many, but not the same"
-    if images.keys() <= {"image_sizes", "pixels"}:
-        how = "the same names and labels, but other contents"
-    elif images.keys() == {"held_out"}:
-        how = "other images were held out"
-    flags = f"; these flags differ: {list_changes(recipe)}" if recipe else ""
-    yield f"on other images ({how}){flags}"
-
-
-def _validation_differences(recipe: Changes) -> Iterator[str]:
-    """Whether both runs have validation images, and different ones; continues 'was trained'."""
-    if "val_images" in recipe and None not in recipe["val_images"]:
+    if images:
+        old, new = images.get("images", ("", ""))
+        how = f"{old} images, now {new}" if old != new else "as many, but not the same"
+        if images.keys() <= {"image_sizes", "pixels"}:
+            how = "the same names and labels, but other contents"
+        elif images.keys() == {"held_out"}:
+            how = "other images were held out"
+        flags = f"; these flags differ: {list_changes(recipe)}" if recipe else ""
+        yield f"on other images ({how}){flags}"
+    if None not in args.get("val_images", (None,)):
         yield "with different validation images, to which its best accuracy belongs"
 
 
@@ -282,16 +271,12 @@ class RunState:
 
         A finished run is refused under another recipe, since its scores belong to the old recipe.
         """
-        path, recipe = checkpoint.path, utils.changes(checkpoint.args, self.args)
+        path, args = checkpoint.path, utils.changes(checkpoint.args, self.args)
         skipped = NOT_RECIPE | DATA_FLAGS | {"val_images", "changes"}
-        self.changes = {name: change for name, change in recipe.items() if name not in skipped}
-        differences = itertools.chain(
-            _data_differences(utils.changes(checkpoint.data, self.data_config)),
-            _run_differences(recipe),
-            _image_differences(utils.changes(checkpoint.images, self.images), self.changes),
-            _validation_differences(recipe),
-        )
-        if difference := next(differences, ""):
+        self.changes = {name: change for name, change in args.items() if name not in skipped}
+        data = utils.changes(checkpoint.data, self.data_config)
+        images = utils.changes(checkpoint.images, self.images)
+        if difference := next(_differences(data, args, images, self.changes), ""):
             raise UserError(
                 f"{path}: was trained {difference}; pass the same as before, or another "
                 "--output_dir to start from the beginning",

@@ -3,7 +3,7 @@
 import argparse
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -212,7 +212,11 @@ def compute_features(
     if data.val_loader is not None and not args.disable_eval:
         batches = _features(data.val_loader, student, settings)
         val = list(with_progress(batches, len(data.val_loader), "the validation images"))
-    _check_finite([features, *(batch.images for batch in val or ())])
+    if not all(part.isfinite().all() for part in [features, *(b.images for b in val or ())]):
+        raise UserError(
+            "--linear_probe true: the backbone's features hold NaN or infinity; start from "
+            "different weights, or without --use_amp true"
+        )
     targets = torch.as_tensor(data.train.targets, dtype=torch.int64, device=device)
     shown = f"{len(features)} training" + (f" and {len(data.val or ())} validation" if val else "")
     log(
@@ -230,14 +234,6 @@ def _features(loader: DeviceLoader, student: nn.Module, settings: LoopSettings) 
         with settings.autocast():
             features = features_of(student, batch.images)
         yield batch._replace(images=features.float())
-
-
-def _check_finite(features: Sequence[torch.Tensor]) -> None:
-    if not all(part.isfinite().all() for part in features):
-        raise UserError(
-            "--linear_probe true: the backbone's features hold NaN or infinity; start from "
-            "different weights, or without --use_amp true"
-        )
 
 
 def _check_memory(images: int, val_images: int, width: int, device: torch.device) -> None:

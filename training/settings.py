@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed
 
 from utils import UserError
 
@@ -30,15 +29,7 @@ class LoopSettings:
 
 def loop_settings(args: argparse.Namespace, device: torch.device) -> LoopSettings:
     """What stays the same over the epochs of a run."""
-    dtype = amp_dtype(args, device)
-    return LoopSettings(device, dtype, args.update_freq, args.clip_grad, args.seed)
-
-
-def amp_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype, or None without --use_amp."""
-    if not args.use_amp:
-        return None
-    name = args.amp_dtype
-    if device.type == "cpu" and name == "float16":
+    if args.use_amp and device.type == "cpu" and args.amp_dtype == "float16":
         raise UserError("--amp_dtype float16: the CPU trains in bfloat16; leave the flag out")
-    return getattr(torch, name)
+    dtype = getattr(torch, args.amp_dtype) if args.use_amp else None
+    return LoopSettings(device, dtype, args.update_freq, args.clip_grad, args.seed)
