@@ -295,7 +295,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 def complete(args: argparse.Namespace, device: torch.device, splits: Splits | None = None) -> None:
     """Choose what depends on the device, the network and the images; then args stays as it is.
 
-    Only the default rate of a linear probe comes later, since it depends on the network's width.
+    Only the default learning rate comes later, since it depends on the network.
 
     `val_images`, which is no flag, becomes the number of the validation images and a hash of what
     tells them from others: '360:0123456789abcdef'.

@@ -80,6 +80,7 @@ from training.history import History
 from training.optimizer import (
     Schedule,
     check_optimizer,
+    default_lr,
     make_optimizer,
     make_schedule,
     report_schedule,
@@ -167,7 +168,7 @@ def run(argv: list[str] | None) -> None:
     resumed = args.resume or distributed.from_main(lambda: run_to_resume(args))
     student = make_student(args, device, data.classes, args.pretrained and not resumed)
     if args.lr is None:
-        args.lr = linear_probe.default_lr(student)
+        args.lr = default_lr(args, student, len(data.train))
     ema = make_ema(args, student)
     teacher = prepare_teacher(args, settings, data)
     teacher.warn_if_smaller(student)

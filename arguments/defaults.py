@@ -1,7 +1,6 @@
 """Defaults that follow from other flags, from this machine's cores, and from the images."""
 
 import argparse
-import math
 import os
 
 from arguments.derived import SMALL, holds_class_folders, is_mixed
@@ -41,7 +40,7 @@ def fill_defaults(args: argparse.Namespace) -> None:
 def fill_data_defaults(args: argparse.Namespace, images: int) -> list[str]:
     """Choose what depends on the number of training images, known once the data is open.
 
-    That is the batch size, if it is not given or too large, and the learning rate.
+    That is the batch size, if it is not given or too large, and the number of loader workers.
 
     Returns: lines for the user: a value that is not used as given, images that are left out.
     """
@@ -63,10 +62,6 @@ def fill_data_defaults(args: argparse.Namespace, images: int) -> list[str]:
         return lines
     if "num_workers" not in args.given:
         args.num_workers = min(args.num_workers, max(1, images // total))
-    # A probe's depends on the number of features, known once the network is made.
-    if args.lr is None and (is_sgd(args.opt) or not args.linear_probe):
-        steps = args.epochs * math.ceil(images // total / args.update_freq)
-        args.lr = default_lr(args, total * args.update_freq, steps)
     left_out = images % total
     if left_out and args.teacher_views == 1:
         lines.append(
@@ -96,29 +91,6 @@ def _better_batch_size(args: argparse.Namespace, images: int, processes: int) ->
 def default_batch_size(images: int) -> int:
     """The largest power of two from 8 to 64 with which the images make 50 batches; else 8."""
     return next((size for size in (64, 32, 16) if images >= 50 * size), 8)
-
-
-FEW_STEPS_LR = 2e-3  # the most that `default_lr` raises the rate to
-LEAST_WAY = 3.0  # what `default_lr` wants the rate times the steps to be
-
-
-def default_lr(args: argparse.Namespace, total_batch: int, steps: int) -> float:
-    """The peak learning rate.
-
-    Args:
-        total_batch: images per optimizer step, over all processes.
-        steps: optimizer steps of the run.
-    """
-    if is_sgd(args.opt):
-        # He et al. 2016, section 4.2: 0.1 at a batch of 128.
-        return 0.1 * (total_batch / 128) ** 0.5
-    # 4e-3 at 4096 as in the ConvNeXt script. Adam's noise scale grows with sqrt(batch) (Malladi et
-    # al. 2022), not with the batch.
-    lr = 4e-3 * (total_batch / 4096) ** 0.5
-    if args.finetune or args.pretrained:
-        return lr
-    # Adam moves a weight by at most about lr per step, so few steps from scratch need a higher one.
-    return max(lr, min(FEW_STEPS_LR, LEAST_WAY / steps))
 
 
 def is_sgd(opt: str) -> bool:

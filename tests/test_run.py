@@ -24,7 +24,7 @@ from runtime import device
 from runtime.device import choose_threads
 from training import checkpoints, history
 from training.criterion import make_criterion
-from training.optimizer import Schedule, cosine_schedule, make_optimizer
+from training.optimizer import Schedule, cosine_schedule, default_lr, make_optimizer
 from training.settings import LoopSettings
 
 
@@ -616,3 +616,21 @@ def test_bce_on_labels_is_timms():
     ours, theirs = make_criterion(args), BinaryCrossEntropy(smoothing=0.2)
     logits, targets = torch.randn(5, 7), torch.arange(5)
     assert torch.equal(ours(logits, targets), theirs(logits, targets))
+
+
+@pytest.mark.parametrize(
+    ("network", "flags", "rate"),
+    [
+        ("test_resnet", "--epochs 15", 2e-3),  # 750 steps of 8 images
+        ("test_vit", "--epochs 15", 5e-4),
+        ("test_convnext", "--epochs 15", 5e-4),
+        ("test_vit", "--epochs 400", 1.76777e-4),  # 4e-3 · sqrt(8 / 4096)
+        ("test_vit", "--epochs 300", 2e-4),  # 3 / 15,000
+        ("test_resnet", "--opt sgd", 0.025),  # 0.1 · sqrt(8 / 128)
+        ("test_resnet", "--pretrained true", 1.76777e-4),
+    ],
+)
+def test_the_default_learning_rate_follows_the_kind_of_network(network, flags, rate):
+    args = parse_args(f"--model {network} --batch_size 8 {flags}".split())
+    student = timm.create_model(network, num_classes=10)
+    assert default_lr(args, student, 403) == pytest.approx(rate, rel=1e-4)

@@ -51,17 +51,6 @@ def freeze_backbone(network: nn.Module, input_size: int) -> None:
     classifiers[0].requires_grad_(True)
 
 
-def default_lr(student: nn.Module) -> float:
-    """The peak learning rate of a probe with Adam and its like.
-
-    2 / D for D features. One step of Adam moves each weight by about the rate, and so an output by
-    the rate times the sum of the sizes of the features, which grows with D. The best rates that
-    were measured are in docs/teachers.md.
-    """
-    weight = next(p for p in classifier_of(student).parameters() if p.ndim > 1)  # (C, D, …)
-    return 2 / weight.shape[1]
-
-
 @torch.no_grad()
 def _maps_features(network: nn.Module, classifier: nn.Module, size: int) -> bool:
     """Whether the head of the features is the output of the network, but for rounding."""

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
 from torch import nn
 
+import models
+from arguments.defaults import is_sgd
 from arguments.kinds import as_typed
+from runtime import distributed
 from runtime.distributed import log
 from utils import UserError
 
@@ -81,6 +83,40 @@ def check_optimizer(args: argparse.Namespace) -> None:
             f"--opt_betas: --opt {args.opt} needs {info.num_betas} numbers, not "
             f"{len(args.opt_betas)}; pass {info.num_betas}"
         )
+
+
+FEW_STEPS_LR = 2e-3  # the most that `default_lr` raises the rate to
+FEW_STEPS_LR_OF_LAYER_NORM = 5e-4  # the same for networks without BatchNorm
+LEAST_WAY = 3.0  # what `default_lr` wants the rate times the steps to be
+
+
+def default_lr(args: argparse.Namespace, student: nn.Module, images: int) -> float:
+    """The peak learning rate, chosen on held-out images (docs/distributed.md).
+
+    Args:
+        images: of an epoch, over all processes.
+    """
+    batch = args.batch_size * distributed.world_size()
+    total_batch = batch * args.update_freq
+    if is_sgd(args.opt):
+        # He et al. 2016, section 4.2: 0.1 at a batch of 128.
+        return 0.1 * (total_batch / 128) ** 0.5
+    if args.linear_probe:
+        # One step of Adam moves each weight by about the rate, and so an output by the rate times
+        # the sum of the sizes of the features, which grows with their number (docs/teachers.md).
+        weight = next(p for p in models.classifier_of(student).parameters() if p.ndim > 1)
+        return 2 / weight.shape[1]  # (C, D, …)
+    # 4e-3 at 4096 as in the ConvNeXt script. Adam's noise scale grows with sqrt(batch) (Malladi et
+    # al. 2022), not with the batch.
+    lr = 4e-3 * (total_batch / 4096) ** 0.5
+    if args.finetune or args.pretrained:
+        return lr
+    # Adam moves a weight by at most about lr per step, so few steps from scratch need a higher one.
+    # ConvNeXts and transformers bear less of that than networks with BatchNorm.
+    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.modules())
+    most = FEW_STEPS_LR if has_batch_norm else FEW_STEPS_LR_OF_LAYER_NORM
+    steps = args.epochs * math.ceil(images // batch / args.update_freq)
+    return max(lr, min(most, LEAST_WAY / steps))
 
 
 def make_optimizer(
