@@ -28,6 +28,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -303,7 +304,7 @@ def train(
             state.args, settings.device, data.config, training.start, training.first_step
         )
     answers: dict[str, list[metrics.Answers]] = {}
-    with recorder, signals.stop_on_signals():
+    with closing(recorder), signals.stop_on_signals():
         for epoch in range(training.start, args.epochs):
             began = time.perf_counter()
             training.loss.start_epoch(epoch)

@@ -16,10 +16,9 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from unicodedata import category
 
 import numpy as np
@@ -57,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--format",
         default="table",
-        choices=tuple(WRITERS),
+        choices=tuple(FORMATS),
         help="output format: an aligned table, CSV, or one JSON object per line",
     )
     add("--top_k", type=int, default=5, help="classes to print per image, most probable first")
@@ -127,11 +126,13 @@ def predict(args: argparse.Namespace) -> int:
         args.num_workers = max(1, int(cores_per_process())) if len(files) > LONG else 0
     top_k = min(args.top_k, len(model.card.classes))
     answers = [*model.card.classes, *([UNKNOWN] if args.threshold else ())]
-    sorter = None
     if args.sort_into:
-        sorter = Sorter(args.sort_into, answers, args.images, files)
-    writer = WRITERS[args.format](files, answers, top_k)
-    broken = []
+        check_sorting(args.sort_into, answers, args.images, files)
+    widths = [max(len(one_line(word)) for word in words) for words in (files, answers)]
+    if args.format == "csv":
+        heads = [(f"class_{rank}", f"probability_{rank}") for rank in range(1, top_k + 1)]
+        print(",".join(["image", *chain(*heads)]))
+    broken, copied = [], Counter[str]()
     with tqdm(total=len(files), unit=" images", delay=PATIENCE, mininterval=1) as progress:
         for path, result in predictions(model, files, args.batch_size, args.num_workers):
             if isinstance(result, str):
@@ -140,13 +141,16 @@ def predict(args: argparse.Namespace) -> int:
                 best, *others = top_classes(result, model.card.classes, top_k)
                 if best.probability < args.threshold:
                     best = best._replace(name=UNKNOWN)
-                writer.write(path, [best, *others])
-                if sorter is not None:
-                    sorter.copy(path, best.name)
+                FORMATS[args.format](path, [best, *others], widths)
+                if args.sort_into:
+                    copied[best.name] += copy_into(Path(args.sort_into, best.name), path)
             progress.update()
     sys.stdout.flush()
-    if sorter is not None:
-        print(sorter.summary(), file=sys.stderr)
+    if args.sort_into:
+        parts = [f"{one_line(name)} {n:,}" for name, n in copied.most_common() if n]
+        if old := len(files) - len(broken) - copied.total():
+            parts.append(f"{old:,} there already")
+        print(f"Copied into {args.sort_into}: {', '.join(parts)}", file=sys.stderr)
     if broken:
         print(f"{len(broken)} of {len(files)} images could not be read:", file=sys.stderr)
         print("\n".join(map(one_line, broken)), file=sys.stderr)
@@ -250,78 +254,58 @@ def predictions(
 # ------------------------------------------------------------------------------------ sorting
 
 
-class Sorter:
-    """Copies images into one folder per class, and never over a file.
-
-    A copy with the name of a different image gets a number: photo-2.jpg. A file that holds the same
-    bytes is left as it is, so that the same command can be run again.
+def check_sorting(
+    folder: str, classes: Sequence[str], words: Sequence[str], files: Sequence[str]
+) -> None:
+    """Make the folder of --sort_into, if each class can have a folder in it.
 
     Args:
-        folder: created if it is missing.
-        classes: what an image may be answered with.
         words, files: the images of the command line, and what they name.
-    Raises: UserError for a folder that cannot be written, that some class cannot be in, or that
-        lies where the same words would find the copies.
+    Raises: UserError for a folder that cannot be written, or in which these words would find the
+        copies, and for a class that would lead elsewhere.
     """
+    sources = {os.path.realpath(os.path.dirname(path)) for path in files}
+    searched = [os.path.realpath(root) for word in words if (root := searched_from(word))]
+    for name in classes:
+        if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
+            raise UserError(f"--sort_into {folder}: class {name!r} cannot name a folder")
+        place = os.path.realpath(os.path.join(folder, name))
+        if place in sources or any(Path(place).is_relative_to(root) for root in searched):
+            raise UserError(
+                f"--sort_into {folder}: lies among the images, and the copies would be sorted "
+                "again; choose a folder elsewhere"
+            )
+    with flags_for(folder="--sort_into"):
+        make_folder(folder)
 
-    def __init__(
-        self, folder: str, classes: Sequence[str], words: Sequence[str], files: Sequence[str]
-    ) -> None:
-        sources = {os.path.realpath(os.path.dirname(path)) for path in files}
-        searched = [os.path.realpath(root) for word in words if (root := searched_from(word))]
-        for name in classes:
-            if name in ("", ".", "..") or {"/", "\\", "\0"} & set(name):
-                raise UserError(f"--sort_into {folder}: class {name!r} cannot name a folder")
-            place = os.path.realpath(os.path.join(folder, name))
-            if place in sources or any(Path(place).is_relative_to(root) for root in searched):
-                raise UserError(
-                    f"--sort_into {folder}: lies among the images, and the copies would be sorted "
-                    "again; choose a folder elsewhere"
-                )
-        with flags_for(folder="--sort_into"):
-            make_folder(folder)
-        self.folder, self.copies, self.old = Path(folder), Counter[str](), 0
 
-    def copy(self, path: str, name: str) -> None:
-        """Copy an image into the folder of a class. Raises: UserError if that fails."""
-        try:
-            target = self.place(Path(path), self.folder / name)
-            if target is None:
-                self.old += 1
-                return
+def copy_into(folder: Path, path: str) -> bool:
+    """Copy an image, never over a file: a copy whose name is taken gets a number, as photo-2.jpg.
+
+    Returns: False if the same bytes are there, so that the same command can be run again.
+    Raises: UserError if the file system refuses.
+    """
+    source, number = Path(path), 1
+    target = folder / source.name
+    try:
+        folder.mkdir(exist_ok=True)
+        while os.path.lexists(target):
+            if target.is_file() and filecmp.cmp(source, target, shallow=False):
+                return False
+            number += 1
+            target = folder / f"{source.stem}-{number}{source.suffix}"
+        with open(target, "xb") as copy, open(source, "rb") as image:
             try:
-                shutil.copyfile(path, target)
+                shutil.copyfileobj(image, copy)
             except BaseException:  # a full disk, or Ctrl-C
                 target.unlink()
                 raise
-        except OSError as error:
-            raise UserError(
-                f"--sort_into {self.folder}: {path} could not be copied ({error}); free some space "
-                "or choose another folder"
-            ) from error
-        with suppress(OSError):  # some file systems keep no time
-            shutil.copystat(path, target)
-        self.copies[name] += 1
-
-    def place(self, source: Path, folder: Path) -> Path | None:
-        """A new and empty file for a copy; None if the folder has the copy."""
-        folder.mkdir(exist_ok=True)
-        target, copies = folder / source.name, 1
-        while True:
-            try:
-                open(target, "x").close()
-                return target
-            except FileExistsError:
-                if target.is_file() and filecmp.cmp(source, target, shallow=False):
-                    return None
-            copies += 1
-            target = folder / f"{source.stem}-{copies}{source.suffix}"
-
-    def summary(self) -> str:
-        """How many images were copied, by class."""
-        parts = [f"{one_line(name)} {number:,}" for name, number in self.copies.most_common()]
-        parts += [f"{self.old:,} there already"] if self.old else []
-        return f"Copied into {self.folder}: {', '.join(parts) or 'no image'}"
+    except OSError as error:
+        raise UserError(
+            f"--sort_into: {path} could not be copied to {target} ({error.strerror}); free some "
+            "space or choose another folder"
+        ) from error
+    return True
 
 
 def searched_from(word: str) -> str:
@@ -350,15 +334,6 @@ def top_classes(probabilities: torch.Tensor, classes: Sequence[str], top_k: int)
     return [Guess(classes[i], value) for value, i in zip(values, indices, strict=True)]
 
 
-class Writer(Protocol):
-    """Prints one image after another."""
-
-    def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None: ...
-
-    def write(self, path: str, guesses: Sequence[Guess]) -> None:
-        """Print an image and its classes, best first."""
-
-
 def one_line(text: str) -> str:
     """A name as one line that no terminal takes for a command: control characters escaped."""
     return "".join(repr(c)[1:-1] if category(c) in ("Cc", "Zl", "Zp") else c for c in text)
@@ -369,46 +344,29 @@ def as_cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-class Table:
-    """Aligned columns: the image, then class and probability in percent."""
+def print_row(path: str, guesses: Sequence[Guess], widths: Sequence[int]) -> None:
+    """Aligned columns: the image, then class and probability in percent.
 
-    def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None:
-        self.path, self.name = (max(len(one_line(w)) for w in words) for words in (files, classes))
-
-    def write(self, path: str, guesses: Sequence[Guess]) -> None:
-        """Print a line."""
-        cells = [f"{one_line(g.name):{self.name}} {100 * g.probability:6.2f} %" for g in guesses]
-        print("  ".join([f"{one_line(path):{self.path}}", *cells]))
+    Args:
+        widths: of the longest path and of the longest class.
+    """
+    cells = [f"{one_line(g.name):{widths[1]}} {100 * g.probability:6.2f} %" for g in guesses]
+    print("  ".join([f"{one_line(path):{widths[0]}}", *cells]))
 
 
-class Csv:
-    """Columns image, class_1, probability_1, class_2 and so on, with a header line."""
-
-    def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None:
-        self.writer = csv.writer(sys.stdout, lineterminator="\n")
-        ranks = range(1, top_k + 1)
-        heads = [name for k in ranks for name in (f"class_{k}", f"probability_{k}")]
-        self.writer.writerow(["image", *heads])
-
-    def write(self, path: str, guesses: Sequence[Guess]) -> None:
-        """Print a line."""
-        cells = [cell for g in guesses for cell in (as_cell(g.name), f"{g.probability:.8g}")]
-        self.writer.writerow([as_cell(path), *cells])
+def print_csv(path: str, guesses: Sequence[Guess], widths: Sequence[int]) -> None:
+    """Columns image, class_1, probability_1, class_2 and so on."""
+    cells = [cell for g in guesses for cell in (as_cell(g.name), f"{g.probability:.8g}")]
+    csv.writer(sys.stdout, lineterminator="\n").writerow([as_cell(path), *cells])
 
 
-class JsonLines:
+def print_json(path: str, guesses: Sequence[Guess], widths: Sequence[int]) -> None:
     """{"image": …, "classes": [{"name": …, "probability": …}, …]}"""
-
-    def __init__(self, files: Sequence[str], classes: Sequence[str], top_k: int) -> None:
-        pass
-
-    def write(self, path: str, guesses: Sequence[Guess]) -> None:
-        """Print a line."""
-        classes = [{"name": g.name, "probability": float(f"{g.probability:.8g}")} for g in guesses]
-        print(json.dumps({"image": path, "classes": classes}, ensure_ascii=False))
+    classes = [{"name": g.name, "probability": float(f"{g.probability:.8g}")} for g in guesses]
+    print(json.dumps({"image": path, "classes": classes}, ensure_ascii=False))
 
 
-WRITERS: dict[str, type[Writer]] = {"table": Table, "csv": Csv, "jsonl": JsonLines}
+FORMATS = {"table": print_row, "csv": print_csv, "jsonl": print_json}
 
 
 if __name__ == "__main__":

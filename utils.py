@@ -115,11 +115,7 @@ def few(names: Iterable[object], most: int = 3) -> str:
 
 
 def wrapped(text: str, width: int, indent: str = "") -> list[str]:
-    """A text as lines that are broken between words; a word that is too long stays whole.
-
-    Args:
-        indent: of the lines after the first.
-    """
+    """A text as lines that are broken between words only, the later ones indented."""
     return textwrap.wrap(
         text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )

@@ -11,8 +11,7 @@ from runtime import distributed
 
 BINS = 15  # of the confidences; as in Guo et al., 'On calibration of modern neural networks', 2017
 MOST_IN_MATRIX = 12  # classes of a confusion matrix in the terminal
-MOST_CLASSES = 20  # that are all listed in the terminal; of more classes, the worst are
-WORST_CLASSES = 10
+WORST_CLASSES = 10  # that are listed in the terminal if there are too many for a matrix
 MOST_CONFUSED = 5  # pairs of classes that are listed in the terminal
 HOTTEST = 100.0  # temperatures are searched between 1 / HOTTEST and HOTTEST
 
@@ -174,22 +173,17 @@ def report_lines(report: dict[str, Any], width: int) -> list[str]:
     if matrix := matrix_lines(report, width):
         return matrix
     rows = [row for row in report["per_class"] if row["images"]]
-    title = "Accuracy per class"
-    if len(rows) > MOST_CLASSES:
-        title = f"The {WORST_CLASSES} of {len(rows)} classes with the lowest accuracy"
-        rows = sorted(rows, key=lambda row: row["acc1"])[:WORST_CLASSES]
-    longest = max(len(row["class"]) for row in rows)
-    lines = [f"{title}:"]
-    lines += [
-        f"  {row['class']:{longest}}  {row['acc1']:6.2f} % of {row['images']:,} images"
-        for row in rows
+    total = {row["class"]: row["images"] for row in rows}
+    worst = [
+        f"  {row['acc1']:6.2f} % of {row['images']:,} images: {row['class']}"
+        for row in sorted(rows, key=lambda row: row["acc1"])[:WORST_CLASSES]
     ]
-    total = {row["class"]: row["images"] for row in report["per_class"]}
     pairs = [
         f"  {c['class']} taken for {c['predicted']} ({c['images']} of {total[c['class']]:,})"
         for c in report["confusions"][:MOST_CONFUSED]
     ]
-    return [*lines, "Most confused:", *pairs] if pairs else lines
+    title = f"Lowest accuracy of {len(rows)} classes:"
+    return [title, *worst, *(["Most confused:", *pairs] if pairs else ())]
 
 
 def matrix_lines(report: dict[str, Any], width: int) -> list[str]:

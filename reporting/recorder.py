@@ -10,8 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -99,17 +98,6 @@ class Recorder:
         terminal = Terminal(args["epochs"], args["print_seconds"], classes, first_step)
         return cls(terminal, path, board, images_per_step, config, device)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def show_batch(self, batch: Batch, teacher_logits: torch.Tensor | None) -> None:
         """Show training images as the network sees them, with what the teacher says."""
         if self.board is None or batch.images.ndim != 4:  # features, in a linear probe
@@ -130,7 +118,6 @@ class Recorder:
         updates: int,
         means: dict[str, float],
         opt: dict[str, float],
-        images: int,
         rate: float,
     ) -> None:
         """Tell about the optimizer steps since the last look.
@@ -139,12 +126,10 @@ class Recorder:
             done, updates: steps of the epoch that are done, and all of them.
             means: loss and its parts, means over these steps.
             opt: charts of the optimizer.
-            images: of these steps, on all processes.
             rate: images per second.
         """
-        per_step = self.images_per_step
         memory = peak_memory(self.device)
-        self.terminal.step(epoch, done, updates, means, opt["opt/lr"], rate, per_step, memory)
+        self.terminal.step(epoch, done, updates, means, opt["opt/lr"], rate, memory)
         if self.board is not None:
             values = {figure_of(f"train_{name}").chart: value for name, value in means.items()}
             seen = (epoch * updates + done) * self.images_per_step

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from itertools import zip_longest
 
 from tqdm import tqdm
 
@@ -42,9 +41,9 @@ class Terminal:
         self.shown = self.began  # when a line was last added
         self.bar: tqdm | None = None
         self.is_live = distributed.is_main_process() and sys.stdout.isatty()
-        self.names: set[str] = set()  # of the columns under the last header
-        self.header: dict[str, str] = {}  # of the columns that fitted, by name
-        self.width = self.rows = 0  # of the terminal, and printed, at the last header
+        self.cells: dict[str, str] = {}  # of the first row below the last header
+        self.header: dict[str, str] = {}  # those that fitted
+        self.width = self.rows = 0  # of the terminal at the last header, and rows below it
 
     def step(
         self,
@@ -54,7 +53,6 @@ class Terminal:
         means: Mapping[str, float],
         lr: float,
         rate: float,
-        images: float,
         memory: int | None,
     ) -> None:
         """Show a step of an epoch.
@@ -63,20 +61,17 @@ class Terminal:
             done, updates: optimizer steps of the epoch: done, and in all.
             means: loss and its parts since the last look.
             rate: images per second since then.
-            images: of an optimizer step.
             memory: peak, in bytes; None if it is not known.
         """
         if not self.is_live and time.monotonic() - self.shown < self.seconds:
             return
-        left = self.time_left(epoch * updates + done, updates)
         cells = {"place": f"Epoch {epoch} [{done:>{len(str(updates))}}/{updates}]"}
-        cells["left"] = f"{left} left"
+        cells["left"] = f"{self.time_left(epoch * updates + done, updates)} left"
         losses = loss_cells({f"train_{name}": value for name, value in means.items()})
         cells |= {name: f"{name} {text}" for name, text in losses.items()}
         cells |= {"lr": f"lr {lr:.2e}", "images/s": f"{rate:,.0f} images/s"}
         if memory is not None:
             cells["memory"] = f"{memory / 2**30:.2f} GiB"
-        cells["epoch"] = f"epoch {clock((updates - done) * images / rate)}"
         text = "  ".join(fitting(cells, STATUS, columns() - 1).values())
         if not self.is_live:
             log(text)
@@ -101,29 +96,22 @@ class Terminal:
         self.clear()
         cells = {"epoch": f"{record['epoch']:5}"} | loss_cells(record)
         if "test_acc1" in record:
-            cells |= {
-                "val loss": rounded(record["test_loss"]),
-                "acc1": f"{record['test_acc1']:.2f}",
-            }
-            cells["best"] = f"{best:.2f}"
-            more = {"EMA": "test_acc1_ema", "agree": "test_agreement"}
-            more |= {"acc5": "test_acc5"} if self.num_classes > MANY_CLASSES else {}
-            cells |= {name: f"{record[key]:.2f}" for name, key in more.items() if key in record}
+            cells["val loss"] = rounded(record["test_loss"])
+            scores = {"acc1": record["test_acc1"], "best": best}
+            scores |= {"EMA": record.get("test_acc1_ema"), "agree": record.get("test_agreement")}
+            scores["acc5"] = record["test_acc5"] if self.num_classes > MANY_CLASSES else None
+            cells |= {name: f"{score:.2f}" for name, score in scores.items() if score is not None}
         cells["left"] = self.time_left(seen, seen // (int(record["epoch"]) + 1))
         cells["images/s"] = f"{rate:,.0f}"
-        is_same = cells.keys() <= self.names and self.width == columns()  # some are not evaluated
-        if not is_same or self.rows % ROWS == 0:
-            self.names, self.width, self.rows = self.names | cells.keys(), columns(), 0
-            widths = {name: max(len(name), len(text), 6) for name, text in cells.items()}
-            widths["epoch"] = len(cells["epoch"])
-            header = {name: f"{name:>{width}}" for name, width in widths.items()}
-            self.header = fitting(header, ROW, self.width)
+        # An epoch that is not evaluated has fewer cells than the header.
+        is_new = not cells.keys() <= self.cells.keys() or self.width != columns()
+        if is_new or self.rows % ROWS == 0:
+            self.cells, self.width, self.rows = cells, columns(), 0
+            heads = {name: f"{name:>{max(6, len(text))}}" for name, text in cells.items()}
+            self.header = fitting(heads | {"epoch": "epoch"}, ROW, self.width)
             log("  ".join(self.header.values()))
-        log(
-            "  ".join(
-                f"{cells.get(n, ''):>{len(head)}}" for n, head in self.header.items()
-            ).rstrip()
-        )
+        row = [f"{cells.get(name, ''):>{len(head)}}" for name, head in self.header.items()]
+        log("  ".join(row).rstrip())
         self.rows += 1
         self.shown = time.monotonic()
 
@@ -198,12 +186,8 @@ def time_line(seconds: Mapping[str, float], since: str = "") -> str:
 
 def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Lines of a name and a text, the texts below each other; commands are not broken."""
-    width = max(len(name) for name, _ in rows)
-    lines = []
+    width, lines = max(len(name) for name, _ in rows), []
     for name, text in rows:
-        room = len(text) if " --" in text else max(20, columns() - width - 2)
-        parts = wrapped(text, room)
-        lines += [
-            f"{head:{width}}  {part}" for head, part in zip_longest([name], parts, fillvalue="")
-        ]
+        room = sys.maxsize if " --" in text else columns()
+        lines += wrapped(f"{name:{width}}  {text}", room, " " * (width + 2))
     return lines

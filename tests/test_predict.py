@@ -233,17 +233,17 @@ def test_a_full_disk_leaves_no_half_copy_and_a_class_cannot_lead_elsewhere(
     checkpoint, run_predict, photos, tmp_path, monkeypatch
 ):
     def half(source, target):
-        Path(target).write_bytes(b"half")
+        target.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("predict.shutil.copyfile", half)
+    monkeypatch.setattr("predict.shutil.copyfileobj", half)
     flags = [photos / "val" / "bee", "--sort_into", tmp_path / "sorted"]
     code, out, err = run_predict(checkpoint("cifar_resnet8"), *flags)
     assert code == 2 and "No space left on device" in err and "Traceback" not in err
     assert not [path for path in (tmp_path / "sorted").rglob("*") if path.is_file()]
     for name in ("../elsewhere", "..", "/tmp", ""):
         with pytest.raises(predict.UserError, match="cannot name a folder"):
-            predict.Sorter(str(tmp_path / "new"), ["bee", name], [], [])
+            predict.check_sorting(str(tmp_path / "new"), ["bee", name], [], [])
     assert not (tmp_path / "new").exists()
 
 

@@ -114,7 +114,7 @@ def test_report_counts_classes_and_confusions():
         assert cells == [str(n) if n else "." for n in counts] and len(row) <= 40
         assert float(accuracy) == round(100 * counts["abcde".index(name)] / counts.sum(), 2)
     narrow = metrics.report_lines(found, 20)  # no room for the counts: a list
-    assert "Accuracy per class:" in narrow and "Most confused:" in narrow
+    assert "Lowest accuracy of 5 classes:" in narrow and "Most confused:" in narrow
     pair = f"  {first['class']} taken for {first['predicted']} ({first['images']} of"
     assert any(line.startswith(pair) for line in narrow)
 
@@ -375,7 +375,7 @@ def test_rows_and_status_lines_fit_the_terminal_the_important_first(monkeypatch,
     shown = terminal.Terminal(epochs=40, seconds=0, num_classes=1000, first_step=50)
     losses = {"loss": 12.34567, "ce": 2.5, "kd": 0.01234}
     record = {"epoch": 1, **{f"train_{name}": value for name, value in losses.items()}}
-    shown.step(1, 1, 50, losses, 1e-3, 12345, 64, 3 << 30)
+    shown.step(1, 1, 50, losses, 1e-3, 12345, 3 << 30)
     shown.epoch(record, None, 12345, 100)  # not evaluated
     record |= {f"test_{name}": 100.0 for name in ("loss", "acc1", "acc5", "acc1_ema", "agreement")}
     shown.epoch(record | {"epoch": 2}, 100.0, 12345, 150)

@@ -218,9 +218,8 @@ class History:
             "opt/weight_decay": self.schedule.weight_decay[last],
             "opt/grad_norm": step_norms.mean(),
         }
-        self.recorder.look(
-            self.epoch, update + 1, self.updates, means, opt, images, self.stopwatch.rate(images)
-        )
+        rate = self.stopwatch.rate(images)
+        self.recorder.look(self.epoch, update + 1, self.updates, means, opt, rate)
         self.tables, self.norms, self.batches_per_update, self.images = [], [], [], 0
 
     def _not_finite(self, step: int, loss: float, largest: float, norm: float) -> UserError:
