@@ -106,11 +106,10 @@ def check_combinations(args: argparse.Namespace) -> None:
     remedy = f"must be below the number of epochs ({args.epochs}); lower it or raise --epochs"
     require("start_epoch", args.start_epoch < args.epochs, remedy)
     remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"
-    require("warmup_epochs", args.warmup_epochs <= args.epochs, remedy)
+    for flag in ("warmup_epochs", "kd_warmup_epochs"):
+        require(flag, getattr(args, flag) <= args.epochs, remedy)
     if args.class_weights != "none":
         require("class_weights", args.loss == "ce", "weighs --loss ce; pass that, or none")
-    remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"
-    require("kd_warmup_epochs", args.kd_warmup_epochs <= args.epochs, remedy)
     if args.sched == "step":
         check_milestones(args)
     else:

@@ -66,8 +66,7 @@ class ImageSource(Dataset):
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the earlier run, wherever the files are.
 
-        Includes the sizes of up to IDENTIFYING files, so that images replaced under their names are
-        noticed without a look at every one of millions.
+        Looks at the sizes of up to IDENTIFYING files alone, since there may be millions.
         Raises: UserError for an image file that cannot be found.
         """
         contents = self.contents([evenly(len(self))])

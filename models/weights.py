@@ -297,9 +297,7 @@ def load_network(
     """Load a checkpoint of a run into a network of the same architecture.
 
     Args:
-        use_ema: see Checkpoint.weights.
         other: what else to do about a checkpoint of another model, such as ', or …'.
-    Returns: the weights that were loaded.
     Raises: UserError for a checkpoint of another model or from a newer version of this project.
     """
     weights = checkpoint.weights(use_ema)

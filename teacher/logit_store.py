@@ -155,6 +155,16 @@ class LogitFile:
             "cache",
         )
 
+    def require(self, places: range, what: str) -> torch.Tensor:
+        """The same, or UserError if not all rows are complete any more: `what` disappeared."""
+        if (logits := self.read(places)) is None:
+            raise UserError(
+                f"{self.stem.parent}: cached logits {places[0]}-{places[-1]} of {what} disappeared "
+                "during training; run the same command again to recompute them",
+                "cache",
+            )
+        return logits
+
     def _checksums(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
         """(N,) rows and their places -> (N,) uint32, none of them 0.
 
@@ -347,11 +357,9 @@ class LogitStore:
             self._pending, self._pending_bytes = [], 0
 
     def validation_file(self, fingerprint: list[dict[str, Any]], images: int) -> LogitFile:
-        """The file of logits on the validation images, complete and in float32.
+        """The file of logits on so many validation images, complete and in float32.
 
-        Args:
-            fingerprint: plain values that tell these images and their preprocessing from others.
-            images: number of validation images.
+        The fingerprint tells these images and their preprocessing from others, in plain values.
         """
         row_format = RowFormat(self.format.num_classes, "float32")
         stem = self.folder / f"val-{hash_of_plain(fingerprint)}"
@@ -366,14 +374,7 @@ class ValidationLogits:
 
     def __getitem__(self, places: range) -> torch.Tensor:
         """(B, C) float32 on the CPU"""
-        logits = self.file.read(places)
-        if logits is None:
-            raise UserError(
-                f"{self.file.stem}: cached logits of validation images disappeared; run the same "
-                "command again to recompute them",
-                "cache",
-            )
-        return logits
+        return self.file.require(places, "the validation images")
 
     def batches(
         self, order: BatchOrder, targets: np.ndarray, device: torch.device
@@ -409,15 +410,13 @@ class StoredTeacher:
         if key is None:
             raise ValueError("cached logits are looked up by the key of a batch; pass its key")
         view, places = key
-        logits = self.store.file_of(view).read(places)
-        if logits is not None:
-            # Only a copy from page-locked memory does not wait for the GPU.
-            logits = logits.pin_memory() if has_streams(images.device) else logits
-            return send(logits, images.device)
+        file = self.store.file_of(view)
         if self.teacher is None:
-            raise UserError(
-                f"{self.store.folder}: cached logits {places.start}-{places.stop - 1} of view "
-                f"{view} disappeared during training; run the same command again to recompute them",
-                "cache",
-            )
-        return self.store.put(view, places, self.teacher(images))
+            logits = file.require(places, f"view {view}")
+        elif (cached := file.read(places)) is not None:
+            logits = cached
+        else:
+            return self.store.put(view, places, self.teacher(images))
+        # Only a copy from page-locked memory does not wait for the GPU.
+        logits = logits.pin_memory() if has_streams(images.device) else logits
+        return send(logits, images.device)
