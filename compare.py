@@ -245,9 +245,6 @@ def grid_of(groups: Sequence[Group]) -> Grid | None:
     return Grid(("kd_alpha", alphas), ("kd_temperature", temperatures), means)
 
 
-# ------------------------------------------------------------------------------- the command
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the runs of a command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])

@@ -132,7 +132,7 @@ def export(args: argparse.Namespace) -> None:
     precision = "int8" if args.int8 else "float16" if args.half else "float32"
     card = replace(card, dtype=precision, with_preprocessing=args.with_preprocessing)
     with writers.temporary_folder(args.out) as folder:
-        path = folder / args.out.name
+        path = Path(folder, args.out.name)
         if args.format == "timm":
             writers.write_timm(network, card, path)
         else:

@@ -73,9 +73,8 @@ def run_rank(images: int, holdout: int) -> None:
     loader.set_epoch(1)
     next(iter(loader))
     seconds.append(time.perf_counter() - started)
-    slowest = torch.tensor(seconds)
-    distributed.all_reduce_(slowest, torch.distributed.ReduceOp.MAX)
-    distributed.log(json.dumps(slowest.tolist()))
+    slowest = distributed.largest(seconds, torch.device("cpu"))
+    distributed.log(json.dumps(slowest))
     time.sleep(1)  # for a last reading of the memory
     signals.end_workers()
     if torch.distributed.is_initialized():

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from arguments.derived import is_own_module
-from deploy.model import CARD, CPU, Model, ModelCard, open_onnx
+from deploy.model import CARD, CPU, ModelCard, open_onnx
 from models.calibration import Tempered
 from models.fusion import fuse_layers
 from utils import UserError, first_line, flags_for, make_folder
@@ -46,16 +47,12 @@ def saving(path: Path, action: str = "written") -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def temporary_folder(out: Path) -> Iterator[Path]:
+def temporary_folder(out: Path) -> tempfile.TemporaryDirectory:
     """A folder beside --out, so that its content can be renamed; removed at the end."""
     with flags_for(folder="--out"):
         make_folder(out.parent)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    prefix = f".{out.name}."
+    return tempfile.TemporaryDirectory(None, prefix, out.parent, ignore_cleanup_errors=True)
 
 
 def publish(path: Path, out: Path, card: str) -> None:
@@ -218,21 +215,6 @@ def explain(error: BaseException) -> str:
     return ": ".join(parts)
 
 
-class Calibration:
-    """Calibration images in the form that onnxruntime asks for."""
-
-    def __init__(self, model: Model, batches: Iterator[torch.Tensor]) -> None:
-        self.model, self.batches = model, batches
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The input of one batch by its name; None after the last batch."""
-        pixels = next(self.batches, None)
-        if pixels is None:
-            return None
-        name = input_name(self.model.card)
-        return {name: np.ascontiguousarray(self.model.prepare(pixels).numpy())}
-
-
 def quantize(path: Path, card: ModelCard, batches: Iterator[torch.Tensor]) -> Path:
     """Quantize a float32 .onnx file to INT8.
 
@@ -251,7 +233,10 @@ def quantize(path: Path, card: ModelCard, batches: Iterator[torch.Tensor]) -> Pa
 
     prepared, quantized = path.with_name("prepared.onnx"), path.parent / "int8" / path.name
     quantized.parent.mkdir()
-    reader = Calibration(open_onnx(str(path), CPU), batches)
+    model = open_onnx(str(path), CPU)
+    name, arrays = input_name(model.card), (model.prepare(batch).numpy() for batch in batches)
+    inputs = ({name: np.ascontiguousarray(array)} for array in arrays)
+    reader = SimpleNamespace(get_next=lambda: next(inputs, None))  # a CalibrationDataReader
     with quiet(), saving(quantized, "quantized"):
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
         quantize_static(
@@ -264,8 +249,8 @@ def quantize(path: Path, card: ModelCard, batches: Iterator[torch.Tensor]) -> Pa
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-        model = onnx.load(quantized)
-        del model.metadata_props[:]
-        onnx.helper.set_model_props(model, {CARD: card.to_json()})
-        onnx.save(model, quantized)
+        written = onnx.load(quantized)
+        del written.metadata_props[:]
+        onnx.helper.set_model_props(written, {CARD: card.to_json()})
+        onnx.save(written, quantized)
     return quantized

@@ -19,12 +19,12 @@ class CifarNet(nn.Module):
     """timm's interface for a network of small images: subclasses have `forward_features`.
 
     Attributes:
-        classifier_name: of the last layer among the modules.
+        classifier_name, first_conv_name: of the last and the first layer among the modules.
         stem_names, block_names, last_names: regular expressions of parameter names, by which timm's
             layer decay groups the parameters; the two parts of `block_names` are stage and block.
     """
 
-    classifier_name = "fc"
+    classifier_name, first_conv_name = "fc", "conv1"
     stem_names, block_names = r"^(?:conv1|bn1)\.", (r"^layer(\d+)", r"\.(\d+)")
     last_names = ""
 
@@ -229,7 +229,7 @@ class CifarVgg(CifarNet):
         convolutions: of each of the five blocks.
     """
 
-    classifier_name = "classifier"
+    classifier_name, first_conv_name = "classifier", "block0.0"
     stem_names, block_names = r"^block0\.", (r"^block(\d+)", r"\.(\d+)")
     block0: nn.Sequential
     block1: nn.Sequential
@@ -280,7 +280,7 @@ class InvertedResidual(nn.Module):
 class CifarMobileNetV2(CifarNet):
     """MobileNetV2 of half the width, whose last two strides of 2 are 1."""
 
-    classifier_name = "classifier.0"
+    classifier_name, first_conv_name = "classifier.0", "conv1.0"
     stem_names, block_names = r"^conv1\.", (r"^blocks\.(\d+)", r"\.(\d+)")
     last_names = r"^conv2\."
     # Expansion, channels, blocks and stride of each stage.
@@ -404,36 +404,27 @@ class CifarShuffleNet(CifarNet):
 
 
 WIDE = (32, 64, 128, 256)
-# Name -> class, its arguments, its first convolution.
-NETWORKS: dict[str, tuple[type[CifarNet], dict[str, Any], str]] = {
-    **{
-        f"cifar_resnet{depth}": (CifarResNet, {"depth": depth}, "conv1")
-        for depth in (8, 14, 20, 32, 44, 56, 110)
-    },
-    **{
-        f"cifar_resnet{depth}x4": (CifarResNet, {"depth": depth, "widths": WIDE}, "conv1")
-        for depth in (8, 32)
-    },
-    "cifar_resnet50": (BottleneckResNet, {}, "conv1"),
-    **{
-        f"cifar_wrn_{depth}_{widen}": (WideResNet, {"depth": depth, "widen": widen}, "conv1")
-        for depth in (16, 40)
-        for widen in (1, 2)
-    },
-    **{
-        f"cifar_vgg{depth}": (CifarVgg, {"convolutions": counts}, "block0.0")
-        for depth, counts in {
-            8: (1, 1, 1, 1, 1),
-            11: (1, 1, 2, 2, 2),
-            13: (2, 2, 2, 2, 2),
-            16: (2, 2, 3, 3, 3),
-            19: (2, 2, 4, 4, 4),
-        }.items()
-    },
-    "cifar_mobilenetv2_half": (CifarMobileNetV2, {}, "conv1.0"),
-    "cifar_shufflenetv1": (CifarShuffleNet, {"version": 1}, "conv1"),
-    "cifar_shufflenetv2": (CifarShuffleNet, {"version": 2}, "conv1"),
+CONVOLUTIONS = {
+    8: (1, 1, 1, 1, 1),
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
 }
+NETWORKS: dict[str, tuple[type[CifarNet], dict[str, Any]]] = {  # name -> class, its arguments
+    "cifar_resnet50": (BottleneckResNet, {}),
+    "cifar_mobilenetv2_half": (CifarMobileNetV2, {}),
+    "cifar_shufflenetv1": (CifarShuffleNet, {"version": 1}),
+    "cifar_shufflenetv2": (CifarShuffleNet, {"version": 2}),
+}
+for _depth in (8, 14, 20, 32, 44, 56, 110):
+    NETWORKS[f"cifar_resnet{_depth}"] = CifarResNet, {"depth": _depth}
+for _depth in (8, 32):
+    NETWORKS[f"cifar_resnet{_depth}x4"] = CifarResNet, {"depth": _depth, "widths": WIDE}
+for _depth, _widen in ((16, 1), (16, 2), (40, 1), (40, 2)):
+    NETWORKS[f"cifar_wrn_{_depth}_{_widen}"] = WideResNet, {"depth": _depth, "widen": _widen}
+for _depth, _counts in CONVOLUTIONS.items():
+    NETWORKS[f"cifar_vgg{_depth}"] = CifarVgg, {"convolutions": _counts}
 
 default_cfgs = generate_default_cfgs(
     {
@@ -446,16 +437,16 @@ default_cfgs = generate_default_cfgs(
             # Of CIFAR-100's training images, with which the published teachers were trained.
             "mean": (0.5071, 0.4867, 0.4408),
             "std": (0.2675, 0.2565, 0.2761),
-            "first_conv": first_conv,
+            "first_conv": network.first_conv_name,
             "classifier": network.classifier_name,
         }
-        for name, (network, _, first_conv) in NETWORKS.items()
+        for name, (network, _) in NETWORKS.items()
     }
 )
 
 
 def _register(name: str) -> None:
-    network, arguments, _ = NETWORKS[name]
+    network, arguments = NETWORKS[name]
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model_with_cfg(network, name, pretrained, **arguments, **kwargs)

@@ -122,9 +122,6 @@ def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float,
     return 1 / low, ""
 
 
-# ------------------------------------------------------------------------------- the report
-
-
 def report(answers: Answers, classes: Sequence[str]) -> dict[str, Any]:
     """What --report writes of one network, in plain values.
 

@@ -96,9 +96,6 @@ class Group:
         return [run.figures[column] for run in self.runs.values() if column in run.figures]
 
 
-# ------------------------------------------------------------------------------ reading runs
-
-
 def read_run(folder: Path) -> Run:
     """Read a run. Raises: UserError if the path is no run, or the run is not finished."""
     if not folder.exists():
@@ -147,9 +144,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return {}
-
-
-# ------------------------------------------------------------------------------------ groups
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

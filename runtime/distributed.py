@@ -192,10 +192,10 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_(tensor: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-    """Reduce `tensor` over the processes in place; with a single process, do nothing."""
+def all_reduce_(tensor: torch.Tensor) -> None:
+    """Add up `tensor` over the processes, in place; with a single process, do nothing."""
     if world_size() > 1:
-        dist.all_reduce(tensor, op=op)
+        dist.all_reduce(tensor)
 
 
 def largest(numbers: list[int], device: torch.device) -> list[int]:
@@ -203,7 +203,7 @@ def largest(numbers: list[int], device: torch.device) -> list[int]:
     if world_size() == 1:
         return numbers
     tensor = torch.tensor(numbers, device=device)
-    all_reduce_(tensor, dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
 
 

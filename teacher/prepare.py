@@ -117,11 +117,9 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     if loader is not None and isinstance(data.val, ImageSource):
         prints = distributed.from_main(data.val.fingerprint)
         cached = store.validation_file([prints, data.config], len(data.val))
-    counts = torch.tensor([missing, cached.missing() if cached else 0], device=settings.device)
-    distributed.all_reduce_(
-        counts, torch.distributed.ReduceOp.MAX
-    )  # one decision for all processes
-    missing, unscored = counts.tolist()
+    # One decision for all processes.
+    counts = [missing, cached.missing() if cached else 0]
+    missing, unscored = distributed.largest(counts, settings.device)
     source: nn.Module | None = None
     if missing or unscored:
         source = make_teacher(args, settings.device, data)
