@@ -242,7 +242,7 @@ def grid_of(groups: Sequence[Group]) -> Grid | None:
     for group in distilled:
         row, column = group.settings["kd_alpha"], group.settings["kd_temperature"]
         means[alphas.index(row)][temperatures.index(column)] = statistics.mean(group.values(SCORE))
-    return Grid(("kd_alpha", alphas), ("kd_temperature", temperatures), means)
+    return Grid(alphas, temperatures, means)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

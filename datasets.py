@@ -111,12 +111,10 @@ def hold_out(source: ImageSource, count: int) -> tuple[ImageSource, ImageSource]
 def open_validation(
     args: argparse.Namespace, classes: Sequence[str] | None = None, holdout: int | None = None
 ) -> Source:
-    """The validation images alone: the held-out training images with --holdout.
+    """The validation images alone, or so many held-out training images; by default --holdout.
 
     Args:
         classes: those of the model in their order, if it knows them.
-        holdout: number of held-out images; by default that of --holdout.
-    Raises: UserError for images that are missing.
     """
     if not (holdout := holdout or args.holdout):
         return open_split(args, is_train=False, classes=classes)

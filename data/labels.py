@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from runtime.distributed import log
 from utils import UserError, few, first_line
 
 # What a line of headings calls the columns, in lower case and without blanks and marks.
@@ -22,25 +23,9 @@ THREADS = 16  # each file costs a round trip on a network file system
 FILES_AT_ONCE = 1024  # that a thread looks for
 
 
-class Labels(NamedTuple):
-    """What a file of labels says, in the order of the paths.
-
-    Attributes:
-        paths: of the images, below the folder; none twice.
-        targets: the position of each image's class among the classes.
-        classes: names of the classes.
-        repeated: number of lines that repeat another line.
-        headings: the first line if it was left out although its words are not those of headings.
-    """
-
-    paths: list[str]
-    targets: list[int]
-    classes: list[str]
-    repeated: int
-    headings: str = ""
-
-
-def read_labels(file: str, folder: str, known: Sequence[str] | None = None) -> Labels:
+def read_labels(
+    file: str, folder: str, known: Sequence[str] | None = None
+) -> tuple[list[str], list[int], list[str]]:
     """Read a path and a class per line, separated by a tab, a semicolon, a comma or blanks.
 
     The first two lines decide how the file is read: the separator is the first of these that the
@@ -54,6 +39,8 @@ def read_labels(file: str, folder: str, known: Sequence[str] | None = None) -> L
         folder: where the paths begin.
         known: the classes in their order; by default those in the file, sorted as numbers if all
             are whole numbers, else as text.
+    Returns: the paths of the images below the folder, in text order and none twice; the position of
+        each image's class among the classes; and the classes.
     Raises: UserError, with the number of the line, for a line without one path and one class, an
         image that does not exist or has two classes, and a class that is not known; and for a file
         that is not text or names no image.
@@ -79,7 +66,11 @@ def read_labels(file: str, folder: str, known: Sequence[str] | None = None) -> L
     classes = list(known) if known is not None else _sorted({name for name, _ in lines_of.values()})
     position = {name: index for index, name in enumerate(classes)}
     targets = [position[lines_of[path][0]] for path in paths]
-    return Labels(paths, targets, classes, repeated, layout.odd_headings)
+    if repeated:
+        log(f"{file}: {repeated} line(s) repeat another line and are left out")
+    if layout.odd_headings:
+        log(f"{file}: its first line is left out as headings ({layout.odd_headings})")
+    return paths, targets, classes
 
 
 class _Layout(NamedTuple):
@@ -89,7 +80,7 @@ class _Layout(NamedTuple):
         columns: number of cells of each line.
         path, name: the columns of the path and of the class.
         ending: what the paths lack, such as .png.
-        odd_headings: see Labels.
+        odd_headings: the first line if it is left out although its words are not usual headings.
     """
 
     folder: str

@@ -215,14 +215,10 @@ def labeled_images(file: str, folder: str, classes: Sequence[str] | None = None)
     folder = _existing(folder, f"the images of {file}")
 
     def make() -> list[np.ndarray]:
-        labels = read_labels(file, folder, classes)
-        if labels.repeated:
-            log(f"{file}: {labels.repeated} line(s) repeat another line and are left out")
-        if labels.headings:
-            log(f"{file}: its first line is left out as headings ({labels.headings})")
-        paths = (os.path.join(folder, path) for path in labels.paths)
-        arrays = arrays_of_files(folder, [zip(paths, labels.targets, strict=True)])
-        names = "\0".join(labels.classes).encode(errors="surrogateescape")
+        paths, targets, known = read_labels(file, folder, classes)
+        files = (os.path.join(folder, path) for path in paths)
+        arrays = arrays_of_files(folder, [zip(files, targets, strict=True)])
+        names = "\0".join(known).encode(errors="surrogateescape")
         return [*arrays, np.frombuffer(names, np.uint8)]
 
     *arrays, names = distributed.once_per_machine(make)

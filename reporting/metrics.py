@@ -55,10 +55,7 @@ def ranks_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Of equal logits the first class comes first, as in argmax; topk takes any of them, and bfloat16
     gives equal logits for about one image in a hundred.
 
-    Args:
-        logits: (B, C).
-        targets: (B,) int64.
-    Returns: (B,) int64.
+    (B, C), (B,) int64 -> (B,) int64
     """
     of_target = logits.gather(1, targets[:, None])  # (B, 1)
     is_before = torch.arange(logits.shape[1], device=logits.device) < targets[:, None]  # (B, C)

@@ -16,11 +16,11 @@ Curve = Mapping[int, float]  # epoch, as counted in log.txt -> accuracy in perce
 
 
 class Grid(NamedTuple):
-    """Accuracies over two settings, of which each varies."""
+    """Accuracies over α and temperature, each of which varies."""
 
-    rows: tuple[str, Sequence[float]]  # name and values
-    columns: tuple[str, Sequence[float]]
-    means: Sequence[Sequence[float]]  # (rows, columns) in percent; NaN where there is no run
+    alphas: Sequence[float]
+    temperatures: Sequence[float]
+    means: Sequence[Sequence[float]]  # (alphas, temperatures) in percent; NaN where there is no run
 
 
 def check_picture(path: Path) -> None:
@@ -105,11 +105,11 @@ def draw_curves(axes: Any, groups: Mapping[str, Sequence[Curve]]) -> None:
 
 def draw_grid(axes: Any, grid: Grid) -> Any:
     """A heat map with its numbers; returns the image of matplotlib."""
-    (row_name, rows), (column_name, columns), means = grid
+    rows, columns, means = grid
     image = axes.imshow(means, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
     axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
-    axes.set(xlabel=column_name, ylabel=row_name)
+    axes.set(xlabel="kd_temperature", ylabel="kd_alpha")
     axes.set_title("test accuracy % of the last epoch, mean over seeds", fontsize=8)
     for row, column in itertools.product(range(len(rows)), range(len(columns))):
         value = means[row][column]

@@ -307,7 +307,7 @@ def test_a_picture_is_drawn_after_the_table_or_the_missing_package_named(tmp_pat
             write_run(tmp_path / f"{alpha}-{temperature}", [50, 90 + alpha], **args)
     folders = list(map(str, tmp_path.iterdir()))
     grid = compare.grid_of(group_runs([read_run(Path(folder)) for folder in folders]))
-    assert grid.rows == ("kd_alpha", [0.5, 0.9]) and grid.columns == ("kd_temperature", [2, 4])
+    assert grid.alphas == [0.5, 0.9] and grid.temperatures == [2, 4]
     assert grid.means == [[90.5] * 2, [90.9] * 2]
     code = compare.main([*folders, "--plot", str(tmp_path / "a.png")])
     outputs = capsys.readouterr()
