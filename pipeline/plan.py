@@ -131,8 +131,7 @@ class Plan:
         """Epochs of a training on some images, with the budget of a training on `shown`."""
         if kind == "probe":
             return rules.PROBE_EPOCHS
-        passes = rules.FROM_WEIGHTS if network.weights else rules.FROM_NOTHING
-        return rules.epochs(images, passes * self.scale.share, shown)
+        return rules.epochs(images, shown, bool(network.weights), self.scale.share)
 
     @property
     def all_images(self) -> int:
@@ -161,7 +160,7 @@ class Plan:
         if self.images.pile:
             flags += ["--unlabeled", self.images.pile]
         flags += ["--teacher_arch", teacher.arch, "--teacher_path", teacher_file]
-        views = str(rules.views(epochs))
+        views = str(rules.views(epochs, self.scale.share))
         return flags + ["--kd", "true", "--teacher_views", views, *self.distilled]
 
     def _lengths(self, epochs: int, images: int, shown: int) -> list[str]:
@@ -186,7 +185,7 @@ class Plan:
         teacher = max(self._seconds(*one, images.labeled, 0) for one in teachers)
         epochs = self.epochs_of(self.student, "alone", self.all_images, self.all_images)
         answers = max(self.speeds[network.name].image for network, _ in teachers) / 3
-        answers *= rules.views(epochs) * self.all_images + images.test
+        answers *= rules.views(epochs, self.scale.share) * self.all_images + images.test
         return {
             "choose": scale.folds * sum(of_fold) / self.jobs,
             "teacher": 0 if images.folds == 1 else teacher,

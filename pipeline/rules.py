@@ -15,9 +15,10 @@ class Choice:
     overruled_by: str
 
 
-# Passes over all images of a student's training: those of the digits in docs/results.md.
-FROM_NOTHING, FROM_WEIGHTS = 40, 15
-LEAST_IMAGES = 6_000  # shown in a training, however few images there are
+# Passes over all images of a training, and how many images it shows at least: from random weights
+# as for the digits in docs/results.md; weights need less.
+PASSES = {"nothing": (40, 6_000), "weights": (15, 2_000)}
+MOST_VIEWS = 10
 MOST_EPOCHS = 1_000
 PROBE_EPOCHS = 50  # docs/teachers.md; on features, which are computed once
 FOR_WEIGHTS = 96  # pixels below which the features of ImageNet networks say little
@@ -43,9 +44,14 @@ def input_size(side: int, has_weights: bool, is_slow: bool) -> int:
     return max(FOR_WEIGHTS, min(most, side // 32 * 32))
 
 
-def epochs(images: int, passes: float, shown: int) -> int:
-    """Passes over some images with which about as many are shown as in `passes` over `shown`."""
-    return max(1, min(MOST_EPOCHS, round(max(LEAST_IMAGES, passes * shown) / images)))
+def epochs(images: int, shown: int, has_weights: bool, share: float) -> int:
+    """Passes over some images that show as many as the usual passes over `shown` images do.
+
+    Args:
+        share: of the usual passes.
+    """
+    passes, least = PASSES["weights" if has_weights else "nothing"]
+    return max(1, min(MOST_EPOCHS, round(share * max(least, passes * shown) / images)))
 
 
 def augmentation(side: int) -> tuple[list[str], Choice]:
@@ -73,6 +79,6 @@ def distillation(unlabeled: int) -> tuple[list[str], list[Choice]]:
     ]
 
 
-def views(epochs: int) -> int:
+def views(epochs: int, share: float) -> int:
     """Augmented views of each image that the teacher is asked about; later epochs repeat them."""
-    return min(epochs, 20)
+    return min(epochs, max(2, round(MOST_VIEWS * share)))
