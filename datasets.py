@@ -147,16 +147,11 @@ def is_flat(args: argparse.Namespace) -> bool:
 
 
 class Splits(NamedTuple):
-    """The images of a run.
-
-    Attributes:
-        val: None if neither student nor teacher is evaluated.
-        held_out: number of training images in `val`; None if `val` has images of its own.
-    """
+    """The images of a run."""
 
     train: Source
-    val: Source | None
-    held_out: int | None
+    val: Source | None  # None if neither student nor teacher is evaluated
+    held_out: int | None  # training images in `val`; None if `val` has images of its own
 
 
 def open_splits(args: argparse.Namespace, with_validation: bool = True) -> Splits:

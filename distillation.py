@@ -366,24 +366,15 @@ class StudentWithDistillation(nn.Module):
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What is known of a teacher besides its weights.
+    """What is known of a teacher besides its weights."""
 
-    Attributes:
-        data_config: mean and std (of RGB in 0…1) and input_size (pixels) of its training.
-        class_index: which of its outputs stand for the data's classes; None for all in order.
-        origin: a line that says what was loaded.
-        is_ema: whether EMA weights were loaded.
-        is_size_guessed: whether input_size is only what timm says of the architecture.
-        recorded_acc1: the accuracy in % that the file records of these weights.
-        data, args, images: what the file says of its training, see Checkpoint.
-    """
-
-    data_config: dict[str, Any]
-    class_index: list[int] | None = None
-    origin: str = ""
-    is_ema: bool = False
-    is_size_guessed: bool = False
-    recorded_acc1: float | None = None
+    data_config: dict[str, Any]  # mean, std (of RGB in 0…1) and input_size (pixels) of its training
+    class_index: list[int] | None = None  # its outputs for the data's classes; None: all, in order
+    origin: str = ""  # a line that says what was loaded
+    is_ema: bool = False  # whether EMA weights were loaded
+    is_size_guessed: bool = False  # whether only timm says the input_size, for the architecture
+    recorded_acc1: float | None = None  # the accuracy in % that the file records of these weights
+    # What the file says of its training, see Checkpoint.
     data: Mapping[str, Any] = field(default_factory=dict)
     args: Mapping[str, Any] = field(default_factory=dict)
     images: Mapping[str, Any] = field(default_factory=dict)

@@ -32,19 +32,12 @@ from utils import UserError, flags_for
 
 
 class Scored(NamedTuple):
-    """The images of an evaluation.
+    """The images of an evaluation."""
 
-    Attributes:
-        config: what the network is fed, see datasets.data_config.
-        images: the validation images.
-        classes: of the network, in the order of its logits.
-        positions: of the images' classes among the logits; None for all of them, in order.
-    """
-
-    config: dict[str, Any]
+    config: dict[str, Any]  # what the network is fed, see datasets.data_config
     images: Source
-    classes: list[str]
-    positions: list[int] | None
+    classes: list[str]  # of the network, in the order of its logits
+    positions: list[int] | None  # of the images' classes among the logits; None for all in order
 
 
 def evaluation_args(checkpoint: Checkpoint, flags: Sequence[str] = ()) -> argparse.Namespace:

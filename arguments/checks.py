@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from arguments.derived import (
@@ -85,10 +86,7 @@ def check_distillation(args: argparse.Namespace) -> None:
 
 def check_combinations(args: argparse.Namespace) -> None:
     """Raise UserError for flags that contradict each other."""
-
-    def require(flag: str, holds: bool, remedy: str) -> None:
-        _require(args, flag, holds, remedy)
-
+    require = partial(_require, args)
     if args.data_set in ("IMNET", "image_folder"):
         if not (args.data_path or (args.eval and args.eval_data_path and not args.holdout)):
             raise UserError(f"--data_set {args.data_set}: needs a folder; pass --data_path FOLDER")

@@ -60,18 +60,10 @@ class ShowDefaults(argparse.HelpFormatter):
 
 
 class Kind(NamedTuple):
-    """What a flag takes.
-
-    Attributes:
-        parse: text -> value.
-        metavar: what --help shows for the value.
-        remedy: 'must …' for a number that is out of range; every kind of number has one.
-        holds: whether a number is allowed; False for NaN, since NaN compares as False.
-        choices: the only values, if they are few; the flag's help names them.
-    """
+    """What a flag takes."""
 
     parse: Callable[[str], Any]
-    metavar: str
-    remedy: str = ""
-    holds: Callable[[float], bool] = lambda value: True
-    choices: tuple[str, ...] = ()
+    metavar: str  # what --help shows for the value
+    remedy: str = ""  # 'must …' for a number that is out of range; every kind of number has one
+    holds: Callable[[float], bool] = lambda value: True  # False for NaN, as every comparison is
+    choices: tuple[str, ...] = ()  # the only values, if they are few; the flag's help names them

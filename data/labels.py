@@ -74,23 +74,16 @@ def read_labels(
 
 
 class _Layout(NamedTuple):
-    """How the lines of a file are read.
-
-    Attributes:
-        columns: number of cells of each line.
-        path, name: the columns of the path and of the class.
-        ending: what the paths lack, such as .png.
-        odd_headings: the first line if it is left out although its words are not usual headings.
-    """
+    """How the lines of a file are read."""
 
     folder: str
     separator: str
     has_headings: bool
-    columns: int
-    path: int
-    name: int
-    ending: str
-    odd_headings: str
+    columns: int  # cells of each line
+    path: int  # column of the path
+    name: int  # column of the class
+    ending: str  # what the paths lack, such as .png
+    odd_headings: str  # the first line if its words are not usual headings
 
     @classmethod
     def of(cls, file: str, folder: str, begin: Sequence[tuple[int, str]]) -> "_Layout":

@@ -20,19 +20,12 @@ LATENCIES, ROUNDS = 30, 5  # timed runs per network, spread over rounds; the med
 
 
 class Images(NamedTuple):
-    """What both networks are given.
+    """What both networks are given."""
 
-    Attributes:
-        pixels: (N, H, W, 3) uint8, as the evaluation crops them.
-        targets: (N,) classes, or None for noise.
-        positions: see evaluation.Scored.
-        words: what they are, for messages.
-    """
-
-    pixels: torch.Tensor
-    targets: torch.Tensor | None
-    positions: list[int] | None
-    words: str
+    pixels: torch.Tensor  # (N, H, W, 3) uint8, as the evaluation crops them
+    targets: torch.Tensor | None  # (N,) classes; None for noise
+    positions: list[int] | None  # see evaluation.Scored
+    words: str  # what the images are, for messages
 
 
 @dataclass

@@ -31,31 +31,23 @@ ONNX_PACKAGES = "pip install onnx onnxscript onnxruntime"
 
 @dataclass
 class ModelCard:
-    """What one must know about a network to use it; written beside and into every export.
+    """What one must know about a network to use it; written beside and into every export."""
 
-    Attributes:
-        architecture: a name of timm or of models/.
-        classes: names, in the order of the outputs.
-        input_size … interpolation: from an image to pixels, see transforms.data_config.
-        weights: 'EMA' or 'raw'.
-        dtype: of the weights: float32, float16 or int8.
-        with_preprocessing: whether the network takes pixels (B, H, W, 3) uint8 and returns
-            probabilities, instead of normalized images (B, 3, H, W) and logits.
-        temperature: by which the logits are divided in the network, see models/calibration.py.
-    """
-
-    architecture: str
-    classes: list[str]
+    architecture: str  # a name of timm or of models/
+    classes: list[str]  # names, in the order of the outputs
+    # From an image to pixels, see datasets.data_config.
     input_size: int
     mean: list[float]
     std: list[float]
     crop_pct: float
     crop_mode: str
     interpolation: str
-    weights: str = "raw"
-    dtype: str = "float32"
+    weights: str = "raw"  # or 'EMA'
+    dtype: str = "float32"  # of the weights; or float16, int8
+    # Whether the network takes pixels (B, H, W, 3) uint8 and returns probabilities, instead of
+    # normalized images (B, 3, H, W) and logits.
     with_preprocessing: bool = False
-    temperature: float = 1.0
+    temperature: float = 1.0  # divides the logits in the network, see models/calibration.py
 
     @property
     def config(self) -> dict[str, Any]:
@@ -109,17 +101,13 @@ class ModelCard:
 
 @dataclass
 class Model:
-    """A network that is ready to use, wherever it came from.
-
-    Attributes:
-        run: the network's input on `device`, see ModelCard.with_preprocessing -> output (B, C).
-        kind: 'checkpoint', 'timm', 'onnx' or 'pt2'.
-    """
+    """A network that is ready to use, wherever it came from."""
 
     card: ModelCard
+    # Input on `device`, see ModelCard.with_preprocessing -> output (B, C).
     run: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
-    kind: str
+    kind: str  # 'checkpoint', 'timm', 'onnx' or 'pt2'
 
     def __post_init__(self) -> None:
         self.to_network = ToNetwork(self.card.config, self.device)

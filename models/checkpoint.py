@@ -168,19 +168,12 @@ def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Weights:
-    """A state_dict that was found in a checkpoint.
+    """A state_dict that was found in a checkpoint."""
 
-    Args:
-        state: tensors by the names in the file.
-        key: the key in the checkpoint; '' for a bare state_dict.
-        source: the file, for messages.
-        reason: why these, if there was a choice; continues a sentence.
-    """
-
-    state: dict[str, torch.Tensor]
-    key: str
-    source: str
-    reason: str = ""
+    state: dict[str, torch.Tensor]  # by the names in the file
+    key: str  # in the checkpoint; '' for a bare state_dict
+    source: str  # the file, for messages
+    reason: str = ""  # why these, if there was a choice; continues a sentence
 
     @property
     def is_ema(self) -> bool:

@@ -17,15 +17,10 @@ from utils import UserError, few
 
 @dataclass(frozen=True)
 class Loaded:
-    """What became of the weights of a file.
+    """What became of the weights of a file."""
 
-    Attributes:
-        fresh: names of the network's weights that were left as initialized.
-        left_out: names in the file that belong to no weight of the network.
-    """
-
-    fresh: list[str]
-    left_out: list[str]
+    fresh: list[str]  # names of the network's weights that were left as initialized
+    left_out: list[str]  # names in the file that belong to no weight of the network
 
     @property
     def note(self) -> str:

@@ -27,19 +27,13 @@ LATENCIES = ("ms_single", "ms_large")
 
 @dataclass
 class Run:
-    """A finished run.
-
-    Args:
-        records: of log.txt, one per epoch.
-        summary: of summary.json; empty for a run of an earlier version.
-        device: that latency was measured on.
-    """
+    """A finished run."""
 
     folder: Path
     args: dict[str, Any]
-    records: list[dict[str, float]]
-    summary: dict[str, Any]
-    device: str
+    records: list[dict[str, float]]  # of log.txt, one per epoch
+    summary: dict[str, Any]  # of summary.json; empty for a run of an earlier version
+    device: str  # that latency was measured on
     settings: dict[str, Any] = field(default_factory=dict)  # what makes a group (see group_runs)
     latencies: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by network
 

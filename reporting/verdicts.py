@@ -38,23 +38,14 @@ def t_quantile(confidence: float, freedom: int) -> float:
 
 @dataclass
 class Verdict:
-    """What a changed flag did to the accuracy.
-
-    Args:
-        flag: the flag that was changed.
-        before, after: the names of the two groups of runs.
-        gains: accuracy after the change minus accuracy before it, in percentage points, for each
-            seed that both groups have.
-        step: what one validation image counts, in percentage points.
-        notes: what a reader must know besides.
-    """
+    """What a changed flag did to the accuracy."""
 
     flag: str
-    before: str
+    before: str  # name of a group of runs
     after: str
-    gains: Sequence[float]
-    step: float
-    notes: Sequence[str] = ()
+    gains: Sequence[float]  # in percentage points, for each seed that both groups have
+    step: float  # what one validation image counts, in percentage points
+    notes: Sequence[str] = ()  # what a reader must know besides
 
     @property
     def mean(self) -> float:
