@@ -16,7 +16,6 @@ from timm.data.constants import (
 )
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
-from torchvision.transforms import Compose
 
 import models
 import utils
@@ -33,7 +32,7 @@ from arguments.derived import (
     teachers_of,
     unlabeled_of,
 )
-from data import checks, pictures, readers, transforms
+from data import checks, readers, transforms
 from data.loaders import DeviceLoader, Stream, TransformedImages
 from data.mixup import MixingSettings, make_mixup
 from data.order import EpochBatches, EvalBatches
@@ -406,7 +405,22 @@ def _same_images(source: Source, name: str) -> dict[str, Any]:
 
 
 def _loader_keywords(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    _check_shared_memory(args)
+    """What both loaders give to torch's DataLoader.
+
+    Raises: UserError if /dev/shm, through which workers pass batches, is small (64 MB in Docker):
+        the run would end in a 'Bus error'.
+    """
+    if args.num_workers and os.path.isdir("/dev/shm"):
+        status = os.statvfs("/dev/shm")
+        free = status.f_bavail * status.f_frsize
+        batch = 3 * args.input_size**2 * 2 * args.batch_size  # 8-bit pixels of an evaluation batch
+        needed = 2 * args.num_workers * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if needed > free:
+            raise UserError(
+                f"--num_workers {args.num_workers}: their batches may take {needed / 2**20:.0f} "
+                f"MiB of /dev/shm, which has {free / 2**20:.0f}; pass --num_workers 0, or docker "
+                "--shm-size=8g"
+            )
     return {
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and has_streams(device),
@@ -433,8 +447,7 @@ def build_eval_loader(
     transform, to_network = transforms.eval_transform(config), ToNetwork(config, device)
     loader_keywords = _loader_keywords(args, device)
     if isinstance(val, StreamSource):
-        val.stream.transform = Compose([pictures.decode_of_stream, transform])
-        stream = Stream(val.stream, loader_keywords | {"batch_size": batch_size}, is_train=False)
+        stream = Stream(val.stream, transform, batch_size, loader_keywords, is_train=False)
         return DeviceLoader(stream, stream, to_network)
     order = EvalBatches(len(val), batch_size, args.dist_eval if shared is None else shared)
     images = TransformedImages(val, transform, seed=None)
@@ -476,8 +489,7 @@ def _train_loader(
                 f"--teacher_views {views}: needs images in a fixed order, which the stream "
                 f"{args.data_set} does not have; use a folder, or leave the flag out"
             )
-        train.stream.transform = Compose([pictures.decode_of_stream, transform])
-        stream = Stream(train.stream, loader_keywords | {"batch_size": batch_size}, is_train=True)
+        stream = Stream(train.stream, transform, batch_size, loader_keywords, is_train=True)
         return DeviceLoader(stream, stream, to_network, mixup)
     unit = None
     if args.teacher_cache_only:
@@ -488,22 +500,6 @@ def _train_loader(
     images = TransformedImages(train, transform, seed)
     host_batches = DataLoader(images, batch_sampler=order, **loader_keywords)
     return DeviceLoader(order, host_batches, to_network, mixup)
-
-
-def _check_shared_memory(args: argparse.Namespace) -> None:
-    """Workers pass batches through /dev/shm; a small one (Docker: 64 MB) ends in 'Bus error'."""
-    if not args.num_workers or not os.path.isdir("/dev/shm"):
-        return
-    status = os.statvfs("/dev/shm")
-    free = status.f_bavail * status.f_frsize
-    batch = 3 * args.input_size**2 * 2 * args.batch_size  # 8-bit pixels of an evaluation batch
-    needed = 2 * args.num_workers * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if needed > free:
-        raise UserError(
-            f"--num_workers {args.num_workers}: their batches may take {needed / 2**20:.0f} MiB of "
-            f"/dev/shm, which has {free / 2**20:.0f}; pass --num_workers 0, or docker "
-            "--shm-size=8g"
-        )
 
 
 def data_config(args: argparse.Namespace, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose
 
 from data.mixup import Mixing, PartialLabels
 from data.order import BatchOrder, EpochBatches, view_order
+from data.pictures import decode_of_stream
 from data.sources import ImageSource
 from data.transforms import HostBatch, Patches, ToNetwork, ToPixels, collate
 from runtime import distributed
@@ -92,12 +94,17 @@ class Stream:
     """
 
     def __init__(
-        self, stream: IterableImageDataset, loader_keywords: dict[str, Any], is_train: bool
+        self,
+        stream: IterableImageDataset,
+        transform: ToPixels,
+        batch_size: int,
+        keywords: dict[str, Any],
+        is_train: bool,
     ) -> None:
-        stream.set_loader_cfg(num_workers=loader_keywords["num_workers"])
-        self.stream, self.is_train = stream, is_train
-        self.batch_size = loader_keywords["batch_size"]
-        self.loader = DataLoader(stream, drop_last=is_train, **loader_keywords)
+        stream.set_loader_cfg(num_workers=keywords["num_workers"])
+        stream.transform = Compose([decode_of_stream, transform])
+        self.stream, self.batch_size, self.is_train = stream, batch_size, is_train
+        self.loader = DataLoader(stream, batch_size, drop_last=is_train, **keywords)
         self.batches_in_epoch = len(self.loader)
         self.view, self.first_batch = 0, 0
 

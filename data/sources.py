@@ -95,14 +95,10 @@ class ImageSource(Dataset):
 
 @dataclass
 class StreamSource:
-    """One of timm's streams (wds/…, tfds/…, hfids/…), which can only be read in its own order.
-
-    Args:
-        classes: names of the classes, in the order of the labels.
-    """
+    """One of timm's streams (wds/…, tfds/…, hfids/…), which can only be read in its own order."""
 
     stream: IterableImageDataset
-    classes: list[str]
+    classes: list[str]  # names, in the order of the labels
 
     def __len__(self) -> int:
         return len(self.stream)

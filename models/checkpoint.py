@@ -191,14 +191,10 @@ class Checkpoint:
     """What a file of weights holds, whoever wrote it; see `read_checkpoint`.
 
     Whatever the file does not say is empty or None here.
-
-    Args:
-        path: the file or its address, for messages.
-        content: the whole file: its entries by key, or the weights of a bare state_dict by name.
     """
 
-    path: str
-    content: dict[str, Any]
+    path: str  # the file or its address, for messages
+    content: dict[str, Any]  # entries by key, or the weights of a bare state_dict by name
 
     def _dict(self, key: str) -> dict[str, Any]:
         value = self.content.get(key)
