@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 from pathlib import Path
 
+import forked  # noqa: F401  (forks its server before any test has made threads)
 import numpy as np
 import pytest
 import timm

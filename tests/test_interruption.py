@@ -13,6 +13,7 @@ import pytest
 import torch
 from forked import Group, program, run_group
 from helpers import CPU, RECORDS, children_of, is_same, read_log, start, torchrun
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from runtime import distributed, signals
 from training import history
@@ -49,15 +50,58 @@ def test_a_signal_stops_after_a_step_and_the_same_command_goes_on(tmp_path):
     assert not (stopped / INSIDE_EPOCH).exists()
 
 
-def test_a_signal_to_one_process_of_torchrun_stops_both(tmp_path):
-    process = start([*torchrun(2), "main.py", *LONG.split(), "--output_dir", str(tmp_path)])
-    assert any("Epoch 1 [10/30]" in line for line in process.stdout)
-    os.kill(children_of(process.pid)[-1], signal.SIGTERM)
-    out = process.stdout.read()
+@pytest.fixture(scope="module")
+def pair_alone(tmp_path_factory) -> Path:
+    """The folder of a run of two processes that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("alone")
+    run_group(*LONG.split(), "--output_dir", folder, processes=2)
+    return folder
+
+
+def test_a_signal_to_one_process_of_torchrun_stops_both_and_forked_ones_go_on(pair_alone, tmp_path):
+    """So what the other tests find in forked processes holds under torchrun."""
+    argv = [*LONG.split(), "--output_dir", str(tmp_path)]
+    process = start([*torchrun(2), "main.py", *argv])
+    out = []
+    for line in process.stdout:
+        out.append(line)
+        if "Epoch 1 [10/30]" in line:
+            os.kill(children_of(process.pid)[-1], signal.SIGTERM)
+    out = "".join(out)
     process.wait()
-    saved = torch.load(tmp_path / INSIDE_EPOCH, weights_only=True)
+    assert out.count("2 process(es)") == 1 and out.count("Model cifar_resnet8") == 1  # rank 0 alone
     assert re.search(r"Stopped: SIGTERM after step (\d+) of epoch 1", out)
+    saved = torch.load(tmp_path / INSIDE_EPOCH, weights_only=True)
     assert saved["epoch"] == 0 and 10 <= saved["progress"]["updates"] < 30
+    run_group(*argv, processes=2)
+    assert_same(pair_alone, tmp_path, "1", "model optimizer best scores")
+
+
+def torchrun_that_forks(argv: list[str]) -> None:
+    """What torchrun does that may start its two processes again once."""
+    rendezvous = {"run_id": "test", "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, 2, max_restarts=1, start_method="fork", **rendezvous)
+    elastic_launch(config, program_that_exits)(argv)
+
+
+def program_that_exits(argv: list[str]) -> None:
+    sys.exit(program(argv))
+
+
+def test_a_killed_process_ends_the_other_within_seconds_and_both_start_again(pair_alone, tmp_path):
+    argv = [*LONG.split(), "--output_dir", str(tmp_path)]
+    with Group(torchrun_that_forks, argv) as group:
+        group.wait_for("Epoch 1 [10/30]")
+        launcher = group.processes[0].pid
+        first, second = children_of(launcher)
+        os.kill(second, signal.SIGKILL)
+        began = time.monotonic()
+        while first in children_of(launcher):
+            assert time.monotonic() - began < 10
+            time.sleep(0.01)
+        assert group.wait() == [0], group.err
+        assert group.out.count("Resumed from") == 1
+    assert_same(pair_alone, tmp_path, "1", "model optimizer best scores")
 
 
 EVERYTHING = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 96 --batch_size 8
