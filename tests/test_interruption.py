@@ -85,6 +85,7 @@ def torchrun_that_forks(argv: list[str]) -> None:
 
 
 def program_that_exits(argv: list[str]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in a new interpreter
     sys.exit(program(argv))
 
 
