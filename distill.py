@@ -101,6 +101,10 @@ def distill(argv: Sequence[str] | None) -> None:
     more = words[cut + 1 :]
     given_flags(more)  # refuses what main.py does not know
     budget = seconds_of(args.budget)
+    for flag, least in (("seeds", 1), ("input_size", 8)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
     check_out(args)
     images = look(args.images, args.labels, args.eval_labels, args.unlabeled, args.out / "images")
     plan, choices = make_plan(args, images, more, budget)

@@ -1,0 +1,199 @@
+"""distill.py: from a folder of images to a small model with a verdict."""
+
+import importlib
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forked import child, server
+from PIL import Image
+
+import distill
+from pipeline import commands, images, rules
+from pipeline.images import look
+from pipeline.plan import Network, Plan, Scale, Speed, fit
+from utils import UserError
+
+
+def write_images(folder: Path, count: int, classes: str = "ab") -> Path:
+    """Class folders of noisy images of 8 pixels; each class has a brightness of its own."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(count // len(classes)):
+            pixels = rng.normal(60 + 90 * label, 40, (8, 8, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+def run_script(name: str, argv: list[str]) -> int:
+    """What `python NAME.py` does."""
+    return importlib.import_module(name).main(argv)
+
+
+class Forked:
+    """A stand-in for subprocess.Popen that forks a process which has imported main.py already."""
+
+    started: list[str] = []  # noqa: RUF012
+
+    def __init__(self, argv, stdout, env, **more: object) -> None:
+        script, flags = Path(argv[1]).stem, argv[2:]
+        self.started.append(script)
+        outputs = (Path(stdout.name), Path(stdout.name))
+        args = (outputs, dict(env), run_script, (script, flags))
+        self.process = server().Process(target=child, args=args)
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Short trainings, forked, of the few seeds and images that a path needs."""
+    monkeypatch.setattr(subprocess, "Popen", Forked)
+    monkeypatch.setattr(Forked, "started", [])
+    monkeypatch.setattr(rules, "PASSES", {"nothing": (1, 100), "weights": (1, 100)})
+    monkeypatch.setattr(images, "CROSS_VALIDATED", 10)
+    monkeypatch.setattr(distill, "has_onnx", lambda: False)
+
+
+def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
+    quick, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(distill, "anything_to_move", lambda *args: ("go on", True))
+    folder, out = write_images(tmp_path / "images", 60), tmp_path / "out"
+    argv = [str(folder), "--out", str(out), "--student", "cifar_resnet8", "--seeds", "2"]
+    assert distill.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "48 labeled to train on, 0 without labels; 12 judge; 2 classes" in printed
+    result = json.loads((out / "result.json").read_text())
+    scores = [
+        json.loads((out / f"students/kd={kd},seed={seed}/log.txt").read_text().splitlines()[-1])
+        for kd in ("false", "true")
+        for seed in (0, 1)
+    ]
+    alone, other, distilled, another = (record["test_acc1"] for record in scores)
+    assert result["verdict"]["mean"] == pytest.approx((distilled + another - alone - other) / 2)
+    assert f"{result['verdict']['mean']:+.2f}" in printed.splitlines()[-3]
+    assert (out / "model.pt2").exists() and result["files"] == [str(out / "model.pt2")]
+    trained = Forked.started.count("main")
+    assert distill.main(argv) == 0
+    assert Forked.started.count("main") == trained == 2 + 2 + 4  # measured, choosing, judged
+    assert distill.main([*argv, "--", "--lr", "1e-3"]) == 2
+    assert "was begun with different flags" in capsys.readouterr().err
+    Image.new("RGB", (8, 8)).save(folder / "a" / "0.png", optimize=True, dpi=(72, 72))
+    assert distill.main(argv) == 2
+    assert "was begun with different images" in capsys.readouterr().err
+
+
+def test_a_command_that_fails_is_named_with_its_last_lines_and_is_run_again(quick, tmp_path):
+    runs = commands.Commands(tmp_path, {"choose": 0.0})
+    flags = ["--epochs", "0"]
+    for _ in range(2):
+        with pytest.raises(UserError, match=re.escape("--epochs 0: must be 1 or more")):
+            runs.run("choose", "one", "main.py", flags)
+    assert Forked.started == ["main", "main"] and not runs.finished
+
+
+def plan_of(labeled: int, unlabeled: int, folds: int = 5) -> Plan:
+    """A plan for images that are not there, of two networks that take 1 and 2 ms per image."""
+    of = ["a", "b"], labeled, 100, unlabeled, folds, labeled, 32, "pile" if unlabeled else "", "id"
+    some = images.Images("root", Path("folder"), *of)
+    student = Network("cifar_resnet8", (), "", "", 32, 78_042)
+    teacher = Network("cifar_resnet20", (), "", "", 32, 272_474)
+    speeds = {"cifar_resnet8": Speed(5, 1e-3), "cifar_resnet20": Speed(5, 2e-3)}
+    scale = Scale(1, folds, 4, 1)
+    return Plan(some, [(teacher, "scratch")], student, [], [], speeds, scale, jobs=1)
+
+
+def value_of(flags: list[str], flag: str) -> int:
+    return int(flags[flags.index(flag) + 1])
+
+
+def test_the_student_alone_sees_as_many_images_as_the_distilled_student():
+    plan = plan_of(100, 900)
+    alone = plan.student_flags(None, "")
+    distilled = plan.student_flags(plan.teachers[0][0], "teacher.pth")
+    shown = [value_of(alone, "--epochs") * 100, value_of(distilled, "--epochs") * 1000]
+    assert shown == [40_000, 40_000]
+    assert value_of(alone, "--batch_size") == value_of(distilled, "--batch_size")
+    assert "--unlabeled" in distilled and "--unlabeled" not in alone
+
+
+def test_a_budget_is_kept_and_one_that_is_too_small_says_what_would_fit():
+    plan = plan_of(100, 900)
+    sums = []
+    for budget in (3600, 600, 250):
+        plan.scale = fit(plan, budget, None)
+        sums.append(sum(plan.seconds().values()))
+        assert sums[-1] <= budget
+    assert sums == sorted(sums, reverse=True) and plan.scale.seeds == 2
+    with pytest.raises(UserError) as caught:
+        fit(plan, 60, None)
+    needed = int(re.search(r"--budget (\d+)m", str(caught.value))[1])
+    assert sum(plan.seconds().values()) <= 60 * needed
+    assert fit(plan, 60 * needed, None).share == 0.25
+
+
+@pytest.mark.parametrize(
+    ("teacher", "images", "goes_on"), [(60, 100, True), (55, 100, False), (55, 1000, True)]
+)
+def test_a_teacher_must_be_better_than_the_student_by_a_standard_error(teacher, images, goes_on):
+    # sqrt((0.5 · 0.5 + 0.6 · 0.4) / 100) = 7.0 points, and 2.2 for 1,000 images.
+    plan = plan_of(images, 0)
+    scores = {"alone": 50.0, "cifar_resnet20, scratch": float(teacher)}
+    line, is_above = distill.anything_to_move(plan, scores, plan.teachers[0])
+    assert is_above is goes_on and ("nothing to move" in line) is not goes_on
+
+
+def test_the_images_that_choose_and_those_that_judge_are_different_and_complete(tmp_path, capsys):
+    root = write_images(tmp_path / "images", 60)
+    (root / "c").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "c" / "without.png")
+    names = [f"{name}/{index}.png" for name in "ab" for index in range(30)]
+    (tmp_path / "few.csv").write_text("".join(f"{n},{n[0]}\n" for n in names[::2]))
+    found = look(str(root), str(tmp_path / "few.csv"), "", "rest", tmp_path / "out")
+    rows = {
+        file.stem: {line.split('"')[1] for line in file.read_text().splitlines()[1:]}
+        for file in (tmp_path / "out").glob("*.csv")
+    }
+    assert rows["train"] | rows["test"] == {*names[::2]} and not rows["train"] & rows["test"]
+    held_out = [rows[f"fold_{fold}_val"] for fold in range(5)]
+    assert set.union(*held_out) == rows["train"] and sum(map(len, held_out)) == len(rows["train"])
+    for fold in range(5):
+        assert rows[f"fold_{fold}_train"] == rows["train"] - held_out[fold]
+    pile = {str(p.relative_to(found.pile)) for p in Path(found.pile).rglob("*.png")}
+    assert pile == {*names[1::2], "c/without.png"} and found.unlabeled == 31
+
+
+BAD = {
+    "--budget soon": "--budget soon: is no time",
+    "--out {images}/out": "lies inside IMAGES",
+    "--student cifar_resnet20 --teacher cifar_resnet8": "--student cifar_resnet20: has 272,",
+    "--teacher resnet5": "--teacher resnet5: timm knows no such architecture",
+    "--labels {few}": "1 labeled image(s) of b: 5 of each class are needed",
+    "--unlabeled {nowhere}": "--unlabeled {nowhere}: is not a folder",
+    "-- --epoch 3": "--epoch; did you mean --epochs?",
+    "--seeds 0": "--seeds 0: must be at least 1",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_line_before_anything_is_trained(flags, tmp_path, capsys):
+    folder = write_images(tmp_path / "images", 60)
+    few = tmp_path / "few.csv"
+    few.write_text("".join(f"a/{n}.png a\n" for n in range(5)) + "b/1.png b\n")
+    names = {"images": folder, "few": few, "nowhere": tmp_path / "nowhere"}
+    argv = flags.format(**names).split()
+    if "--out" not in flags:
+        argv = ["--out", str(tmp_path / "out"), *argv]
+    assert distill.main([str(folder), *argv]) == 2
+    error = capsys.readouterr().err
+    assert BAD[flags].format(**names) in error and "Traceback" not in error
+    assert len(error.splitlines()) <= 2
