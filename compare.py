@@ -58,7 +58,7 @@ def judge(groups: Sequence[Group]) -> tuple[list[Verdict], list[str]]:
         typed = [name for name in both if name in before.given | after.given]
         if "kd" in typed:
             joined = before.settings.get("unlabeled") or after.settings.get("unlabeled")
-            brought = OF_TEACHER | ({"epochs", "teacher_views"} if joined else set())
+            brought = OF_TEACHER | {"teacher_views"} | ({"epochs"} if joined else set())
             typed = [name for name in typed if name not in brought]
         if VAL_IMAGES in both:
             labels = " and ".join(sorted(both[VAL_IMAGES]))

@@ -22,8 +22,9 @@ from typing import Any
 import models
 from arguments.defaults import default_batch_size, usable_cores
 from arguments.derived import SMALL
+from arguments.flags import OF_TEACHER
 from arguments.kinds import ShowDefaults, str2bool
-from arguments.parsing import given_flags
+from arguments.parsing import command_words, given_flags
 from deploy.model import ONNX_PACKAGES
 from pipeline import rules
 from pipeline.commands import Command, Commands
@@ -33,6 +34,7 @@ from pipeline.rules import Choice
 from reporting.runs import SCORE
 from reporting.tables import table
 from runtime.device import default_device
+from sweep import without
 from utils import UserError, changes, exit_code, make_folder, write_whole
 
 MEASURED = 64  # images whose training is timed
@@ -191,11 +193,11 @@ def make_plan(
     jobs = min(MOST_JOBS, usable_cores()) if is_slow else 1
     workers = [] if jobs == 1 else ["--num_workers", "0" if images.side < SMALL else "1"]
     common = [*augmentation, *workers, *more]
-    distilled = [*loss, *([f"@{args.recipe}"] if args.recipe else [])]
+    recipe = without(command_words([f"@{args.recipe}"] if args.recipe else []), {"kd"})
+    distilled, alone = [*loss, *recipe], without(recipe, OF_TEACHER)
     teachers = [(network, kind) for network in networks for kind in network.kinds]
-    plan = Plan(
-        images, teachers, student, common, distilled, {}, Scale(1, images.folds, 4, 1), jobs
-    )
+    everything = Scale(1, images.folds, 4, len(teachers))
+    plan = Plan(images, teachers, student, common, alone, distilled, {}, everything, jobs)
     identity = {
         "images": images.identity,
         "networks": [" ".join(map(str, network)) for network in [student, *networks]],

@@ -111,7 +111,7 @@ class Plan:
     Attributes:
         teachers: (network, kind), in the order in which they are dropped last.
         common: flags of every training.
-        distilled: flags of every distilled training.
+        alone, distilled: more flags of the student's trainings.
         speeds: by the name of the network.
         jobs: trainings at the same time.
     """
@@ -120,6 +120,7 @@ class Plan:
     teachers: list[tuple[Network, str]]
     student: Network
     common: list[str]
+    alone: list[str]
     distilled: list[str]
     speeds: dict[str, Speed]
     scale: Scale
@@ -148,7 +149,7 @@ class Plan:
         epochs = self.epochs_of(network, kind, count, shown * count // self.images.labeled)
         lengths = self._lengths(epochs, count, shown)
         flags = [*self.images.flags(fold), *network.flags, *lengths, *self.common]
-        return flags + (["--linear_probe", "true"] if kind == "probe" else [])
+        return flags + {"probe": ["--linear_probe", "true"], "alone": self.alone}.get(kind, [])
 
     def student_flags(self, teacher: Network | None, teacher_file: str) -> list[str]:
         """Flags of the students that judge, distilled or alone, but for the seed."""

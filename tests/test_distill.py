@@ -109,7 +109,7 @@ def plan_of(labeled: int, unlabeled: int, folds: int = 5) -> Plan:
     teacher = Network("cifar_resnet20", (), "", "", 32, 272_474)
     speeds = {"cifar_resnet8": Speed(5, 1e-3), "cifar_resnet20": Speed(5, 2e-3)}
     scale = Scale(1, folds, 4, 1)
-    return Plan(some, [(teacher, "scratch")], student, [], [], speeds, scale, jobs=1)
+    return Plan(some, [(teacher, "scratch")], student, [], [], [], speeds, scale, jobs=1)
 
 
 def value_of(flags: list[str], flag: str) -> int:
@@ -133,7 +133,7 @@ def test_a_budget_is_kept_and_one_that_is_too_small_says_what_would_fit():
         plan.scale = fit(plan, budget, None)
         sums.append(sum(plan.seconds().values()))
         assert sums[-1] <= budget
-    assert sums == sorted(sums, reverse=True) and plan.scale.seeds == 2
+    assert sums == sorted(sums, reverse=True) and plan.scale.share == 0.25
     with pytest.raises(UserError) as caught:
         fit(plan, 60, None)
     needed = int(re.search(r"--budget (\d+)m", str(caught.value))[1])
@@ -175,7 +175,7 @@ def test_the_images_that_choose_and_those_that_judge_are_different_and_complete(
 BAD = {
     "--budget soon": "--budget soon: is no time",
     "--out {images}/out": "lies inside IMAGES",
-    "--student cifar_resnet20 --teacher cifar_resnet8": "--student cifar_resnet20: has 272,",
+    "--student cifar_resnet20 --teacher cifar_resnet8": "--student cifar_resnet20: has 271,",
     "--teacher resnet5": "--teacher resnet5: timm knows no such architecture",
     "--labels {few}": "1 labeled image(s) of b: 5 of each class are needed",
     "--unlabeled {nowhere}": "--unlabeled {nowhere}: is not a folder",
