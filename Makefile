@@ -1,4 +1,4 @@
-# make demo: train a teacher, a student without it and a student with it, on real digits.
+# make demo: a teacher for digits, then one command from 50 labels to a small model with a verdict.
 # make test: everything that must hold.
 # Each sets up a virtual environment in .venv first, unless it exists already.
 
@@ -8,7 +8,12 @@ BIN := .venv/bin
 .PHONY: demo test setup clean
 
 demo: .venv/run
-	$(BIN)/python examples/digits_demo.py
+	$(BIN)/python examples/write_digits.py demo_out/digits
+	OMP_NUM_THREADS=1 $(BIN)/python main.py @recipes/digits_teacher.args --output_dir demo_out/teacher
+	$(BIN)/python distill.py demo_out/digits/images --labels demo_out/digits/few.csv \
+		--eval_labels demo_out/digits/test.csv --unlabeled demo_out/digits/pile \
+		--teacher cifar_resnet20=demo_out/teacher/checkpoint-59.pth \
+		--out demo_out/model --budget 3m
 
 test: .venv/dev
 	$(BIN)/ruff check .
@@ -29,4 +34,4 @@ setup: .venv/run
 	touch $@
 
 clean:
-	rm -rf .venv demo_out
+	rm -rf .venv demo_out curve_out

@@ -38,7 +38,7 @@ from arguments.parsing import parse_args
 from data import loaders
 from data.loaders import Batch
 from distillation import DistillationLoss, StudentWithDistillation, TeacherAdapter, TeacherInfo
-from examples import digits_demo
+from examples import label_curve
 from runtime.device import keep_freed_memory
 from teacher.logit_store import LogitStore, RowFormat, StoredTeacher
 from training.optimizer import Schedule
@@ -110,8 +110,8 @@ class MemoryLoader:
 
 
 def digits_loader(batch_size: int, device: torch.device) -> loaders.DeviceLoader:
-    """All training digits as the demo shows them, by the project's own loader."""
-    flags = [*shlex.split(digits_demo.COMMON), "--batch_size", str(batch_size)]
+    """All training digits as examples/label_curve.py shows them, by the project's own loader."""
+    flags = [*shlex.split(label_curve.COMMON), "--batch_size", str(batch_size)]
     flags += ["--output_dir", "unused"]  # what COMMON says of checkpoints needs a folder
     return datasets.build_data(parse_args(flags), device).train_loader
 

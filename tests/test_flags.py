@@ -34,7 +34,7 @@ from arguments.flags import (
     with_role,
 )
 from arguments.parsing import parse_args
-from examples import digits_demo
+from examples import label_curve
 from tools import kill_test, weight_hashes
 
 
@@ -310,7 +310,7 @@ def test_the_commands_of_the_pages_and_tools_parse_without_a_word(parse, tmp_pat
     guide = (ROOT / "docs" / "guide.md").read_text()
     recipes = re.findall(r"```bash\npython main.py \\\n(.*?)```", guide, re.DOTALL)
     recipes = [re.sub(r"/path/\S+\.pth", "{folder}/teacher.pth", recipe) for recipe in recipes]
-    demo = [digits_demo.teacher_command(0), f"{digits_demo.student_flags(50)} {digits_demo.COMMON}"]
+    demo = [label_curve.teacher_command(0), f"{label_curve.student_flags(50)} {label_curve.COMMON}"]
     kills = f"{kill_test.FLAGS} --teacher_path {{folder}}/teacher.pth --output_dir x"
     commands = [*recipes, *demo, *weight_hashes.RUNS.values(), kills]
     assert len(recipes) == 3 and len(commands) > 20
