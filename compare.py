@@ -42,9 +42,6 @@ from utils import UserError, exit_code, few, flags_for
 MANY_PAIRS = 5  # verdicts in one table, of which some may be chance
 
 
-# ---------------------------------------------------------------------------------- verdicts
-
-
 def judge(groups: Sequence[Group]) -> tuple[list[Verdict], list[str]]:
     """A verdict per pair of groups that differ in one flag; lines that say why others have none.
 
@@ -108,9 +105,6 @@ def points_per_image(runs: Sequence[Run]) -> float:
     scores = sorted({score for run in runs for score in run.curve.values()})
     steps = [high - low for low, high in itertools.pairwise(scores)]
     return min((step for step in steps if step > 1e-6), default=0.0)  # else they are rounded
-
-
-# ----------------------------------------------------------------------------------- display
 
 
 def table(groups: Sequence[Group], width: int | None = None, with_cost: bool = False) -> str:

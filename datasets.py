@@ -8,12 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
@@ -375,11 +369,18 @@ def build_data(args: argparse.Namespace, device: torch.device) -> Data:
     return Data(*loaders, train, val, train.classes, config, images, share)
 
 
+def teacher_classes(args: argparse.Namespace) -> list[str] | None:
+    """The names in the file of --teacher_classes; None without that flag."""
+    if not args.teacher_classes:
+        return None
+    with flags_for(text="--teacher_classes"):
+        return utils.read_lines(args.teacher_classes)
+
+
 def _classes_of_teacher(args: argparse.Namespace) -> list[str]:
     """The names of the teacher's classes, for images that have no labels."""
-    if args.teacher_classes:
-        with flags_for(text="--teacher_classes"):
-            return utils.read_lines(args.teacher_classes)
+    if given := teacher_classes(args):
+        return given
     path = teachers_of(args)[0].path
     with flags_for(checkpoint="--teacher_path"):
         names = None if path == PRETRAINED else read_checkpoint(path).classes
@@ -511,7 +512,6 @@ def data_config(args: argparse.Namespace, saved: Mapping[str, Any] | None = None
         interpolation.
     """
     size = args.input_size
-    imagenet = args.imagenet_default_mean_and_std
     if args.crop_pct:
         crop_pct = args.crop_pct
     elif size < SMALL or size >= 384:
@@ -520,8 +520,7 @@ def data_config(args: argparse.Namespace, saved: Mapping[str, Any] | None = None
         crop_pct = 224 / 256
     config = {
         "input_size": size,
-        "mean": list(IMAGENET_DEFAULT_MEAN if imagenet else IMAGENET_INCEPTION_MEAN),
-        "std": list(IMAGENET_DEFAULT_STD if imagenet else IMAGENET_INCEPTION_STD),
+        **models.normalization(args.imagenet_default_mean_and_std),
         "crop_pct": crop_pct,
         # As in the ConvNeXt script: from 384 pixels up the whole image is warped, not cropped.
         "crop_mode": "squash" if size >= 384 and not args.crop_pct else "center",

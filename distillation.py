@@ -11,12 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data.constants import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -466,17 +460,14 @@ def _data_config(
     given: Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], str, bool]:
     """What the teacher was trained to see, who says so, and whether its size is a guess."""
-    native = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
-    config = native | {"input_size": 224}
+    config: dict[str, Any] = models.normalization(True) | {"input_size": 224}
     config |= {name: default[name] for name in config if default and name in default}
     config |= models.input_config(arch)
     source = "the network, else the student" if is_own_module(arch) else "timm's pretrained_cfg"
     config |= {name: value for name, value in checkpoint.data.items() if name in config}
     args = {} if checkpoint.is_ours else checkpoint.args
     if isinstance(args.get("imagenet_default_mean_and_std"), bool):  # the ConvNeXt script's
-        is_imagenet = args["imagenet_default_mean_and_std"]
-        config["mean"] = list(IMAGENET_DEFAULT_MEAN if is_imagenet else IMAGENET_INCEPTION_MEAN)
-        config["std"] = list(IMAGENET_DEFAULT_STD if is_imagenet else IMAGENET_INCEPTION_STD)
+        config |= models.normalization(args["imagenet_default_mean_and_std"])
     told = [args.get(name) for name in ("imagenet_default_mean_and_std", "mean", "std")]
     size = args.get("input_size") or args.get("img_size")  # timm's is (3, size, size), or img_size
     if checkpoint.is_ours:

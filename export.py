@@ -89,10 +89,7 @@ def get_parser() -> argparse.ArgumentParser:
         help=f"version of the ONNX operators, at least {writers.OPSET}; onnx",
     )
     add("--data_set", help="data set to compare on (default: that of the checkpoint)")
-    add(
-        "--data_path",
-        help="folder of the images to compare on (default: that of the checkpoint)",
-    )
+    add("--data_path", help="folder of the images to compare on (default: that of the checkpoint)")
     add("--eval_data_path", help="folder of validation images, as for main.py (default: none)")
     add(
         "--compare_images",

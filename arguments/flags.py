@@ -77,9 +77,7 @@ FINETUNE = given("finetune", "FILE")
 OUTPUT = given("output_dir", "FOLDER")
 SAVING = Need("with --save_ckpt false", lambda a: a.save_ckpt, ("save_ckpt",))
 USES_LABELS = Need(
-    "with --kd_alpha 1, which ignores labels",
-    lambda a: not a.kd or a.kd_alpha < 1,
-    ("kd_alpha",),
+    "with --kd_alpha 1, which ignores labels", lambda a: not a.kd or a.kd_alpha < 1, ("kd_alpha",)
 )
 ERASED = Need("with --reprob 0", lambda a: a.reprob > 0, ("reprob",))
 RATIOS = ("mixup", "cutmix", "cutmix_minmax")

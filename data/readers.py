@@ -16,14 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from arguments.derived import TORCHVISION_SETS
 from data.labels import read_labels
 from data.pictures import Picture, open_image, unreadable
-from data.sources import (
-    ArraySource,
-    FileSource,
-    ImageSource,
-    Source,
-    StreamSource,
-    arrays_of_files,
-)
+from data.sources import ArraySource, FileSource, ImageSource, Source, StreamSource, arrays_of_files
 from runtime import distributed
 from runtime.device import local_rank
 from runtime.distributed import log

@@ -182,10 +182,7 @@ def train_transform(augmentation: Augmentation, config: dict[str, Any]) -> ToPix
     if not augmentation.reprob:
         return ToPixels(steps)
     erasing = RandomErasing(
-        augmentation.reprob,
-        mode=augmentation.remode,
-        max_count=augmentation.recount,
-        device="cpu",
+        augmentation.reprob, mode=augmentation.remode, max_count=augmentation.recount, device="cpu"
     )
     return ToPixels(steps, erasing)
 

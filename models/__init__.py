@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
 from torch import nn
 
@@ -49,6 +50,13 @@ def input_config(arch: str) -> dict[str, Any]:
         return own_cfg(arch)
     cfg = pretrained_cfg(arch)
     return {"mean": list(cfg.mean), "std": list(cfg.std), "input_size": cfg.input_size[-1]}
+
+
+def normalization(is_imagenet: bool) -> dict[str, list[float]]:
+    """Mean and std of RGB in 0…1: those of ImageNet, or 0.5 and 0.5."""
+    if is_imagenet:
+        return {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+    return {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 def is_in_timm(arch: str) -> bool:

@@ -264,10 +264,7 @@ def load_finetune(
 
 
 def _order_classifier(
-    model: nn.Module,
-    state: dict[str, torch.Tensor],
-    names: Sequence[str],
-    classes: Sequence[str],
+    model: nn.Module, state: dict[str, torch.Tensor], names: Sequence[str], classes: Sequence[str]
 ) -> None:
     """Put the classifiers' rows into the order of other classes; remove them if one is unknown.
 

@@ -62,9 +62,6 @@ def ranks_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return ((logits > of_target) | ((logits == of_target) & is_before)).sum(dim=1)
 
 
-# ------------------------------------------------------------------------------- calibration
-
-
 def bins_of(confidences: torch.Tensor) -> torch.Tensor:
     """Which of the intervals (0, 1/BINS], …, (1 - 1/BINS, 1] each confidence lies in, int64."""
     return ((confidences * BINS).ceil().long() - 1).clamp(0, BINS - 1)

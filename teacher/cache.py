@@ -26,7 +26,7 @@ from data.loaders import image_sample
 from data.order import EpochBatches
 from data.pictures import DECODER
 from data.sources import ImageSource, hash_of_plain
-from datasets import Data
+from datasets import Data, teacher_classes
 from models.checkpoint import local_file, read_checkpoint
 from models.own import code_file
 from runtime import distributed
@@ -96,10 +96,9 @@ def manifest_of(
     if follows_network(args):  # normalized as the student asks
         fields |= {name: data.config[name] for name in ("mean", "std")}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
-    with flags_for(checkpoint="--teacher_path", text="--teacher_classes"):
-        files = [_identity_of(teacher, args.use_ema) for teacher in teachers]
-        names = utils.read_lines(args.teacher_classes) if args.teacher_classes else None
-    fields["teacher_path"] = files
+    with flags_for(checkpoint="--teacher_path"):
+        fields["teacher_path"] = [_identity_of(teacher, args.use_ema) for teacher in teachers]
+    names = teacher_classes(args)
     fields["teacher_classes"] = names and hash_of_plain(names)
     assert isinstance(data.train, ImageSource)
     fields |= data.train.fingerprint()

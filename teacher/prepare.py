@@ -19,7 +19,7 @@ from arguments.flags import VALIDATION, with_role
 from data.loaders import DeviceLoader
 from data.order import EpochBatches
 from data.sources import ImageSource, Source, Subset, evenly
-from datasets import Data, build_eval_loader
+from datasets import Data, build_eval_loader, teacher_classes
 from distillation import TeacherAdapter, TeacherEnsemble, TeacherInfo, load_teacher
 from engine import LogitsByPlaces, evaluate
 from reporting.timing import Stopwatch
@@ -173,10 +173,7 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
     """The frozen teacher, or the average of several, for the student's input and classes."""
     with flags_for(device="--teacher_device"):
         teacher_device = find_device(args.teacher_device) if args.teacher_device else device
-    names = None
-    if args.teacher_classes:
-        with flags_for(text="--teacher_classes"):
-            names = utils.read_lines(args.teacher_classes)
+    names = teacher_classes(args)
     networks: list[nn.Module] = []
     weights = []
     for arch, path, weight in teachers_of(args):

@@ -20,10 +20,7 @@ from utils import UserError, flags_for
 
 
 def make_student(
-    args: argparse.Namespace,
-    device: torch.device,
-    classes: Sequence[str],
-    pretrained: bool = False,
+    args: argparse.Namespace, device: torch.device, classes: Sequence[str], pretrained: bool = False
 ) -> nn.Module:
     """The network to train, on the device.
 
