@@ -188,6 +188,6 @@ def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Lines of a name and a text, the texts below each other; commands are not broken."""
     width, lines = max(len(name) for name, _ in rows), []
     for name, text in rows:
-        room = sys.maxsize if " --" in text else columns()
-        lines += wrapped(f"{name:{width}}  {text}", room, " " * (width + 2))
+        line = f"{name:{width}}  {text}"
+        lines += [line] if " --" in text else wrapped(line, columns(), " " * (width + 2))
     return lines
