@@ -108,7 +108,9 @@ def distill(argv: Sequence[str] | None) -> None:
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
     check_out(args)
-    images = look(args.images, args.labels, args.eval_labels, args.unlabeled, args.out / "images")
+    known = (args.out / "plan.json").exists()
+    files = args.labels, args.eval_labels, args.unlabeled
+    images = look(args.images, *files, args.out / "images", known)
     plan, choices = make_plan(args, images, more, budget)
     commands = Commands(args.out, plan.seconds(), plan.jobs)
     print(describe(plan, choices, budget), flush=True)

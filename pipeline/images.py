@@ -70,7 +70,9 @@ class Images:
         return ["--data_set", "image_folder", "--data_path", self.root, "--eval_labels", file]
 
 
-def look(root: str, labels: str, eval_labels: str, unlabeled: str, folder: Path) -> Images:
+def look(
+    root: str, labels: str, eval_labels: str, unlabeled: str, folder: Path, is_known: bool = False
+) -> Images:
     """Look at the images, decide which of them judge and which choose, and write that down.
 
     Validation images judge: those of a folder val or of --eval_labels, or else a fifth of the
@@ -80,6 +82,7 @@ def look(root: str, labels: str, eval_labels: str, unlabeled: str, folder: Path)
         root: class folders, a folder with train and val, or the images that `labels` names.
         unlabeled: a folder; 'rest' for the images below the root that no file of labels names; ''.
         folder: to write the files of labels in.
+        is_known: whether the images were read before, so that they need not be read again.
     Raises: UserError for images that are missing, unreadable, in both parts, or too few.
     """
     flags = ["--data_path", root]
@@ -98,10 +101,11 @@ def look(root: str, labels: str, eval_labels: str, unlabeled: str, folder: Path)
         train, test = Subset(train, others), Subset(train, positions)
     _require_images(train, 2)
     pile, waiting = _open_pile(unlabeled, root, [train, test], folder)
-    warn_of_similar_classes(train.classes)
-    report_class_counts(train, can_weigh=False)
-    warn_of_validation_copies(train if waiting is None else Joined(train, waiting), test)
-    check_images([train, test, waiting], args.num_workers)
+    if not is_known:
+        warn_of_similar_classes(train.classes)
+        report_class_counts(train, can_weigh=False)
+        warn_of_validation_copies(train if waiting is None else Joined(train, waiting), test)
+        check_images([train, test, waiting], args.num_workers)
     folds = _folds(train)
     files = {"train": train, "test": test}
     for number, held_out in enumerate(folds):
