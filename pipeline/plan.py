@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import models
 from arguments.defaults import default_batch_size
+from arguments.derived import is_own_module
 from models.checkpoint import read_checkpoint
 from pipeline import rules
 from pipeline.images import Images
@@ -75,7 +76,7 @@ def find_network(
             pixels = checkpoint.data.get("input_size")
             if sorted(checkpoint.classes or []) != sorted(classes):
                 file = ""
-        else:
+        elif not is_own_module(arch) and models.pretrained_cfg(arch).has_weights:
             try:
                 expected = models.input_config(arch).get("input_size", 224)
                 models.create_model(arch, len(classes), expected, pretrained=True)
