@@ -6,14 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
-from torch import nn
 
 import datasets
 import utils
 from arguments.derived import data_flag, must_hold_out
 from arguments.parsing import follow_checkpoint, given_flags, parse
 from data.checks import check_images
-from data.loaders import DeviceLoader
 from data.sources import Source, held_out_identity
 from datasets import build_eval_loader, data_config
 from distillation import SelectClasses
@@ -26,7 +24,7 @@ from reporting import metrics, summary
 from reporting.terminal import MANY_CLASSES, columns
 from runtime import distributed
 from runtime.distributed import log
-from training.settings import LoopSettings, loop_settings
+from training.settings import loop_settings
 from training.student import make_student
 from utils import UserError, flags_for
 
@@ -141,18 +139,6 @@ def images_to_calibrate(args: argparse.Namespace, checkpoint: Checkpoint) -> Sou
     return held_out
 
 
-def calibrate(
-    loader: DeviceLoader, network: nn.Module, settings: LoopSettings
-) -> tuple[float, str]:
-    """The temperature with which a network's answers for these images have the smallest loss.
-
-    See metrics.fit_temperature. The loader shows every image on each process.
-    """
-    held_out = evaluate(loader, network, settings, shared=False, keep_logits=True)
-    targets = torch.cat([batch.targets for batch in held_out.answers]).cpu()
-    return metrics.fit_temperature(torch.cat(list(held_out.logits.values())), targets)
-
-
 def keep_temperature(weights: Weights, temperature: float, problem: str, suffix: str) -> None:
     """Report a fitted temperature and keep it beside the checkpoint, for export.py and predict.py.
 
@@ -211,7 +197,10 @@ def score_checkpoint(
         scores, answers, _ = evaluate(loader, network, settings, args.dist_eval)
         report = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
         if held_out is not None:
-            temperature, problem = calibrate(held_out, student, settings)
+            known = evaluate(held_out, student, settings, shared=False, keep_logits=True)
+            targets = torch.cat([batch.targets for batch in known.answers]).cpu()
+            logits = torch.cat(list(known.logits.values()))
+            temperature, problem = metrics.fit_temperature(logits, targets)
             keep_temperature(weights, temperature, problem, suffix)
             report["temperature"] = temperature
             tempered = Tempered(network, temperature)

@@ -17,7 +17,7 @@ from typing import IO, Any, Literal, get_args
 # What the value at fault is, for the code that knows which flag it was read from.
 Subject = Literal[
     "", "architecture", "cache", "checkpoint", "classes", "device", "folder", "labels", "log",
-    "model", "names", "order", "output", "text", "use_ema",
+    "names", "order", "output", "text", "use_ema",
 ]  # fmt: skip
 
 

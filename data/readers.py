@@ -63,27 +63,24 @@ def image_folder(folder: str) -> ImageSource:
     listing = _Listing(folder)
     if not (classes := listing.classes()):
         raise _no_images(folder, "it holds no folder")
-    arrays = distributed.once_per_machine(lambda: _list_images(listing, classes))
-    return FileSource(folder, arrays, classes)
+    empty: list[str] = []
 
-
-def _list_images(listing: "_Listing", classes: list[str]) -> list[np.ndarray]:
-    """The images of class folders, in the order of torchvision's ImageFolder."""
-    folder, empty = listing.folder, []
-
-    def files_by_class() -> Iterator[list[tuple[str, int]]]:
+    def files_by_class() -> Iterator[list[tuple[str, int]]]:  # in torchvision's order
         for index, name in enumerate(classes):
             paths = listing.images(os.path.join(folder, name))
             if not paths:
                 empty.append(name)
             yield [(path, index) for path in paths]
 
-    arrays = arrays_of_files(folder, files_by_class())
-    if empty:
-        others = f"left out: {listing}; " if listing.left_out else ""
-        raise _no_images(folder, f"no image of {few(empty)}; {others}{ENDINGS}")
-    listing.report()
-    return arrays
+    def list_all() -> list[np.ndarray]:
+        arrays = arrays_of_files(folder, files_by_class())
+        if empty:
+            others = f"left out: {listing}; " if listing.left_out else ""
+            raise _no_images(folder, f"no image of {few(empty)}; {others}{ENDINGS}")
+        listing.report()
+        return arrays
+
+    return FileSource(folder, distributed.once_per_machine(list_all), classes)
 
 
 def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:

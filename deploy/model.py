@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -95,7 +94,6 @@ class ModelCard:
                 f"{source}: does not say which classes and which input this network has "
                 f"({type(error).__name__}: {first_line(error)}); export the checkpoint again with "
                 "export.py",
-                "model",
             ) from error
 
 
@@ -152,10 +150,7 @@ def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCa
     architecture, size = checkpoint.run_args["model"], data["input_size"]
     network = models.create_model(architecture, len(classes), size)
     weights = load_network(network, checkpoint, use_ema)
-    temperature, warning = read_temperature(weights)
-    if warning:
-        print(warning, file=sys.stderr)
-    if temperature != 1:
+    if (temperature := read_temperature(weights)) != 1:
         network = Tempered(network, temperature)
     card = ModelCard(
         architecture,
@@ -190,7 +185,7 @@ def open_model(path: str, device: torch.device, use_ema: str = "auto") -> Model:
         network, card, _ = network_from_checkpoint(path, use_ema)
         return run_network(network, card, device, "checkpoint")
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; pass a model that export.py wrote", "model")
+        raise UserError(f"{path}: no such file; pass a model that export.py wrote")
     return open_onnx(path, device) if path.endswith(".onnx") else open_pt2(path, device)
 
 
@@ -203,7 +198,6 @@ def _loading(path: str, library: str, what: str = "file") -> Iterator[None]:
         raise UserError(
             f"{path}: {library} cannot load this {what} ({type(error).__name__}: "
             f"{first_line(error)}); export the checkpoint again",
-            "model",
         ) from error
 
 
@@ -217,7 +211,6 @@ def open_timm(folder: str, device: torch.device) -> Model:
         raise UserError(
             f"{folder}: holds no config.json; pass a folder that export.py --format timm wrote, a "
             "checkpoint, an .onnx or a .pt2 file",
-            "model",
         )
     with _loading(folder, "timm", "folder"):
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -227,7 +220,6 @@ def open_timm(folder: str, device: torch.device) -> Model:
         raise UserError(
             f"{file}: does not name the {network.num_classes} classes (label_names); export the "
             "checkpoint with export.py, which writes them",
-            "model",
         )
     data = timm.data.resolve_model_data_config(network)
     fed = {name: data[name] for name in ("crop_pct", "crop_mode", "interpolation")}
@@ -257,7 +249,7 @@ def import_onnxruntime() -> ModuleType:
         import onnxruntime
     except ImportError as error:
         raise UserError(
-            f".onnx files need onnxruntime ({error}); pip install onnxruntime", "model"
+            f".onnx files need onnxruntime ({error}); pip install onnxruntime"
         ) from error
     return onnxruntime
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -62,17 +63,18 @@ def _read(path: Path) -> dict[str, float]:
         ) from error
 
 
-def read_temperature(weights: Weights) -> tuple[float, str]:
+def read_temperature(weights: Weights) -> float:
     """The temperature that was kept for the weights of a checkpoint; 1 if there is none.
 
-    Returns: the temperature, and a warning if the file beside the checkpoint is for other weights.
+    Warns on stderr if the file beside the checkpoint is for other weights.
     Raises: UserError for a damaged file.
     """
     path = file_of(weights.source)
     temperatures, identity = _read(path), _identity(weights)
-    if not temperatures or identity in temperatures:
-        return temperatures.get(identity, 1.0), ""
-    return 1.0, f"Warning: {path} holds no temperature for these weights; calibrate them again"
+    if temperatures and identity not in temperatures:
+        line = f"Warning: {path} holds no temperature for these weights; calibrate them again"
+        print(line, file=sys.stderr)
+    return temperatures.get(identity, 1.0)
 
 
 def write_temperature(weights: Weights, temperature: float) -> Path:
