@@ -9,7 +9,8 @@ BIN := .venv/bin
 
 demo: .venv/run
 	$(BIN)/python examples/write_digits.py demo_out/digits
-	OMP_NUM_THREADS=1 $(BIN)/python main.py @recipes/digits_teacher.args --output_dir demo_out/teacher
+	OMP_NUM_THREADS=1 $(BIN)/python main.py @recipes/digits_teacher.args \
+		--num_workers 0 --save_ckpt_freq 1000 --output_dir demo_out/teacher
 	$(BIN)/python distill.py demo_out/digits/images --labels demo_out/digits/few.csv \
 		--eval_labels demo_out/digits/test.csv --unlabeled demo_out/digits/pile \
 		--teacher cifar_resnet20=demo_out/teacher/checkpoint-59.pth \
