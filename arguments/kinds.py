@@ -3,6 +3,7 @@
 import argparse
 import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -15,21 +16,16 @@ def str2bool(value: str) -> bool:
     raise argparse.ArgumentTypeError(f"'{value}' is neither true nor false")
 
 
-def whole(text: str) -> int:
-    """A whole number."""
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from error
-
-
-def number(text: str) -> float:
+def number(text: str, kind: type = float, what: str = "a number") -> Any:
     """Any number, NaN and infinity included."""
     try:
-        return float(text)
+        return kind(text)
     except ValueError as error:
-        hint = "; decimals take a point, as in 0.5" if "," in text else ""
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number{hint}") from error
+        hint = "; decimals take a point, as in 0.5" if "," in text and kind is float else ""
+        raise argparse.ArgumentTypeError(f"'{text}' is not {what}{hint}") from error
+
+
+whole = partial(number, kind=int, what="a whole number")
 
 
 def as_typed(value: Any) -> str:
