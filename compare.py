@@ -26,7 +26,6 @@ from reporting import tables
 from reporting.plots import Grid, check_picture, plot
 from reporting.runs import (
     CHANGES,
-    LATENCIES,
     SCORE,
     VAL_IMAGES,
     Group,
@@ -35,7 +34,7 @@ from reporting.runs import (
     group_runs,
     read_run,
 )
-from reporting.tables import COSTS, figure_of, heading_of
+from reporting.tables import COSTS, cell, heading_of
 from reporting.verdicts import CONFIDENCE, Verdict
 from utils import UserError, exit_code, few, flags_for
 
@@ -144,28 +143,6 @@ def columns_of(groups: Sequence[Group], with_cost: bool) -> list[str]:
         return name in wanted or curve == "test" or (curve != "" and figure == "acc1")
 
     return [name for name in tables.in_order(names) if is_shown(name) and heading_of(name)]
-
-
-def cell(values: Sequence[float], name: str) -> str:
-    """'96.88 ± 0.76', mean and deviation; the mean alone if the values are one or equal counts.
-
-    Of a latency, which a busy machine lengthens, the median and the range: '0.71 (0.68 to 1.02)'.
-    """
-    decimals = figure_of(name).decimals
-    if not values:
-        return ""
-    if not all(map(math.isfinite, values)):
-        return "not finite"
-    if name in LATENCIES:
-        middle, low, high = (
-            f"{value:,.{decimals}f}"
-            for value in (statistics.median(values), min(values), max(values))
-        )
-        return middle if len(values) == 1 else f"{middle} ({low} to {high})"
-    mean = f"{statistics.mean(values):,.{decimals}f}"
-    if len(values) == 1 or (decimals == 0 and len(set(values)) == 1):
-        return mean
-    return f"{mean} ± {statistics.stdev(values):,.{decimals}f}"
 
 
 def notes_on(groups: Sequence[Group]) -> list[str]:

@@ -30,6 +30,7 @@ from pipeline import rules
 from pipeline.commands import Command, Commands
 from pipeline.images import Images, look
 from pipeline.plan import KINDS, Network, Plan, Scale, Speed, find_network, fit
+from pipeline.report import write_report
 from pipeline.rules import Choice
 from reporting.runs import SCORE
 from reporting.tables import table
@@ -121,6 +122,7 @@ def distill(argv: Sequence[str] | None) -> None:
     teacher, kind = best_teacher(plan, scores)
     line, is_above = anything_to_move(plan, scores, (teacher, kind))
     print(f"\n{line}", flush=True)
+    file = ""
     if is_above:
         file = train_teacher(plan, commands, teacher, kind)
         verdict = train_students(plan, commands, teacher, file)
@@ -130,8 +132,11 @@ def distill(argv: Sequence[str] | None) -> None:
     student = hand_over(plan, verdict)
     exported = export(plan, commands, student)
     summary = {"choose": scores, "teacher": [teacher.name, kind], "line": line, "verdict": verdict}
-    write_whole(args.out / "result.json", json.dumps(summary | {"files": exported}, indent=1))
-    print("\n" + "\n".join(last_words(plan, verdict, student, exported)))
+    summary["files"] = exported
+    write_whole(args.out / "result.json", json.dumps(summary, indent=1))
+    page = write_report(plan, commands, summary, student, file, words)
+    lines = last_words(plan, verdict, student, exported)
+    print("\n" + "\n".join([*lines, f"A page to mail: {page}"]))
 
 
 # --------------------------------------------------------------------------------- the plan

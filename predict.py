@@ -133,7 +133,9 @@ def predict(args: argparse.Namespace) -> int:
         heads = [(f"class_{rank}", f"probability_{rank}") for rank in range(1, top_k + 1)]
         print(",".join(["image", *chain(*heads)]))
     broken, copied = [], Counter[str]()
-    with tqdm(total=len(files), unit=" images", delay=PATIENCE, mininterval=1) as progress:
+    with tqdm(
+        total=len(files), unit=" images", delay=PATIENCE, mininterval=1, disable=None
+    ) as progress:
         for path, result in predictions(model, files, args.batch_size, args.num_workers):
             if isinstance(result, str):
                 broken.append(result)

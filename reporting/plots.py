@@ -1,5 +1,6 @@
-"""A picture of a comparison: accuracy over the epochs, and over two settings."""
+"""Pictures of runs: accuracy over the epochs, and over two settings; calibration."""
 
+import io
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -49,11 +50,7 @@ def plot(groups: Mapping[str, Sequence[Curve]], grid: Grid | None, path: Path) -
         groups: name -> the curve of each run.
     Raises: UserError if matplotlib is missing or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"needs matplotlib ({error}); pip install matplotlib", "output") from error
-    figure = Figure(figsize=(12 if grid else 7, 4.5), dpi=150, layout="constrained")
+    figure = new_figure(12 if grid else 7, 4.5)
     axes = figure.subplots(1, 2 if grid else 1, squeeze=False)[0]
     draw_curves(axes[0], groups)
     if grid:
@@ -64,6 +61,15 @@ def plot(groups: Mapping[str, Sequence[Curve]], grid: Grid | None, path: Path) -
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); pass another file", "output"
         ) from error
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib, in inches. Raises: UserError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"needs matplotlib ({error}); pip install matplotlib", "output") from error
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def draw_curves(axes: Any, groups: Mapping[str, Sequence[Curve]]) -> None:
@@ -117,3 +123,51 @@ def draw_grid(axes: Any, grid: Grid) -> Any:
             color = "black" if image.norm(value) > 0.6 else "white"  # legible on viridis
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
     return image
+
+
+# ----------------------------------------------------------------------- pictures of a page
+
+PAGE_COLORS = {"alone": "#C2571A", "distilled": "#1565C0", "teacher": "#2E7D32"}
+
+
+def page_pictures(
+    groups: Mapping[str, Sequence[Mapping[float, float]]], reports: Mapping[str, Mapping[str, Any]]
+) -> tuple[bytes, bytes]:
+    """Accuracy over the training, with a band from worst to best seed; accuracy over confidence.
+
+    Args:
+        groups: 'alone' and so on -> per seed, accuracy by the part of the training in %.
+        reports: of metrics.report; also of 'teacher'.
+    Returns: two SVG files. Raises: UserError if matplotlib is missing.
+    """
+    figures = [new_figure(5.2, 3.7) for _ in range(2)]
+    progress, reliability = (figure.subplots() for figure in figures)
+    for name, curves in groups.items():
+        places = sorted(set.intersection(*(set(curve) for curve in curves)))
+        scores = [[curve[place] for curve in curves] for place in places]
+        color, means = PAGE_COLORS[name], [statistics.mean(values) for values in scores]
+        progress.plot(places, means, "o-", color=color, label=f"student {name}")
+        low, high = [min(values) for values in scores], [max(values) for values in scores]
+        progress.fill_between(places, low, high, color=color, alpha=0.18, linewidth=0)
+    if "teacher" in reports:
+        style = {"color": PAGE_COLORS["teacher"], "linestyle": "--", "label": "teacher"}
+        progress.axhline(reports["teacher"]["acc1"], **style)
+    progress.set(xlabel="% of the training", ylabel="accuracy in %")
+    reliability.plot([0, 100], [0, 100], color="#888888", linestyle=":", label="calibrated")
+    for name, report in reports.items():
+        x, y, images = (
+            [one[k] for one in report["bins"]] for k in ("confidence", "acc1", "images")
+        )
+        color, label = PAGE_COLORS[name], name if name == "teacher" else f"student {name}"
+        reliability.plot(x, y, "o-", markersize=3, color=color, alpha=0.5, label=label)
+        areas = [300 * count / report["images"] for count in images]
+        reliability.scatter(x, y, s=areas, color=color, alpha=0.7, linewidth=0)
+    reliability.set(xlabel="mean confidence in %", ylabel="accuracy in %")
+    files = []
+    for figure, axes in zip(figures, (progress, reliability), strict=True):
+        axes.grid(color="#E5E5E5")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=9, frameon=False)
+        files.append(io.BytesIO())
+        figure.savefig(files[-1], format="svg")
+    return files[0].getvalue(), files[1].getvalue()

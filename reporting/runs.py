@@ -16,13 +16,13 @@ from typing import Any
 from arguments.flags import NOT_RECIPE, OF_TEACHER, REPEAT, with_role
 from arguments.kinds import as_typed
 from reporting.plots import Curve
+from reporting.tables import LATENCIES
 from utils import UserError
 
 NOT_COMPARED = NOT_RECIPE | with_role(REPEAT)
 SCORE = "test_acc1"
 VAL_IMAGES, CHANGES = "val_images", "changes"  # in args.json beside the flags
 NAMED_BY_SEED = ("teacher_path", "finetune")  # may be teacher_0/best.pth for seed 0, and so on
-LATENCIES = ("ms_single", "ms_large")
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """The names of scores and loss parts, and tables of them as text; imports no torch."""
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -38,7 +40,8 @@ FIGURES = {
     "ms_single": Figure("", "ms for 1 image"),
     "ms_large": Figure("", "ms for 32 images", 1),
 }
-COSTS = ("parameters", "multiply_adds", "ms_single", "ms_large")
+LATENCIES = ("ms_single", "ms_large")
+COSTS = ("parameters", "multiply_adds", *LATENCIES)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -70,6 +73,28 @@ def in_order(names: Iterable[str]) -> list[str]:
     """Names of figures in the order of FIGURES, then those without an entry there."""
     order = {name: number for number, name in enumerate(FIGURES)}
     return sorted(names, key=lambda name: order.get(split_name(name)[1], len(order)))
+
+
+def cell(values: Sequence[float], name: str) -> str:
+    """'96.88 ± 0.76', mean and deviation; the mean alone if the values are one or equal counts.
+
+    Of a latency, which a busy machine lengthens, the median and the range: '0.71 (0.68 to 1.02)'.
+    """
+    decimals = figure_of(name).decimals
+    if not values:
+        return ""
+    if not all(map(math.isfinite, values)):
+        return "not finite"
+    if name in LATENCIES:
+        middle, low, high = (
+            f"{value:,.{decimals}f}"
+            for value in (statistics.median(values), min(values), max(values))
+        )
+        return middle if len(values) == 1 else f"{middle} ({low} to {high})"
+    mean = f"{statistics.mean(values):,.{decimals}f}"
+    if len(values) == 1 or (decimals == 0 and len(set(values)) == 1):
+        return mean
+    return f"{mean} ± {statistics.stdev(values):,.{decimals}f}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
