@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from arguments.flags import (
     with_cache,
 )
 from arguments.kinds import ShowDefaults, str2bool
-from arguments.parsing import command_words, given_flags, parse, unknown_flags
+from arguments.parsing import command_words, given_flags, parse, unknown_flags, without
 from utils import UserError, exit_code, flags_for, write_whole
 
 MAIN = Path(__file__).resolve().parent / "main.py"
@@ -213,18 +213,6 @@ def check_run(name: str, flags: Sequence[str]) -> None:
 def as_words(chosen: Values) -> list[str]:
     """{'seed': '0'} -> ['--seed', '0']"""
     return [word for flag, value in chosen.items() for word in (f"--{flag}", value)]
-
-
-def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
-    """A command line without some flags and their values."""
-    kept: list[str] = []
-    is_kept = True
-    for word in words:
-        if word.startswith("--"):
-            is_kept = word.partition("=")[0][2:].replace("-", "_") not in flags
-        if is_kept:
-            kept.append(word)
-    return kept
 
 
 def folder_name(values: Values) -> str:

@@ -128,6 +128,18 @@ def _recipe_words(recipe: str) -> Iterator[str]:
         yield from words
 
 
+def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
+    """A command line without some flags and their values."""
+    kept: list[str] = []
+    is_kept = True
+    for word in words:
+        if word.startswith("--"):
+            is_kept = word.partition("=")[0][2:].replace("-", "_") not in flags
+        if is_kept:
+            kept.append(word)
+    return kept
+
+
 def unknown_flags(words: Sequence[str]) -> str:
     """The error for words of a command line that belong to no flag, with similar flags."""
     elsewhere = {word: flag.name for flag in FLAGS.values() for word in flag.known_as.split()}

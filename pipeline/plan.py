@@ -8,6 +8,7 @@ from typing import NamedTuple
 import models
 from arguments.defaults import default_batch_size
 from arguments.derived import is_own_module
+from data.sources import hash_of
 from models.checkpoint import read_checkpoint
 from pipeline import rules
 from pipeline.images import Images
@@ -26,13 +27,14 @@ class Network(NamedTuple):
     """A network and its weights.
 
     Attributes:
+        text: ARCH or ARCH=FILE, as it was typed.
         weights: flags of main.py that start from the weights; () if there are none.
         file: a checkpoint that knows the classes of the images; ''.
         missing: why there are no weights.
         size: side of its input in pixels.
     """
 
-    arch: str
+    text: str
     weights: tuple[str, ...]
     file: str
     missing: str
@@ -40,9 +42,14 @@ class Network(NamedTuple):
     parameters: int
 
     @property
+    def arch(self) -> str:
+        return self.text.partition("=")[0]
+
+    @property
     def name(self) -> str:
-        """For folders."""
-        return "".join(c if c.isalnum() or c in "-_." else "_" for c in self.arch)
+        """For folders: the architecture, and a mark of the file."""
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in self.arch)
+        return f"{name}-{hash_of(self.text.encode())[:6]}" if "=" in self.text else name
 
     @property
     def flags(self) -> list[str]:
@@ -86,7 +93,7 @@ def find_network(
         pixels = pixels or size(bool(weights))
         network = models.create_model(arch, len(classes), pixels)
     parameters = sum(p.numel() for p in network.parameters())
-    return Network(arch, weights, file, missing, pixels, parameters)
+    return Network(text, weights, file, missing, pixels, parameters)
 
 
 class Scale(NamedTuple):

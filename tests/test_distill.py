@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import child, server
+from forked import Process
 from PIL import Image
 
 import distill
@@ -42,13 +42,11 @@ class Forked:
     def __init__(self, argv, stdout, env, **more: object) -> None:
         script, flags = Path(argv[1]).stem, argv[2:]
         self.started.append(script)
-        outputs = (Path(stdout.name), Path(stdout.name))
-        args = (outputs, dict(env), run_script, (script, flags))
-        self.process = server().Process(target=child, args=args)
-        self.process.start()
+        outputs = Path(stdout.name), Path(stdout.name)
+        self.process = Process(outputs, dict(env), run_script, (script, flags))
 
     def poll(self) -> int | None:
-        return self.process.exitcode
+        return self.process.join(0)
 
     returncode = property(poll)
 
