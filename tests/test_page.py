@@ -80,7 +80,7 @@ def distilled(tmp_path, monkeypatch):
     teacher = Network("big", (), "", "", 32, 100)
     plan = SimpleNamespace(
         images=images, student=Network("small", (), "", "", 32, 10), scale=Scale(1, 1, 2, 1),
-        teachers=[(teacher, "scratch"), (teacher._replace(arch="huge"), "scratch")],
+        teachers=[(teacher, "scratch"), (teacher._replace(text="huge"), "scratch")],
     )  # fmt: skip
     verdict = {"verdict": "helps", "mean": 10.0, "half_width": 4.5, "seeds": 2}
     result = {"choose": {"alone": 50.0, "big, scratch": 75.0}, "teacher": ["big", "scratch"]}
