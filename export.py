@@ -25,7 +25,7 @@ from arguments.kinds import ShowDefaults, str2bool
 from data import pictures
 from data.sources import ImageSource, Source, evenly
 from data.transforms import eval_transform
-from deploy import comparison, model, writers
+from deploy import comparison, hub, model, writers
 from deploy.comparison import Images, Row, size_of
 from deploy.model import CPU, ModelCard, open_model, open_onnx, run_network
 from evaluation import evaluation_args, open_scored
@@ -88,6 +88,11 @@ def get_parser() -> argparse.ArgumentParser:
         default=writers.OPSET,
         help=f"version of the ONNX operators, at least {writers.OPSET}; onnx",
     )
+    add(
+        "--push_to_hub",
+        metavar="NAME",
+        help="after the comparison, upload the folder to the Hugging Face hub as NAME; timm",
+    )
     add("--data_set", help="data set to compare on (default: that of the checkpoint)")
     add("--data_path", help="folder of the images to compare on (default: that of the checkpoint)")
     add("--eval_data_path", help="folder of validation images, as for main.py (default: none)")
@@ -131,7 +136,8 @@ def export(args: argparse.Namespace) -> None:
     with writers.temporary_folder(args.out) as folder:
         path = Path(folder, args.out.name)
         if args.format == "timm":
-            writers.write_timm(network, card, path)
+            accuracy = checkpoint.recorded_acc1(card.weights == "EMA")
+            writers.write_timm(network, card, path, accuracy)
         else:
             # INT8 begins with a float32 file.
             precise = replace(card, dtype="float32") if args.int8 else card
@@ -160,6 +166,9 @@ def export(args: argparse.Namespace) -> None:
         writers.publish(path, args.out, "" if args.format == "timm" else card.to_json())
     if args.format == "timm":
         log(f"Wrote {args.out}: timm.create_model('local-dir:{args.out}', pretrained=True)")
+        if args.push_to_hub:
+            name = hub.upload(args.out, args.push_to_hub)
+            log(f"Uploaded as {name}: timm.create_model('hf-hub:{name}', pretrained=True)")
     else:
         kind = f"ONNX opset {args.opset}" if args.format == "onnx" else "torch.export"
         log(f"Wrote {args.out} ({kind}, any batch size) and {writers.sidecar(args.out)}")
@@ -176,6 +185,10 @@ def check_flags(args: argparse.Namespace) -> None:
                     f"--{flag} true: --format timm holds only the network; pass --format onnx"
                     f"{' or pt2' if flag == 'with_preprocessing' else ''}, or remove the flag"
                 )
+        if args.push_to_hub:
+            hub.check_upload(args.push_to_hub)
+    elif args.push_to_hub:
+        raise UserError(f"--push_to_hub {args.push_to_hub}: only with --format timm")
     elif args.out.suffix != ENDING[args.format]:
         raise UserError(
             f"--out {args.out}: must end in {ENDING[args.format]} for --format {args.format}: "

@@ -20,6 +20,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from arguments.derived import is_own_module
+from deploy import hub
 from deploy.model import CARD, CPU, ModelCard, open_onnx
 from models.calibration import Tempered
 from models.fusion import fuse_layers
@@ -71,8 +72,14 @@ def publish(path: Path, out: Path, card: str) -> None:
             raise
 
 
-def write_timm(network: nn.Module, card: ModelCard, folder: Path) -> None:
-    """Write config.json and model.safetensors, as timm uploads them to the hub."""
+def write_timm(
+    network: nn.Module, card: ModelCard, folder: Path, accuracy: float | None = None
+) -> None:
+    """Write config.json and model.safetensors, as timm uploads them to the hub, and README.md.
+
+    Args:
+        accuracy: see hub.readme.
+    """
     if isinstance(network, Tempered):
         network = network.folded()
     if card.dtype == "float16":
@@ -90,6 +97,7 @@ def write_timm(network: nn.Module, card: ModelCard, folder: Path) -> None:
         content = json.loads(file.read_text("utf-8"))
         content.get("model_args", {}).pop("num_classes", None)
         file.write_text(json.dumps(content, indent=2), "utf-8")
+        (folder / "README.md").write_text(hub.readme(card, accuracy), "utf-8")
 
 
 class Preprocessed(nn.Module):

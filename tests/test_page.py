@@ -6,10 +6,12 @@ from collections import Counter
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
 
+import export
 from pipeline import report
 from pipeline.commands import Commands
 from pipeline.images import Images
@@ -121,3 +123,53 @@ def test_the_matrix_counts_right_and_wrong_answers():
     result = report.report_of([("a", 0.9), ("b", 0.6), ("b", 0.7)], [0, 0, 1], ["a", "b"])
     cells = [text for text in WellFormed(page.matrix(result)).text if text.strip()]
     assert cells[:10] == ["a", "b", "a", "1", "1", "50.0 %", "b", "·", "1", "100.0 %"]
+
+
+class Hub:
+    """Stands in for the hub of huggingface_hub, which it reaches over the network."""
+
+    files: list[str] = []
+
+    def __init__(self, library_name):
+        pass
+
+    def create_repo(self, name, exist_ok):
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def file_exists(self, name, file):
+        return False
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
+        if not self.files:
+            raise OSError("Network is unreachable")
+        assert repo_id == "me/birds" and ignore_patterns is None
+        assert sorted(file.name for file in folder_path.iterdir()) == self.files
+
+
+def test_an_exported_folder_has_a_model_card_and_is_uploaded(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    file = checkpoint("test_resnet", scores={"test_acc1": 87.654})
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+
+    def push(out: str, token: str | None, name: str = "birds") -> tuple[int, str, str]:
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+        argv = [str(file), "--format", "timm", "--out", str(tmp_path / out), "--push_to_hub", name]
+        code, outputs = export.main(argv), capsys.readouterr()
+        return code, outputs.out, outputs.err
+
+    for out, token, name, words in (
+        ("a", None, "birds", "hf auth login"),
+        ("a", "secret", "birds of/a/feather", "pass OWNER/NAME"),
+        ("b", "secret", "birds", "(Network is unreachable)"),
+    ):
+        code, _, err = push(out, token, name)
+        assert code == 2 and words in err and err.count("\n") == 1
+    assert not (tmp_path / "a").exists() and (tmp_path / "b").exists()
+    monkeypatch.setattr(Hub, "files", ["README.md", "config.json", "model.safetensors"])
+    code, out, _ = push("c", "secret")
+    assert code == 0 and "hf-hub:me/birds" in out
+    card = huggingface_hub.ModelCard.load(tmp_path / "c" / "README.md")
+    assert card.data.library_name == "timm" and card.data.pipeline_tag == "image-classification"
+    for words in ("test_resnet", "87.65 %", "timm.create_model", "python predict.py"):
+        assert words in card.text
