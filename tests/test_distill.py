@@ -78,8 +78,11 @@ def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
     ]
     alone, other, distilled, another = (record["test_acc1"] for record in scores)
     assert result["verdict"]["mean"] == pytest.approx((distilled + another - alone - other) / 2)
-    assert f"{result['verdict']['mean']:+.2f}" in printed.splitlines()[-3]
+    assert (
+        f"Distillation {result['verdict']['verdict']}: {result['verdict']['mean']:+.2f}" in printed
+    )
     assert (out / "model.pt2").exists() and result["files"] == [str(out / "model.pt2")]
+    assert "12 images" in (out / "report.html").read_text()
     trained = Forked.started.count("main")
     assert distill.main(argv) == 0
     assert Forked.started.count("main") == trained == 2 + 2 + 4  # measured, choosing, judged
