@@ -199,7 +199,7 @@ class Plan:
             "choose": scale.folds * sum(of_fold) / self.jobs,
             "teacher": 0 if images.folds == 1 else teacher,
             "students": scale.seeds * (2 * alone + answers) / self.jobs,
-            "export and report": 60,
+            "export and report": 30,
         }
 
     def _seconds(self, network: Network, kind: str, shown: int, scored: int) -> float:

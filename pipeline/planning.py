@@ -90,7 +90,7 @@ def measure(network: Network, plan: Plan, out: Path) -> Speed:
     """Train on a few images, and read how long that took."""
     count = min(MEASURED, plan.images.labeled)
     batch = min(count // 2 * 2, default_batch_size(plan.all_images))
-    epochs = 2 if network.size >= SMALL else 20  # a step of a small network takes a millisecond
+    epochs = 2 if network.size >= SMALL else 60  # a step of a small network takes a millisecond
     folder = out / "plan" / network.name
     flags = [*plan.images.flags(), *network.flags, *plan.common, "--disable_eval", "true"]
     flags += ["--train_samples", str(count), "--epochs", str(epochs), "--save_ckpt", "false"]
