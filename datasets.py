@@ -86,7 +86,7 @@ def has_validation(args: argparse.Namespace) -> bool:
     return args.data_set in ("DIGITS", *TORCHVISION_SETS)
 
 
-def hold_out(source: ImageSource, count: int) -> tuple[ImageSource, ImageSource]:
+def hold_out(source: ImageSource, count: int) -> tuple[Subset, Subset]:
     """The images of training, and so many that are held out of it for validation. Collective."""
     checks.check_at_most("--holdout", count, len(source) - 1)
 

@@ -1,6 +1,7 @@
 """Which images score a checkpoint, its scores, and a temperature that calibrates its logits."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
             f"--eval true: {args.resume} does not name the data that it was trained on; pass "
             "--data_path"
         )
+    check_saved_paths(args)
     config = data_config(args, checkpoint.data)
     if args.calibrate:
         require_other_images(args)
@@ -79,6 +81,18 @@ def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
     with flags_for(classes=f"{data_flag(args)}:"):
         positions = match_classes(val.classes, classes)
     return Scored(config, val, classes, positions)
+
+
+def check_saved_paths(args: argparse.Namespace) -> None:
+    """Raise UserError for data that the checkpoint names and that is not found from here."""
+    has_val = args.eval_data_path and not args.holdout
+    for flag in ("eval_data_path" if has_val else "data_path", "labels", "eval_labels"):
+        path = getattr(args, flag)
+        if path and flag not in args.given and not os.path.exists(path):
+            raise UserError(
+                f"--{flag} {path}: not found from this folder; {args.resume} was trained with that "
+                f"path, which the evaluation follows; pass --{flag} with where the data is now"
+            )
 
 
 def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source) -> None:

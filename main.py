@@ -73,6 +73,7 @@ from runtime.device import (
     peak_memory,
 )
 from runtime.distributed import log
+from teacher.cache import hashes_of_teachers
 from teacher.prepare import RunTeacher, fill_store, prepare_teacher
 from training import linear_probe
 from training.checkpoints import RunState, check_resumable, claim_output_dir, newest_checkpoint
@@ -252,7 +253,8 @@ def prepare_training(
     scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.amp_dtype == torch.float16)
     steps = math.ceil(data.train_loader.batches_in_epoch / args.update_freq)
     schedule = make_schedule(args, steps)
-    state = RunState(student, ema, optimizer, scaler, vars(args), data.config, data.images)
+    noted = vars(args) | {"teacher_hashes": hashes_of_teachers(args)}
+    state = RunState(student, ema, optimizer, scaler, noted, data.config, data.images)
     with flags_for(checkpoint="--resume" if args.resume else "--output_dir"):
         start = state.resume(resumed, args.start_epoch)
     report_schedule(args, schedule, steps, start * steps, state.changes)

@@ -21,7 +21,8 @@ from utils import UserError
 
 NOT_COMPARED = NOT_RECIPE | with_role(REPEAT)
 SCORE = "test_acc1"
-VAL_IMAGES, CHANGES = "val_images", "changes"  # in args.json beside the flags
+# In args.json beside the flags.
+VAL_IMAGES, TEACHER_HASHES, CHANGES = "val_images", "teacher_hashes", "changes"
 NAMED_BY_SEED = ("teacher_path", "finetune")  # may be teacher_0/best.pth for seed 0, and so on
 
 
@@ -144,7 +145,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs by their settings, in the order given. Raises: UserError if a group has a seed twice."""
     known = {run.val_images for run in runs if run.val_images}
     for run in runs:
-        skipped = NOT_COMPARED | {CHANGES} | (set() if run.args.get("kd") else OF_TEACHER)
+        skipped = (
+            NOT_COMPARED | {TEACHER_HASHES, CHANGES} | (set() if run.args.get("kd") else OF_TEACHER)
+        )
         run.settings = {name: value for name, value in run.args.items() if name not in skipped}
         # A run without the record is taken for one on the only images that are known.
         assumed = min(known, default="") if len(known) < 2 else "unknown"

@@ -28,6 +28,7 @@ from data.pictures import DECODER
 from data.sources import ImageSource, hash_of_plain
 from datasets import Data, teacher_classes
 from models.checkpoint import local_file, read_checkpoint
+from models.classes import order_of_script
 from models.own import code_file
 from runtime import distributed
 from teacher.logit_store import LogitStore, RowFormat
@@ -100,6 +101,11 @@ def manifest_of(
         fields["teacher_path"] = [_identity_of(teacher, args.use_ema) for teacher in teachers]
     names = teacher_classes(args)
     fields["teacher_classes"] = names and hash_of_plain(names)
+    orders = [_assumed_order(teacher.path, data.classes) for teacher in teachers if not names]
+    if any(
+        orders
+    ):  # else absent, as in caches of versions that knew no other order than the data's
+        fields["class_order"] = hash_of_plain(orders)
     assert isinstance(data.train, ImageSource)
     fields |= data.train.fingerprint()
     fields["augmented"] = image_sample(data.train_loader)
@@ -110,6 +116,14 @@ def manifest_of(
 def _hash_of_file(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes_of_teachers(args: argparse.Namespace) -> list[str]:
+    """SHA-256 of the file of each teacher, on every process; '' for timm's weights. Collective."""
+    paths = [teacher.path for teacher in teachers_of(args)]
+    return distributed.from_main(
+        lambda: ["" if path == PRETRAINED else _hash_of_file(local_file(path)) for path in paths]
+    )
 
 
 def _identity_of(teacher: Teacher, use_ema: str) -> str:
@@ -135,6 +149,17 @@ def _identity_of(teacher: Teacher, use_ema: str) -> str:
     for tensor in network.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     return f"timm's weights, sha256 {digest.hexdigest()}"
+
+
+def _assumed_order(path: str, classes: list[str]) -> list[str] | None:
+    """The classes of a file that names none, if its outputs are not taken in the data's order.
+
+    Raises: UserError if the order is unclear, see order_of_script.
+    """
+    if path == PRETRAINED or (checkpoint := read_checkpoint(path)).classes:
+        return None
+    names, _ = order_of_script(checkpoint.args, classes, path)
+    return None if names == classes else names
 
 
 def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +214,11 @@ def _difference(field: str, manifest: dict[str, Any], existing: dict[str, Any]) 
             "every flag is the same, but the augmented images differ: different pixels, or "
             f"versions ({existing.get('note')}; here {manifest['note']}); use the same images and "
             "versions, or another folder"
+        )
+    if field == "class_order":
+        return (
+            "was filled with the teacher's outputs in another order of classes, which an earlier "
+            "version assumed; pass another folder"
         )
     return (
         f"created with {field} {_short(existing.get(field))}, but this run uses "

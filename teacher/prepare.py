@@ -3,7 +3,8 @@
 import argparse
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from arguments.flags import VALIDATION, with_role
 from data.loaders import DeviceLoader
 from data.order import EpochBatches
 from data.sources import ImageSource, Source, Subset, evenly
-from datasets import Data, build_eval_loader, teacher_classes
+from datasets import Data, build_eval_loader, hold_out, teacher_classes
 from distillation import TeacherAdapter, TeacherEnsemble, TeacherInfo, load_teacher
 from engine import LogitsByPlaces, evaluate
 from reporting.timing import Stopwatch
@@ -111,7 +112,8 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
         # The order of a stream is not promised, so its logits cannot be found again.
         return RunTeacher(network, None, scores, logits if is_indexable else None)
 
-    store = open_teacher_cache(args, data, settings.amp_dtype)
+    with _asking_for_order(args, data.classes):
+        store = open_teacher_cache(args, data, settings.amp_dtype)
     missing = distributed.from_main(lambda: _check_space(store, views_of(args)))
     cached = None
     if loader is not None and isinstance(data.val, ImageSource):
@@ -184,28 +186,26 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
             cfg = models.pretrained_cfg(arch)
             config |= {"mean": list(cfg.mean), "std": list(cfg.std)}
         classes_from = f"--teacher_classes {args.teacher_classes}:" if names else f"{path}:"
-        with flags_for(
-            architecture="--teacher_arch", checkpoint="--teacher_path", names=classes_from
+        with (
+            _asking_for_order(args, data.classes),
+            flags_for(
+                architecture="--teacher_arch", checkpoint="--teacher_path", names=classes_from
+            ),
         ):
-            try:
-                network: Any = load_teacher(
-                    arch,
-                    path,
-                    len(data.classes),
-                    teacher_device,
-                    classes=data.classes,
-                    teacher_classes=names,
-                    input_config=config,
-                    default_config=data.config,
-                    use_ema=args.use_ema,
-                )
-            except UserError as error:
-                if error.subject != "order":
-                    raise
-                raise _ask_for_order(args, data.classes, error) from error
+            network: Any = load_teacher(
+                arch,
+                path,
+                len(data.classes),
+                teacher_device,
+                classes=data.classes,
+                teacher_classes=names,
+                input_config=config,
+                default_config=data.config,
+                use_ema=args.use_ema,
+            )
         log(network.info.origin)
         _warn_of_guessed_size(network.info, path, data.config["input_size"])
-        _warn_if_trained_on_holdout(args, network.info, data.images.get("held_out"), path)
+        _warn_if_trained_on_holdout(args, data, network.info, path)
         dtype = getattr(torch, args.teacher_dtype)
         adapter = TeacherAdapter(network, data.config, dtype)
         networks.append(adapter)
@@ -218,29 +218,48 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
     return teacher
 
 
-def _ask_for_order(args: argparse.Namespace, classes: Sequence[str], error: UserError) -> UserError:
-    """The error for a teacher whose classes may be in either of two orders; writes a file."""
-    path = Path(args.output_dir or ".") / "teacher_classes.txt"
-    if distributed.is_main_process():
-        utils.write_whole(path, "".join(f"{name}\n" for name in classes))
-    return UserError(
-        f"--teacher_path {error}; {path} was written with the classes in the data's order: put "
-        f"them into the teacher's, if it is different, and pass --teacher_classes {path}"
-    )
+@contextmanager
+def _asking_for_order(args: argparse.Namespace, classes: Sequence[str]) -> Iterator[None]:
+    """For a teacher whose classes may be in either of two orders: write a file to be put in order.
+
+    Raises: UserError that names the file.
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.subject != "order":
+            raise
+        path = Path(args.output_dir or ".") / "teacher_classes.txt"
+        if distributed.is_main_process():
+            utils.write_whole(path, "".join(f"{name}\n" for name in classes))
+        raise UserError(
+            f"--teacher_path {error}; {path} was written with the classes in the data's order: put "
+            f"them into the teacher's, if it is different, and pass --teacher_classes {path}"
+        ) from error
 
 
 def _warn_if_trained_on_holdout(
-    args: argparse.Namespace, info: TeacherInfo, now_held_out: str | None, path: str
+    args: argparse.Namespace, data: Data, info: TeacherInfo, path: str
 ) -> None:
     """Warn if the teacher's file says that it was trained on images that are held out now.
 
-    Args:
-        now_held_out: which images this run holds out (datasets.held_out_identity).
+    Its record of its images proves it, whatever the folder and --data_set were, unless it was
+    trained on a part of them; then its flags have to do. Collective.
     """
-    trained = info.args
-    if not args.holdout or trained.get("data_set") != args.data_set or "holdout" not in trained:
+    trained, now_held_out = info.args, data.images.get("held_out")
+    if not args.holdout or "holdout" not in trained:
         return
     count, held_out = trained["holdout"], info.images.get("held_out", now_held_out)
+    if (seen := _held_out_images_in(data.val, info, count)) is not None:
+        if seen:
+            log(
+                f"Warning: --holdout {args.holdout}: the teacher {path} was trained on {seen} of "
+                f"the {len(data.val or ())} held-out images that score it; train it with the same "
+                "--holdout"
+            )
+        return
+    if trained.get("data_set") != args.data_set:
+        return
     if count == args.holdout and held_out == now_held_out:
         return
     how = f"--holdout {count}" if count else "no image held out"
@@ -251,6 +270,25 @@ def _warn_if_trained_on_holdout(
         f"with {how}; on the same data, it has learned images that now score it. Train it with the "
         "same --holdout"
     )
+
+
+def _held_out_images_in(val: Source | None, info: TeacherInfo, holdout: int | None) -> int | None:
+    """How many held-out images a teacher was trained on; None if its images are not these.
+
+    Args:
+        val: the held-out images.
+        holdout: how many images the teacher's training held out, see datasets.hold_out.
+    """
+    if not isinstance(val, Subset):
+        return None
+    every = val.source
+    if len(every) - (holdout or 0) != info.images.get("images"):
+        return None
+    others = hold_out(every, holdout)[0] if holdout else None
+    identity = (others or every).identity()
+    if any(info.images.get(name) != value for name, value in identity.items()):
+        return None
+    return int(np.isin(val.positions, others.positions).sum()) if others else len(val)
 
 
 def _warn_of_guessed_size(info: TeacherInfo, path: str, student_size: int) -> None:

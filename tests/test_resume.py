@@ -85,6 +85,16 @@ def test_some_of_the_classes_are_scored_on_those_and_others_are_refused(
     assert run.code == 2 and run.err.endswith("of another model: pass its --model\n")
 
 
+def test_data_that_the_checkpoint_names_and_that_has_moved_is_asked_for(run_main, trained, imnet):
+    imnet.rename(imnet.with_name("moved"))
+    run = run_main("--eval", "true", "--resume", trained)
+    assert run.code == 2 and run.err.count("\n") == 1
+    assert f"--data_path {imnet}: not found from this folder; {trained} was trained with" in run.err
+    assert run_main("--eval", "true", "--resume", trained, "--data_path", imnet).code == 2
+    moved = run_main("--eval", "true", "--resume", trained, "--data_path", imnet.with_name("moved"))
+    assert moved.code == 0
+
+
 def test_a_file_that_names_no_data_is_not_scored_on_the_digits(run_main, teacher_file):
     run = run_main("--eval", "true", "--resume", teacher_file)
     assert (

@@ -200,6 +200,10 @@ def test_args_json_notes_what_changed_when_a_run_was_resumed(
     (tmp_path / "checkpoint-3.pth").unlink()
     again = run_main(*last, output_dir=tmp_path)  # from the checkpoint of epoch 2, once more
     assert changes() == both and again.checkpoint(3)["args"]["changes"] == both
+    torch.save(torch.load(other) | {"fc.bias": torch.ones(10)}, other)
+    run_main(*last, "--epochs", 5, output_dir=tmp_path)
+    replaced = f"--teacher_path {other} → {other} (a different file)"
+    assert changes() == [*both, f"--epochs 4 → 5, {replaced} after epoch 3"]
 
 
 def test_a_truncated_newest_checkpoint_is_passed_over(run_main, short, tmp_path):

@@ -302,6 +302,33 @@ def test_a_teacher_that_has_seen_the_held_out_images_is_warned_of(run_main, shor
     assert seen not in run_main(*short, *kd).out  # the test digits score it
 
 
+def test_held_out_images_that_a_teacher_has_seen_are_counted_in_any_layout(
+    run_main, imnet, tmp_path
+):
+    """By the names, labels and sizes of its images, which its checkpoint holds."""
+
+    def trained(name: str, *flags: object) -> list[str]:
+        flags = ["--input_size", 32, "--batch_size", 8, "--epochs", 1, *flags]
+        assert run_main(*flags, output_dir=tmp_path / name).code == 0
+        return teacher_flags(tmp_path / name / "checkpoint-best.pth")
+
+    whole = trained("whole", "--data_path", imnet)
+    some = trained("some", "--data_path", imnet, "--holdout", 12)
+    student = ["--data_path", imnet / "train", "--input_size", 32, "--batch_size", 8]
+    student += ["--epochs", 1]
+    held_out = tmp_path / "some" / "checkpoint-best.pth"
+    for holdout in (4, 12):
+        out = run_main(*student, "--holdout", holdout, *whole).out
+        assert f"was trained on {holdout} of the {holdout} held-out images that score it" in out
+    assert "held-out images that score it" not in run_main(*student, "--holdout", 12, *some).out
+    kept = set(datasets.stratified(np.repeat(range(3), 8), 12, seed=0))
+    seen = len(set(datasets.stratified(np.repeat(range(3), 8), 6, seed=0)) - kept)
+    out = run_main(*student, "--holdout", 6, *some).out
+    assert 0 < seen < 6 and f"{held_out} was trained on {seen} of the 6 held-out images" in out
+    (imnet / "train" / "bee" / "3.jpg").unlink()  # no longer its images
+    assert "held-out images that score it" not in run_main(*student, "--holdout", 4, *whole).out
+
+
 def test_the_teachers_score_is_printed_logged_and_kept(run_main, short, kd, tmp_path):
     run = run_main(*short, *kd, output_dir=tmp_path)
     printed = float(re.search(r"Teacher on the 360 validation images: acc1 ([\d.]+)", run.out)[1])

@@ -1,6 +1,7 @@
 """Files of weights, whoever wrote them: understood, or refused with the way out."""
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -212,23 +213,44 @@ def test_orders_that_agree_or_that_belong_to_the_data_need_no_name():
     assert order_of_script(TIMM | {"dataset": "tfds/pets"}, FOLDERS, "t.pth")[0] is None
 
 
-def test_an_unclear_order_is_refused_with_a_file_to_correct(run_main, tmp_path):
+@pytest.fixture
+def in_folders(tmp_path) -> list:
+    """The flags of a distillation on images in FOLDERS, from the file t.pth."""
     for part in ("train", "val"):
         write_images(tmp_path / "data" / part, FOLDERS, count=2, size=(8, 8))
+    flags = ["--data_path", tmp_path / "data", "--input_size", 8, "--epochs", 1]
+    return [*flags, *teacher_flags(tmp_path / "t.pth")]
+
+
+def test_an_unclear_order_is_refused_with_a_file_to_correct(run_main, in_folders, tmp_path):
     torch.save(network(num_classes=5).state_dict(), tmp_path / "t.pth")
-    flags = [
-        "--data_path",
-        tmp_path / "data",
-        "--input_size",
-        8,
-        *teacher_flags(tmp_path / "t.pth"),
-    ]
-    run = run_main(*flags, output_dir=tmp_path / "out")
     names = tmp_path / "out" / "teacher_classes.txt"
-    assert run.code == 2 and f"pass --teacher_classes {names}" in run.err
-    assert "output 1 is Bengal if torchvision numbered the class folders, american if" in run.err
-    assert names.read_text().split() == FOLDERS
-    assert run_main(*flags, "--epochs", 1, "--teacher_classes", names).code == 0
+    for cache in ([], ["--teacher_cache", tmp_path / "cache"]):
+        run = run_main(*in_folders, *cache, output_dir=tmp_path / "out")
+        assert run.code == 2 and f"pass --teacher_classes {names}" in run.err
+        told = "output 1 is Bengal if torchvision numbered the class folders, american if"
+        assert told in run.err and names.read_text().split() == FOLDERS
+        names.unlink()
+    names.write_text("\n".join(FOLDERS))
+    assert run_main(*in_folders, "--teacher_classes", names).code == 0
+
+
+def test_a_cache_whose_order_of_classes_was_assumed_by_an_earlier_version_is_refused(
+    run_main, in_folders, tmp_path
+):
+    """Its manifest has no class_order; tests/earlier has a cache that is right, and is read."""
+    file = {"state_dict": network(num_classes=5).state_dict(), "args": argparse.Namespace(**TIMM)}
+    torch.save(file, tmp_path / "t.pth")
+    flags = [*in_folders, "--teacher_cache", tmp_path / "cache"]
+    assert run_main(*flags).code == 0
+    assert "the teacher is not loaded" in run_main(*flags).out
+    manifest = tmp_path / "cache" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["class_order"]
+    manifest.write_text(json.dumps(values))
+    run = run_main(*flags)
+    assert run.code == 2 and run.err.count("\n") == 1
+    assert f"--teacher_cache {tmp_path / 'cache'}: was filled with the teacher's outputs" in run.err
 
 
 # -------------------------------------------------------------------------- recorded accuracies

@@ -272,8 +272,11 @@ class RunState:
         A finished run is refused under another recipe, since its scores belong to the old recipe.
         """
         path, args = checkpoint.path, utils.changes(checkpoint.args, self.args)
-        skipped = NOT_RECIPE | DATA_FLAGS | {"val_images", "changes"}
+        skipped = NOT_RECIPE | DATA_FLAGS | {"val_images", "teacher_hashes", "changes"}
         self.changes = {name: change for name, change in args.items() if name not in skipped}
+        if all(args.get("teacher_hashes", [None])) and "teacher_path" not in args:
+            same = self.args["teacher_path"]
+            self.changes["teacher_path"] = (same, f"{same} (a different file)")
         data = utils.changes(checkpoint.data, self.data_config)
         images = utils.changes(checkpoint.images, self.images)
         if difference := next(_differences(data, args, images, self.changes), ""):
