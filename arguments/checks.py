@@ -171,6 +171,10 @@ def check_folders(args: argparse.Namespace) -> None:
             "classes; pass --data_set IMNET for a folder with train and val, or --eval_data_path "
             "with the folder of validation images, or --holdout N if they are classes"
         )
+    if os.path.isfile(path or ""):
+        raise UserError(
+            f"--data_path {path}: is a file; pass the folder of the images (unpack an archive first)"
+        )
     if args.data_set != "IMNET" or not os.path.isdir(path):
         return
     needed = {"train": not args.eval or args.holdout}

@@ -16,6 +16,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from arguments.derived import is_own_module
+from runtime.distributed import log
 from utils import UserError, few, first_line
 
 from . import cifar, mnist  # noqa: F401
@@ -88,7 +89,9 @@ def _config_of_address(arch: str) -> PretrainedCfg:
 
 @contextmanager
 def fetching(arch: str) -> Iterator[None]:
-    """Raise UserError in one line where timm cannot fetch a model or its weights."""
+    """Report that timm may fetch a model, which can take a minute; UserError where it cannot."""
+    if not arch.startswith("local-dir:"):
+        log(f"Loading {arch} from timm's copy on this machine, else from the network")
     # Its retries without a network would be twelve lines.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

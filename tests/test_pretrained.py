@@ -77,6 +77,13 @@ def test_weights_are_fetched_where_no_checkpoint_can_be_read(run_main, imnet, vi
     assert "timm's pre-trained weights" in again.out and again.log == first.log
 
 
+def test_a_fetch_is_reported_before_it_begins(capsys):
+    """Without a network, it fails after a minute."""
+    with pytest.raises(UserError, match="could not be fetched"), models.fetching("resnet18"):
+        assert "Loading resnet18 from timm's copy" in capsys.readouterr().out
+        raise OSError("no route")
+
+
 def test_flags_overrule_the_size_and_positions_are_resampled(run_main, imnet, tmp_path):
     vit = save_hub_folder(tmp_path / "fixed", "vit_tiny_patch16_224", 7)
     flags = ["--model", vit, "--data_path", imnet, *QUICK, "--input_size", 64, "--lr", 0]
