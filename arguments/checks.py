@@ -173,7 +173,7 @@ def check_folders(args: argparse.Namespace) -> None:
         )
     if os.path.isfile(path or ""):
         raise UserError(
-            f"--data_path {path}: is a file; pass the folder of the images (unpack an archive first)"
+            f"--data_path {path}: is a file; pass a folder of images (unpack an archive first)"
         )
     if args.data_set != "IMNET" or not os.path.isdir(path):
         return
