@@ -1,7 +1,6 @@
 """Fixtures of several test files: the command line in this process, a teacher, a folder."""
 
 import gc
-import multiprocessing
 from pathlib import Path
 
 import forked  # noqa: F401  (forks its server before any test has made threads)
@@ -24,16 +23,16 @@ from PIL import Image
 import main
 import models  # noqa: F401
 from models import cost
+from runtime import signals
 
 gc.freeze()  # else each collection would look at all that torch and timm have made: 0.2 s
 
 
 @pytest.fixture(autouse=True)
 def end_loader_workers():
-    """A persistent worker ends with its loader, which a reference cycle may keep."""
+    """A persistent worker ends with its loader, which a reference cycle or a traceback may keep."""
     yield
-    if multiprocessing.active_children():
-        gc.collect()
+    signals.end_workers()
 
 
 @pytest.fixture
