@@ -205,7 +205,7 @@ def test_a_teacher_of_another_number_of_classes(run_main, tmp_path):
 def test_a_missing_data_folder(run_main, tmp_path):
     refused(run_main("--data_path", tmp_path / "none"), "none/train: is not a folder")
     (tmp_path / "images.zip").touch()
-    refused(run_main("--data_path", tmp_path / "images.zip"), "images.zip: is a file; pass a folder")
+    refused(run_main("--data_path", tmp_path / "images.zip"), "images.zip: is a file; pass a")
 
 
 def test_an_empty_data_folder(run_main, tmp_path):
