@@ -6,7 +6,7 @@ without both: alone, with the soft targets of the large one, and with its soft t
 of all digits but 3. The weight of the distillation loss and the bias of the 3 are chosen on 10,000
 held-out training images.
 
-Takes about 40 minutes on one core. Everything is kept in hinton_out, and is not run again.
+Takes about 70 minutes on one core. Everything is kept in hinton_out, and is not run again.
 """
 
 import json
