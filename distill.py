@@ -24,10 +24,11 @@ from arguments.parsing import given_flags
 from deploy.model import ONNX_PACKAGES
 from pipeline.commands import Command, Commands
 from pipeline.images import look
-from pipeline.plan import Network, Plan
+from pipeline.plan import Network, Plan, label_of
 from pipeline.planning import describe, make_plan
 from pipeline.report import write_report
-from reporting.runs import SCORE
+from reporting.runs import SCORE, read_run
+from training.checkpoints import newest_checkpoint
 from utils import UserError, exit_code, make_folder, write_whole
 
 
@@ -190,18 +191,12 @@ def choose(plan: Plan, commands: Commands) -> dict[str, float]:
     }
 
 
-def label_of(network: Network, kind: str) -> str:
-    """What the scores call a way to train a network."""
-    return kind if kind == "alone" else f"{network.text}, {kind}"
-
-
 def score_of(folder: Path) -> float:
     """The accuracy in % of the last epoch of a run, or of an evaluation with a report."""
-    if not folder.is_dir():
-        report = json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))
-        return max(one["acc1"] for one in report.values())
-    lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
-    return json.loads(lines[-1])[SCORE]
+    if folder.is_dir():
+        return read_run(folder).figures[SCORE]
+    report = json.loads(folder.with_suffix(".json").read_text(encoding="utf-8"))
+    return max(one["acc1"] for one in report.values())
 
 
 def best_teacher(plan: Plan, scores: dict[str, float]) -> tuple[Network, str]:
@@ -227,10 +222,8 @@ def anything_to_move(
     is_above = teacher - alone > error
     tried = "; ".join(f"{name} {score:.1f}" for name, score in scores.items())
     line = f"Accuracy in % on {images} images that choose: {tried}\n"
-    line += (
-        f"Best teacher: {label}, {teacher - alone:+.1f} ± {error:.1f} points beside the student "
-    )
-    line += "alone (standard error): "
+    line += f"Best teacher: {label}, {teacher - alone:+.1f} ± {error:.1f} points (standard error) "
+    line += "beside the student alone: "
     if is_above:
         return line + "there is something to move", True
     return line + "nothing to move, so the student alone is handed over", False
@@ -246,14 +239,7 @@ def train_teacher(plan: Plan, commands: Commands, network: Network, kind: str) -
         folder = commands.out / "teacher"
         flags = plan.training(network, kind, None, plan.images.labeled)
         commands.run("teacher", "teacher", "main.py", [*flags, "--output_dir", str(folder)])
-    return str(last_checkpoint(folder))
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the last epoch of a run."""
-    files = folder.glob("checkpoint-*.pth")
-    numbered = {file.stem.rpartition("-")[2]: file for file in files}
-    return numbered[max((n for n in numbered if n.isdecimal()), key=int)]
+    return newest_checkpoint(folder)
 
 
 def train_students(
@@ -296,7 +282,7 @@ def export(plan: Plan, commands: Commands, student: str) -> list[str]:
 
     Returns: what was written.
     """
-    checkpoint = str(last_checkpoint(commands.out / student))
+    checkpoint = newest_checkpoint(commands.out / student)
     in_timm = models.is_in_timm(plan.student.arch)
     formats = {"timm": "model"} if in_timm else {"pt2": "model.pt2"}
     if has_onnx():
@@ -312,7 +298,7 @@ def export(plan: Plan, commands: Commands, student: str) -> list[str]:
 
 def has_onnx() -> bool:
     """Whether ONNX files can be written and compared."""
-    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+    return all(map(importlib.util.find_spec, ONNX_PACKAGES.split()[2:]))
 
 
 def last_words(
@@ -321,10 +307,10 @@ def last_words(
     """What the user reads at the end."""
     lines = []
     if "mean" in verdict:
+        interval = f" ± {verdict['half_width']:.2f}" if verdict["half_width"] is not None else ""
         lines.append(
-            f"Distillation {verdict['verdict']}: {verdict['mean']:+.2f} ± "
-            f"{verdict['half_width'] or math.nan:.2f} points on {plan.images.test:,} images that "
-            "chose nothing"
+            f"Distillation {verdict['verdict']}: {verdict['mean']:+.2f}{interval} points on "
+            f"{plan.images.test:,} images that chose nothing"
         )
     else:
         lines.append("Nothing to move: no teacher at hand knows more than the student alone")

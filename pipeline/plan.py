@@ -63,6 +63,11 @@ class Network(NamedTuple):
         return ["probe", "finetuned"] if self.weights else ["scratch"]
 
 
+def label_of(network: Network, kind: str) -> str:
+    """What the scores call a way to train a network."""
+    return kind if kind == "alone" else f"{network.text}, {kind}"
+
+
 def find_network(
     text: str, flag: str, classes: Sequence[str], size: Callable[[bool], int]
 ) -> Network:
@@ -117,7 +122,7 @@ class Plan:
     """The commands of a distillation.
 
     Attributes:
-        teachers: (network, kind), in the order in which they are dropped last.
+        teachers: (network, kind); a small budget drops those at the end.
         common: flags of every training.
         alone, distilled: more flags of the student's trainings.
         speeds: by the name of the network.
@@ -175,8 +180,7 @@ class Plan:
     def _lengths(self, epochs: int, images: int, shown: int) -> list[str]:
         """Flags of a training on some images with the budget, and the batches, of `shown`."""
         every = max(1, epochs // EVALUATIONS)
-        batch = min(images // 2 * 2, default_batch_size(shown))  # even, since images are mixed
-        flags = ["--epochs", str(epochs), "--batch_size", str(batch)]
+        flags = ["--epochs", str(epochs), "--batch_size", str(batch_size(images, shown))]
         return flags + ["--eval_freq", str(every), "--save_ckpt_freq", str(every)]
 
     # -------------------------------------------------------------------------------- times
@@ -211,6 +215,11 @@ class Plan:
             return speed.start + (shown + scored) * speed.image / 3
         passes = self.epochs_of(network, kind, shown, shown)
         return speed.start + speed.image * (passes * shown + scored * (EVALUATIONS + 1) / 3)
+
+
+def batch_size(images: int, shown: int) -> int:
+    """Of a training on some images with the batches of `shown`: even, since images are mixed."""
+    return min(images // 2 * 2, default_batch_size(shown))
 
 
 def scales(folds: int, candidates: int, seeds: int | None) -> Iterator[Scale]:

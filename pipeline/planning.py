@@ -7,17 +7,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from arguments.defaults import default_batch_size, usable_cores
+from arguments.defaults import usable_cores
 from arguments.derived import SMALL
 from arguments.flags import OF_TEACHER
 from arguments.parsing import command_words, without
+from models.checkpoint import local_file
 from pipeline import rules
 from pipeline.commands import Commands
 from pipeline.images import Images
-from pipeline.plan import KINDS, Network, Plan, Scale, Speed, find_network, fit
+from pipeline.plan import KINDS, Network, Plan, Scale, Speed, batch_size, find_network, fit
 from pipeline.rules import Choice
 from reporting.tables import table
 from runtime.device import default_device
+from teacher.cache import hash_of_file
 from utils import UserError, changes, write_whole
 
 MEASURED = 64  # images whose training is timed
@@ -65,7 +67,7 @@ def make_plan(
     plan = Plan(images, teachers, student, common, alone, distilled, {}, everything, jobs)
     identity = {
         "images": images.identity,
-        "networks": [" ".join(map(str, network)) for network in [student, *networks]],
+        "networks": [identity_of(network) for network in [student, *networks]],
         "flags": [*common, *distilled, f"--seeds {args.seeds} --budget {args.budget}"],
     }
     file = args.out / "plan.json"
@@ -86,15 +88,21 @@ def make_plan(
     return plan, [choice, *choices]
 
 
+def identity_of(network: Network) -> str:
+    """Changes with a network, the size of its input, and the contents of its file of weights."""
+    file = network.text.partition("=")[2]
+    digest = hash_of_file(local_file(file)) if file else ""
+    return " ".join(map(str, [*network, digest]))
+
+
 def measure(network: Network, plan: Plan, out: Path) -> Speed:
     """Train on a few images, and read how long that took."""
     count = min(MEASURED, plan.images.labeled)
-    batch = min(count // 2 * 2, default_batch_size(plan.all_images))
     epochs = 2 if network.size >= SMALL else 60  # a step of a small network takes a millisecond
     folder = out / "plan" / network.name
     flags = [*plan.images.flags(), *network.flags, *plan.common, "--disable_eval", "true"]
     flags += ["--train_samples", str(count), "--epochs", str(epochs), "--save_ckpt", "false"]
-    flags += ["--batch_size", str(batch), "--auto_resume", "false"]
+    flags += ["--batch_size", str(batch_size(count, plan.all_images)), "--auto_resume", "false"]
     name = f"plan/{network.name}"
     commands = Commands(out, {"measure": 0}, plan.jobs)
     started = time.monotonic()

@@ -20,7 +20,7 @@ from data.pictures import decode
 from deploy.comparison import size_of
 from pipeline.commands import Command, Commands
 from pipeline.images import Images
-from pipeline.plan import KINDS, Plan
+from pipeline.plan import KINDS, Plan, label_of
 from reporting import metrics, page
 from reporting.plots import page_pictures
 from reporting.runs import SCORE, Group, group_runs, read_json, read_run
@@ -238,7 +238,7 @@ def tried(plan: Plan, result: Mapping[str, Any]) -> list[list[str]]:
     scores, rows = result["choose"], [["", "accuracy %", ""]]
     rows.append([f"{plan.student.arch}, the student alone", f"{scores['alone']:.1f}", ""])
     for network, kind in plan.teachers:
-        score, outcome = scores.get(f"{network.arch}, {kind}"), "dropped"
+        score, outcome = scores.get(label_of(network, kind)), "dropped"
         if score is None:
             outcome = "not tried, for --budget"
         elif [network.name, kind] == result["teacher"] and "mean" in result["verdict"]:

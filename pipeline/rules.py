@@ -71,7 +71,7 @@ def distillation(unlabeled: int) -> tuple[list[str], list[Choice]]:
     if unlabeled:
         alpha = 0.9, "with images without labels, 0.9 was better than 0.7 (docs/unlabeled.md)"
     else:
-        alpha = 0.7, "the default of the guide; 0.7 and 0.9 were equally good (docs/results.md)"
+        alpha = 0.7, "the default of the guide (docs/results.md)"
     temperature = 4.0, "the default of the guide; it hardly mattered (docs/results.md)"
     return ["--kd_alpha", str(alpha[0]), "--kd_temperature", str(temperature[0])], [
         Choice("alpha", str(alpha[0]), alpha[1], "--recipe FILE"),

@@ -113,7 +113,8 @@ def manifest_of(
     return fields | {"note": versions | {"kd_temperature": args.kd_temperature}}
 
 
-def _hash_of_file(path: str) -> str:
+def hash_of_file(path: str) -> str:
+    """64 hexadecimal digits that stand for the contents of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -122,7 +123,7 @@ def hashes_of_teachers(args: argparse.Namespace) -> list[str]:
     """SHA-256 of the file of each teacher, on every process; '' for timm's weights. Collective."""
     paths = [teacher.path for teacher in teachers_of(args)]
     return distributed.from_main(
-        lambda: ["" if path == PRETRAINED else _hash_of_file(local_file(path)) for path in paths]
+        lambda: ["" if path == PRETRAINED else hash_of_file(local_file(path)) for path in paths]
     )
 
 
@@ -132,14 +133,14 @@ def _identity_of(teacher: Teacher, use_ema: str) -> str:
     And of the file with the code of a network of the user's own, though not of what that imports.
     """
     if teacher.path != PRETRAINED:
-        identity = f"sha256 {_hash_of_file(local_file(teacher.path))}"
+        identity = f"sha256 {hash_of_file(local_file(teacher.path))}"
         if use_ema != "auto":
             checkpoint = read_checkpoint(teacher.path)
             if checkpoint.has_ema and checkpoint.weights().is_ema != (use_ema == "true"):
                 identity = f"--use_ema {use_ema}, {identity}"  # not the weights that auto chooses
         if is_own_module(teacher.arch):
             with flags_for(architecture="--teacher_arch"):
-                identity += f", code sha256 {_hash_of_file(code_file(teacher.arch))}"
+                identity += f", code sha256 {hash_of_file(code_file(teacher.arch))}"
         return identity
     with flags_for(architecture="--teacher_arch"):
         cfg = models.pretrained_cfg(teacher.arch)

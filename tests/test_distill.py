@@ -15,6 +15,7 @@ import distill
 from pipeline import commands, images, rules
 from pipeline.images import look
 from pipeline.plan import Network, Plan, Scale, Speed, fit
+from pipeline.planning import identity_of
 from utils import UserError
 
 
@@ -140,6 +141,17 @@ def test_a_budget_is_kept_and_one_that_is_too_small_says_what_would_fit():
     needed = int(re.search(r"--budget (\d+)m", str(caught.value))[1])
     assert sum(plan.seconds().values()) <= 60 * needed
     assert fit(plan, 60 * needed, None).share == 0.25
+
+
+def test_weights_that_were_replaced_under_their_name_are_noticed(tmp_path):
+    file = tmp_path / "teacher.pth"
+    network = Network(f"resnet18={file}", ("--finetune", str(file)), "", "", 32, 1)
+    identities = set()
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        identities.add(identity_of(network))
+    assert len(identities) == 2
+    assert identity_of(network) in identities
 
 
 @pytest.mark.parametrize(

@@ -79,13 +79,14 @@ def distilled(tmp_path, monkeypatch):
         root=str(root), folder=out / "images", classes=CLASSES, labeled=8, test=4, unlabeled=0,
         folds=1, chosen_by=2, side=20, pile="", identity="0123",
     )  # fmt: skip
-    teacher = Network("big", (), "", "", 32, 100)
+    teacher = Network("big=w.pth", (), "", "", 32, 100)
     plan = SimpleNamespace(
         images=images, student=Network("small", (), "", "", 32, 10), scale=Scale(1, 1, 2, 1),
         teachers=[(teacher, "scratch"), (teacher._replace(text="huge"), "scratch")],
     )  # fmt: skip
     verdict = {"verdict": "helps", "mean": 10.0, "half_width": 4.5, "seeds": 2}
-    result = {"choose": {"alone": 50.0, "big, scratch": 75.0}, "teacher": ["big", "scratch"]}
+    scores = {"alone": 50.0, "big=w.pth, scratch": 75.0}
+    result = {"choose": scores, "teacher": [teacher.name, "scratch"]}
     result |= {"line": "", "verdict": verdict, "files": [str(out / "model")]}
 
     def write() -> str:
@@ -109,7 +110,8 @@ def test_the_page_has_verdict_interval_and_mistakes_and_escapes_names(distilled,
     assert "(1 of 1, the surest first)" in text and "cat, 88 %" in text
     assert "<b>&, 88 %" in text and found.elements["b"] == 0  # the teacher, with a foreign name
     assert "--out 'my <model>'" in text
-    assert "not tried, for --budget" in text  # the second teacher
+    assert text.count("not tried, for --budget") == 1  # the second teacher
+    assert "75.0" in found.text and "the teacher" in found.text
     assert "http" not in html.replace("http-equiv", "") and found.elements["script"] == 0
 
 
