@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from runtime.distributed import log
 from utils import UserError, few
 
 T = TypeVar("T")
+File = tuple[ImageSource, int]  # an image that is in a file
 BATCH = 32  # images that a worker reads before it answers
 MOST = 20  # images that are named; the others are counted
 SECONDS = 10  # between two printed lines
@@ -120,53 +122,58 @@ def warn_of_validation_copies(train: ImageSource, val: ImageSource) -> None:
 
     Of more than IDENTIFYING images of one kind, only so many are compared, evenly spread.
     """
-    of_val = _paths(val, np.arange(len(val)))
+    of_val = _files(val, np.arange(len(val)))
     has_label = train.targets < len(train.classes)
     for kind, positions in (
         ("training images", np.flatnonzero(has_label)),
         ("images without a label", train.without_label()),
     ):
-        files = _paths(train, positions)
+        files = _files(train, positions)
         if copies := _copies(files, of_val):
+            names = few(source.path(index) for source, index in copies)
             log(
                 f"Warning: {len(copies):,} of {len(files):,} {kind} are validation images too "
-                f"({few(copies)}), so the score is not that of unseen images; remove them"
+                f"({names}), so the score is not that of unseen images; remove them"
             )
 
 
-def _paths(source: ImageSource, positions: np.ndarray) -> list[str]:
-    """Files of at most IDENTIFYING of these images; none for images that are not in files."""
-    paths = (source.path(positions[index]) for index in evenly(len(positions)))
-    return [path for path in paths if path]
+def _files(source: ImageSource, positions: np.ndarray) -> list[File]:
+    """At most IDENTIFYING of these images; none for images that are not in files."""
+    chosen = positions[evenly(len(positions))].tolist()
+    return [(source, index) for index in chosen if source.path(index)]
 
 
-def _copies(files: list[str], others: list[str]) -> list[str]:
+def _copies(files: list[File], others: list[File]) -> list[File]:
     """Those of the files whose bytes one of the others has."""
-    for key in (os.path.getsize, _parts):  # few files have a size in common, so few are read
+    for key in (_size, _parts):  # few files have a size in common, so few are read
 
-        def look(path: str, key: Callable[[str], object] = key) -> object:
+        def look(file: File, key: Callable[[ImageSource, int], object] = key) -> object:
             try:
-                return key(path)
+                return key(*file)
             except OSError:  # found and named when the images are read
                 return None
 
-        paths = [*files, *others]
+        both = [*files, *others]
         with ThreadPoolExecutor(THREADS) as pool:
-            keys = dict(zip(paths, pool.map(look, paths), strict=True))
-        common = {keys[path] for path in files} & {keys[path] for path in others} - {None}
-        files, others = ([p for p in paths if keys[p] in common] for paths in (files, others))
+            keys = dict(zip(both, pool.map(look, both), strict=True))
+        common = {keys[file] for file in files} & {keys[file] for file in others} - {None}
+        files, others = ([f for f in some if keys[f] in common] for some in (files, others))
     return files
 
 
-def _parts(path: str) -> bytes:
+def _size(source: ImageSource, index: int) -> int:
+    return source.stamp(index)[0]
+
+
+def _parts(source: ImageSource, index: int) -> bytes:
     """A hash of a file, or of the beginning, the middle and the end of a large one."""
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    with source.open(index) as file:
+        size = file.seek(0, os.SEEK_END)
         digest = hashlib.sha256()
         for place in (0, size // 2, size - PART) if size > 3 * PART else (0, PART, 2 * PART):
             file.seek(place)
             digest.update(file.read(PART))
-        return digest.digest()
+    return digest.digest()
 
 
 def warn_of_similar_classes(classes: Sequence[str]) -> None:
@@ -181,8 +188,8 @@ def warn_of_similar_classes(classes: Sequence[str]) -> None:
 
 def warn_of_dark_images(source: ImageSource) -> None:
     """Warn of images with 16 bits per pixel that use a small part of the range, as of 12 bits."""
-    paths = _paths(source, evenly(len(source), FEW))
-    values = map(pictures.brightest, paths)
+    files = [i for i in evenly(len(source), FEW).tolist() if source.path(i)]
+    values = [pictures.brightest(partial(source.open, index)) for index in files]
     wide = [value for value in values if value is not None]
     if wide and max(wide) < DARK:
         bits = max(wide).bit_length()

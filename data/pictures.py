@@ -2,7 +2,8 @@
 
 import io
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -159,10 +160,10 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def brightest(path: str) -> int | None:
+def brightest(open_file: Callable[[], IO[bytes]]) -> int | None:
     """The largest value of an image with 16 or more bits per pixel; None for any other file."""
     try:
-        with Image.open(path) as image:
+        with open_file() as file, Image.open(file) as image:
             return int(np.asarray(image).max()) if image.mode.startswith("I") else None
     except Exception:  # what cannot be read is reported when it is decoded
         return None

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, tee
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from timm.data import IterableImageDataset
@@ -50,8 +50,16 @@ class ImageSource(Dataset):
         return {}
 
     def path(self, index: int) -> str:
-        """Path of an image's file; '' for an image that is not in a file of its own."""
+        """Path that names an image's file, also one within an archive; '' without a file."""
         return ""
+
+    def open(self, index: int) -> IO[bytes]:
+        """The file of an image that has a path, as it is stored. Raises: OSError."""
+        raise NotImplementedError
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        """Bytes of that file, and its time of modification in nanoseconds. Raises: OSError."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -206,12 +214,18 @@ class FileSource(ImageSource):
         name = self.text[self.starts[index] : self.starts[index + 1]].tobytes()
         return os.path.join(self.folder, os.fsdecode(name))
 
+    def open(self, index: int) -> IO[bytes]:
+        return open(self.path(index), "rb")
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        status = os.stat(self.path(index))
+        return status.st_size, status.st_mtime_ns
+
     def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
         """Hashes of the sizes of files and of their times of modification, in nanoseconds."""
 
         def stamps(positions: np.ndarray) -> list[tuple[int, int]]:
-            stats = (os.stat(self.path(index)) for index in positions.tolist())
-            return [(file.st_size, file.st_mtime_ns) for file in stats]
+            return [self.stamp(index) for index in positions.tolist()]
 
         hashes = {"image_sizes": hashlib.sha256(), "image_times": hashlib.sha256()}
         try:
@@ -246,7 +260,31 @@ def stratified(targets: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.sort(by_class[picks.astype(np.int64)])
 
 
-class Subset(ImageSource):
+class Composed(ImageSource):
+    """Images of other sources."""
+
+    def at(self, index: int) -> tuple[ImageSource, int]:
+        """The source that holds an image, and the image's index there."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> Picture:
+        source, index = self.at(index)
+        return source.load(index)
+
+    def path(self, index: int) -> str:
+        source, index = self.at(index)
+        return source.path(index)
+
+    def open(self, index: int) -> IO[bytes]:
+        source, index = self.at(index)
+        return source.open(index)
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        source, index = self.at(index)
+        return source.stamp(index)
+
+
+class Subset(Composed):
     """Some images of a source, which may itself be a subset. Making one is collective."""
 
     def __init__(self, source: ImageSource, positions: np.ndarray) -> None:
@@ -254,8 +292,8 @@ class Subset(ImageSource):
         super().__init__(targets, source.classes)
         self.source, self.positions = source, positions
 
-    def load(self, index: int) -> Picture:
-        return self.source.load(self.positions[index])
+    def at(self, index: int) -> tuple[ImageSource, int]:
+        return self.source, int(self.positions[index])
 
     def names(self, positions: np.ndarray) -> np.ndarray:
         return self.source.names(self.positions[positions])
@@ -263,11 +301,8 @@ class Subset(ImageSource):
     def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
         return self.source.contents(self.positions[part] for part in parts)
 
-    def path(self, index: int) -> str:
-        return self.source.path(self.positions[index])
 
-
-class Joined(ImageSource):
+class Joined(Composed):
     """The images of two sources with the same classes, one after the other; made collectively."""
 
     def __init__(self, first: ImageSource, second: ImageSource) -> None:
@@ -277,17 +312,9 @@ class Joined(ImageSource):
         super().__init__(targets, first.classes)
         self.first, self.second = first, second
 
-    def _at(self, index: int) -> tuple[ImageSource, int]:
+    def at(self, index: int) -> tuple[ImageSource, int]:
         count = len(self.first)
         return (self.first, index) if index < count else (self.second, index - count)
-
-    def load(self, index: int) -> Picture:
-        source, index = self._at(index)
-        return source.load(index)
-
-    def path(self, index: int) -> str:
-        source, index = self._at(index)
-        return source.path(index)
 
     def names(self, positions: np.ndarray) -> np.ndarray:
         """Bytes; a name of the second source gets a mark, since both may have it."""
