@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from arguments.kinds import ShowDefaults, str2bool
+from arguments.kinds import script_parser
 from arguments.parsing import given_flags
 from deploy.model import ONNX_PACKAGES
 from pipeline.commands import Command, Commands
@@ -34,49 +34,26 @@ from utils import UserError, exit_code, make_folder, write_whole
 
 def get_parser() -> argparse.ArgumentParser:
     """The flags of this script; those of main.py follow after --."""
-    parser = argparse.ArgumentParser(
-        "distill.py",
-        usage="python distill.py IMAGES --out FOLDER [--flag value ...] [-- FLAGS of main.py]",
-        description=__doc__.partition("\n")[0],
-        formatter_class=ShowDefaults,
-        allow_abbrev=False,
-    )
+    usage = "IMAGES --out FOLDER [--flag value ...] [-- FLAGS of main.py]"
+    parser, switch = script_parser("distill.py", usage, __doc__)
     add = parser.add_argument
+    # fmt: off
     add("images", help="class folders, or a folder with train/ and val/, or what --labels names")
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder of everything written")
     add("--labels", default="", metavar="FILE", help="text file of paths below IMAGES and classes")
-    add(
-        "--eval_labels",
-        default="",
-        metavar="FILE",
-        help="text file like --labels of the images that judge (default: a fifth of the labeled)",
-    )
-    add(
-        "--unlabeled",
-        default="",
-        metavar="FOLDER",
-        help="folder of images without labels, or 'rest' for those below IMAGES without a label",
-    )
-    add(
-        "--teacher",
-        action="append",
-        metavar="ARCH[=FILE]",
-        help="teacher to try, with a file of its weights; may be repeated",
-    )
+    add("--eval_labels", default="", metavar="FILE", help=
+        "text file like --labels of the images that judge (default: a fifth of the labeled)")
+    add("--unlabeled", default="", metavar="FOLDER", help=
+        "folder of images without labels, or 'rest' for those below IMAGES without a label")
+    add("--teacher", action="append", metavar="ARCH[=FILE]", help=
+        "teacher to try, with a file of its weights; may be repeated")
     add("--student", metavar="ARCH[=FILE]", help="student, with a file of its weights")
     add("--input_size", type=int, metavar="N", help="side of the student's images in pixels")
     add("--seeds", type=int, metavar="N", help="trainings of each student (default: 4, or fewer)")
     add("--budget", default="2h", metavar="TIME", help="time for everything, such as 30m or 2h")
     add("--recipe", metavar="FILE", help="file of flags for the distilled students")
-    add(
-        "--plan",
-        type=str2bool,
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="true|false",
-        help="print the plan and stop",
-    )
+    switch("--plan", help="print the plan and stop")
+    # fmt: on
     return parser
 
 
@@ -120,9 +97,16 @@ def distill(argv: Sequence[str] | None) -> None:
         verdict = {"verdict": "nothing to move"}
         train_students(plan, commands, None, "")
     student = hand_over(plan, verdict)
+    temperature = calibrate(plan, commands, student)
     exported = export(plan, commands, student)
-    summary = {"choose": scores, "teacher": [teacher.name, kind], "line": line, "verdict": verdict}
-    summary["files"] = exported
+    summary = {
+        "choose": scores,
+        "teacher": [teacher.name, kind],
+        "line": line,
+        "verdict": verdict,
+        "files": exported,
+        "temperature": temperature,
+    }
     write_whole(args.out / "result.json", json.dumps(summary, indent=1))
     page = write_report(plan, commands, summary, student, file, words)
     lines = last_words(plan, verdict, student, exported)
@@ -169,20 +153,16 @@ def choose(plan: Plan, commands: Commands) -> dict[str, float]:
     names: dict[str, list[str]] = {}
     tried: list[Command] = []
     for network, kind in [(plan.student, "alone"), *plan.teachers[: plan.scale.candidates]]:
-        label = label_of(network, kind)
-        if kind == "given":
-            name = f"choose/{network.name}-given"
-            report = ["--report", str(commands.out / f"{name}.json")]
-            flags = ["--eval", "true", "--resume", network.file, *plan.images.labeled_flags]
-            tried.append(Command(name, "main.py", [*flags, *report]))
-            names[label] = [name]
-            continue
         for fold in range(plan.scale.folds):
             name = f"choose/{network.name}-{kind}/{fold}"
-            names.setdefault(label, []).append(name)
-            shown = plan.all_images if kind == "alone" else plan.images.labeled
-            flags = plan.training(network, kind, fold, shown)
-            flags += ["--output_dir", str(commands.out / name)]
+            names.setdefault(label_of(network, kind), []).append(name)
+            if kind == "given":
+                flags = ["--eval", "true", "--resume", network.file, *plan.images.flags(fold)]
+                flags += ["--report", str(commands.out / f"{name}.json")]
+            else:
+                shown = plan.all_images if kind == "alone" else plan.images.labeled
+                flags = plan.training(network, kind, fold, shown)
+                flags += ["--output_dir", str(commands.out / name)]
             tried.append(Command(name, "main.py", flags))
     commands.run_all("choose", tried)
     return {
@@ -214,7 +194,7 @@ def anything_to_move(
     that know nothing more passes; the verdict at the end would find that out, and a teacher that is
     stopped here could not.
     """
-    images = plan.images.chosen_by * plan.scale.folds // plan.images.folds
+    images = plan.chosen_by
     label = label_of(*best)
     teacher, alone = scores[label], scores["alone"]
     variance = sum(share * (100 - share) for share in (teacher, alone)) / images
@@ -275,6 +255,19 @@ def hand_over(plan: Plan, verdict: dict[str, Any]) -> str:
     """The folder of the student to deploy: that of the first seed, which no score has chosen."""
     is_distilled = verdict.get("mean", -1) > 0
     return f"students/kd={str(is_distilled).lower()},seed=0"
+
+
+def calibrate(plan: Plan, commands: Commands, student: str) -> float:
+    """Fit a temperature for the student on the images that judge, which changes no prediction.
+
+    Returns: the temperature; 1 if these images allow none.
+    """
+    report = commands.out / "calibration.json"
+    flags = ["--eval", "true", "--resume", newest_checkpoint(commands.out / student)]
+    flags += ["--calibrate", "true", "--report", str(report), *plan.images.flags()]
+    commands.run("export and report", "calibrate", "main.py", flags)
+    reports = json.loads(report.read_text(encoding="utf-8"))
+    return reports["student"]["temperature"]
 
 
 def export(plan: Plan, commands: Commands, student: str) -> list[str]:

@@ -136,14 +136,16 @@ def require_other_images(args: argparse.Namespace) -> None:
         )
 
 
-def images_to_calibrate(args: argparse.Namespace, checkpoint: Checkpoint) -> Source:
-    """The training images that the training of a checkpoint held out; UserError without any."""
+def images_to_calibrate(args: argparse.Namespace, checkpoint: Checkpoint) -> Source | None:
+    """The training images that the training of a checkpoint held out; None if it held out none."""
     holdout = checkpoint.run_args.get("holdout")
     if not holdout:
-        raise UserError(
-            f"--calibrate true: the training of {args.resume} held out no images, on which a "
-            "temperature could be fitted; train with --holdout N"
+        log(
+            f"Warning: --calibrate true: the training of {args.resume} held out no images, so the "
+            "temperature is fitted on the images that are scored, and no calibrated scores are "
+            "reported, which would say little about different images"
         )
+        return None
     held_out = datasets.open_validation(args, checkpoint.classes, holdout)
     if checkpoint.images.get("held_out") != held_out_identity(held_out):
         raise UserError(
@@ -196,10 +198,8 @@ def score_checkpoint(
         check_images([val], args.num_workers)
     settings = loop_settings(args, device)
     loader = build_eval_loader(args, val, config, device)
-    held_out = None
-    if args.calibrate:
-        images = images_to_calibrate(args, checkpoint)
-        held_out = build_eval_loader(args, images, config, device, shared=False)
+    held_out = images_to_calibrate(args, checkpoint) if args.calibrate else None
+    known_loader = build_eval_loader(args, held_out or val, config, device, shared=False)
     student = make_student(args, device, classes)
     network = SelectClasses(student, positions)
     reports = {}
@@ -210,13 +210,15 @@ def score_checkpoint(
             weights = load_network(student, checkpoint, use_ema)
         scores, answers, _ = evaluate(loader, network, settings, args.dist_eval)
         report = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
-        if held_out is not None:
-            known = evaluate(held_out, student, settings, shared=False, keep_logits=True)
+        if args.calibrate:
+            answering = student if held_out else network
+            known = evaluate(known_loader, answering, settings, shared=False, keep_logits=True)
             targets = torch.cat([batch.targets for batch in known.answers]).cpu()
             logits = torch.cat(list(known.logits.values()))
             temperature, problem = metrics.fit_temperature(logits, targets)
             keep_temperature(weights, temperature, problem, suffix)
             report["temperature"] = temperature
+        if held_out:
             tempered = Tempered(network, temperature)
             scaled = evaluate(loader, tempered, settings, args.dist_eval).scores
             scores |= {f"{name}_calibrated": scaled[name] for name in ("loss", "ece")}

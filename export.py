@@ -7,7 +7,6 @@ if there are none. If the two differ by more than rounding, nothing is left at -
 """
 
 import argparse
-import functools
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ import torch
 import datasets
 import models
 from arguments.derived import is_own_module
-from arguments.kinds import ShowDefaults, str2bool
+from arguments.kinds import script_parser
 from data import pictures
 from data.sources import ImageSource, Source, evenly
 from data.transforms import eval_transform
@@ -41,67 +40,37 @@ NOISE = 32  # images
 
 def get_parser() -> argparse.ArgumentParser:
     """The flags of this script."""
-    parser = argparse.ArgumentParser(
-        "export.py",
-        usage="python export.py CHECKPOINT --format timm|onnx|pt2 --out PATH [--flag value ...]",
-        description=__doc__.partition("\n")[0],
-        formatter_class=ShowDefaults,
-        allow_abbrev=False,
-    )
+    usage = "CHECKPOINT --format timm|onnx|pt2 --out PATH [--flag value ...]"
+    parser, switch = script_parser("export.py", usage, __doc__)
     add = parser.add_argument
-    switch = functools.partial(add, type=str2bool, nargs="?", const=True, default=False)
+    # fmt: off
     add("checkpoint", help="a checkpoint that main.py wrote")
-    add(
-        "--format",
-        required=True,
-        choices=("timm", "onnx", "pt2"),
-        help="output format: a folder for timm.create_model('local-dir:PATH', pretrained=True) "
-        "(timm), a file for onnxruntime and others (onnx) or for torch.export.load (pt2)",
-    )
+    add("--format", required=True, choices=("timm", "onnx", "pt2"), help=
+        "output format: a folder for timm.create_model('local-dir:PATH', pretrained=True) (timm), "
+        "a file for onnxruntime and others (onnx) or for torch.export.load (pt2)")
     add("--out", required=True, type=Path, help="file or folder to write; must not exist")
-    add(
-        "--use_ema",
-        default="auto",
-        choices=("auto", "true", "false"),
-        help="weights to export: those with the better recorded accuracy, else the EMA (auto), the "
-        "EMA (true) or the raw weights (false)",
-    )
-    switch(
-        "--with_preprocessing",
-        help="include normalization and softmax: the file takes RGB pixels (B, H, W, 3) uint8 and "
-        "returns probabilities; onnx and pt2",
-    )
-    switch(
-        "--half",
-        help="store weights in float16 and compute in float16 (onnx, pt2); input and output stay "
-        "float32",
-    )
-    switch(
-        "--int8",
-        help="quantize weights and activations to 8 bits with onnxruntime, calibrated on training "
-        "images; onnx",
-    )
-    add(
-        "--opset",
-        type=int,
-        metavar="N",
-        default=writers.OPSET,
-        help=f"version of the ONNX operators, at least {writers.OPSET}; onnx",
-    )
-    add(
-        "--push_to_hub",
-        metavar="NAME",
-        help="after the comparison, upload the folder to the Hugging Face hub as NAME; timm",
-    )
+    add("--use_ema", default="auto", choices=("auto", "true", "false"), help=
+        "weights to export: those with the better recorded accuracy, else the EMA (auto), the "
+        "EMA (true) or the raw weights (false)")
+    switch("--with_preprocessing", help=
+        "include normalization and softmax: the file takes RGB pixels (B, H, W, 3) uint8 and "
+        "returns probabilities; onnx and pt2")
+    switch("--half", help=
+        "store weights in float16 and compute in float16 (onnx, pt2); input and output stay "
+        "float32")
+    switch("--int8", help=
+        "quantize weights and activations to 8 bits with onnxruntime, calibrated on training "
+        "images; onnx")
+    add("--opset", type=int, metavar="N", default=writers.OPSET, help=
+        f"version of the ONNX operators, at least {writers.OPSET}; onnx")
+    add("--push_to_hub", metavar="NAME", help=
+        "after the comparison, upload the folder to the Hugging Face hub as NAME; timm")
     add("--data_set", help="data set to compare on (default: that of the checkpoint)")
     add("--data_path", help="folder of the images to compare on (default: that of the checkpoint)")
     add("--eval_data_path", help="folder of validation images, as for main.py (default: none)")
-    add(
-        "--compare_images",
-        type=int,
-        default=512,
-        help="maximum number of validation images to compare on, spread evenly over all",
-    )
+    add("--compare_images", type=int, default=512, help=
+        "maximum number of validation images to compare on, spread evenly over all")
+    # fmt: on
     return parser
 
 

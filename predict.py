@@ -28,7 +28,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from tqdm import tqdm
 
 from arguments.defaults import cores_per_process
-from arguments.kinds import ShowDefaults, number
+from arguments.kinds import number, script_parser
 from data import pictures
 from data.transforms import eval_transform
 from deploy.model import Model, open_model
@@ -43,52 +43,28 @@ PATIENCE = 5  # seconds before progress is shown
 
 def get_parser() -> argparse.ArgumentParser:
     """The flags of this script."""
-    parser = argparse.ArgumentParser(
-        "predict.py",
-        usage="python predict.py MODEL IMAGES... [--flag value ...]",
-        description=__doc__.partition("\n")[0],
-        formatter_class=ShowDefaults,
-        allow_abbrev=False,
-    )
+    usage = "MODEL IMAGES... [--flag value ...]"
+    parser, _ = script_parser("predict.py", usage, __doc__)
     add = parser.add_argument
+    # fmt: off
     add("model", help="a checkpoint, a folder of --format timm, an .onnx or a .pt2 file")
     add("images", nargs="+", help="files, folders (searched recursively) and globs")
-    add(
-        "--format",
-        default="table",
-        choices=tuple(FORMATS),
-        help="output format: an aligned table, CSV, or one JSON object per line",
-    )
+    add("--format", default="table", choices=tuple(FORMATS), help=
+        "output format: an aligned table, CSV, or one JSON object per line")
     add("--top_k", type=int, default=5, help="classes to print per image, most probable first")
-    add(
-        "--threshold",
-        type=number,
-        default=0,
-        metavar="P",
-        help=f"answer '{UNKNOWN}' if the most probable class has a probability below P, in 0…1",
-    )
-    add(
-        "--sort_into",
-        metavar="FOLDER",
-        help="copy each image into FOLDER/CLASS; never over a file, whose name is then numbered",
-    )
+    add("--threshold", type=number, default=0, metavar="P", help=
+        f"answer '{UNKNOWN}' if the most probable class has a probability below P, in 0…1")
+    add("--sort_into", metavar="FOLDER", help=
+        "copy each image into FOLDER/CLASS; never over a file, whose name is then numbered")
     add("--batch_size", type=int, default=32, help="images per batch")
-    add(
-        "--device",
-        help="device: cpu, cuda, cuda:1 or mps (default: a GPU if there is one; cpu for .onnx)",
-    )
-    add(
-        "--use_ema",
-        default="auto",
-        choices=("auto", "true", "false"),
-        help="weights of a checkpoint: those with the better recorded accuracy, else the EMA "
-        "(auto), the EMA (true) or the raw weights (false)",
-    )
-    add(
-        "--num_workers",
-        type=int,
-        help=f"image-loading processes (default: 0 for up to {LONG} images, else one per core)",
-    )
+    add("--device", help=
+        "device: cpu, cuda, cuda:1 or mps (default: a GPU if there is one; cpu for .onnx)")
+    add("--use_ema", default="auto", choices=("auto", "true", "false"), help=
+        "weights of a checkpoint: those with the better recorded accuracy, else the EMA (auto), "
+        "the EMA (true) or the raw weights (false)")
+    add("--num_workers", type=int, help=
+        f"image-loading processes (default: 0 for up to {LONG} images, else one per core)")
+    # fmt: on
     return parser
 
 

@@ -31,7 +31,7 @@ from arguments.flags import (
     Flag,
     with_cache,
 )
-from arguments.kinds import ShowDefaults, str2bool
+from arguments.kinds import script_parser
 from arguments.parsing import command_words, given_flags, parse, unknown_flags, without
 from utils import UserError, exit_code, flags_for, write_whole
 
@@ -45,44 +45,21 @@ Values = dict[str, str]  # of the varied flags, as they were typed
 
 def get_parser() -> argparse.ArgumentParser:
     """The flags of this script; those of main.py follow after --."""
-    parser = argparse.ArgumentParser(
-        usage="python sweep.py --vary FLAG=VALUE,VALUE [--vary …] --out FOLDER -- FLAGS of main.py",
-        description=__doc__.partition("\n")[0],
-        formatter_class=ShowDefaults,
-    )
+    usage = "--vary FLAG=VALUE,VALUE [--vary …] --out FOLDER -- FLAGS of main.py"
+    parser, switch = script_parser("sweep.py", usage, __doc__)
     add = parser.add_argument
-    switch = partial(add, type=str2bool, nargs="?", const=True, metavar="true|false")
-    add(
-        "--vary",
-        action="append",
-        required=True,
-        metavar="FLAG=VALUE,VALUE",
-        help="main.py flag and its values",
-    )
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FOLDER",
-        help="folder of all runs and of their teacher caches",
-    )
-    add(
-        "--launcher",
-        default="",
-        metavar="COMMAND",
-        help='launch command for main.py, such as "torchrun --nproc_per_node=8" '
-        "(default: this Python)",
-    )
-    switch(
-        "--share_teacher",
-        default=True,
-        help="give runs with a teacher one --teacher_cache if their flags allow it",
-    )
-    switch(
-        "--print_commands",
-        default=False,
-        help="print the commands of unfinished runs, one per line, and run nothing",
-    )
+    # fmt: off
+    add("--vary", action="append", required=True, metavar="FLAG=VALUE,VALUE", help=
+        "main.py flag and its values")
+    add("--out", type=Path, required=True, metavar="FOLDER", help=
+        "folder of all runs and of their teacher caches")
+    add("--launcher", default="", metavar="COMMAND", help=
+        'launch command for main.py, such as "torchrun --nproc_per_node=8" (default: this Python)')
+    switch("--share_teacher", default=True, help=
+        "give runs with a teacher one --teacher_cache if their flags allow it")
+    switch("--print_commands", help=
+        "print the commands of unfinished runs, one per line, and run nothing")
+    # fmt: on
     return parser
 
 

@@ -434,7 +434,8 @@ add("report", FILE, "", help=
     "JSON file for accuracy per class, confusions and calibration of the last evaluation")
 add("calibrate", SWITCH, False, help=
     "with --eval true, fit a temperature on the held-out training images, report calibrated scores "
-    "and keep the temperature beside the checkpoint for export.py and predict.py")
+    "and keep the temperature beside the checkpoint for export.py and predict.py; without held-out "
+    "images, fit on those that are scored")
 add("crop_pct", SHARE_ABOVE_0, None, role=RECIPE, help=
     "fraction of the resized image that evaluation crops (default: 0.875; 1 for images below 64 "
     "pixels or from 384 pixels up)")

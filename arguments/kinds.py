@@ -55,6 +55,25 @@ class ShowDefaults(argparse.HelpFormatter):
         return super()._format_args(action, default_metavar)
 
 
+def script_parser(name: str, usage: str, doc: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The parser of a script beside main.py, and a function that adds a flag for true or false.
+
+    Args:
+        usage: what follows the script's name.
+        doc: of the script; its first line says what the script does.
+    """
+    parser = argparse.ArgumentParser(
+        name,
+        usage=f"python {name} {usage}",
+        description=(doc or "").partition("\n")[0],
+        formatter_class=ShowDefaults,
+        allow_abbrev=False,
+    )
+    add: Any = parser.add_argument
+    switch = partial(add, type=str2bool, nargs="?", const=True, metavar="true|false")
+    return parser, partial(switch, default=False)
+
+
 class Kind(NamedTuple):
     """What a flag takes."""
 

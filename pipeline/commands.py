@@ -1,5 +1,6 @@
 """Runs the commands of a distillation once each, and shows how far the whole is."""
 
+import ctypes
 import json
 import os
 import shlex
@@ -130,6 +131,7 @@ class Commands:
                 stderr=subprocess.STDOUT,
                 env=self.environment,
                 start_new_session=True,  # Ctrl-C comes once, from here
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
 
     def _watch(self, stage: str, running: Sequence[Command], waiting: int) -> None:
@@ -155,6 +157,11 @@ class Commands:
         spent = _minutes(time.monotonic() - self.began)
         place = f"[{stages.index(stage) + 1}/{len(stages)}] {stage}"
         return f"{place}, {spent} so far, about {_minutes(after)} after it: {detail}"
+
+
+def _end_with_parent() -> None:
+    """Let this process get SIGTERM, at which it saves its state, if its parent is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of sys/prctl.h
 
 
 def _last_line(log: Path) -> str:

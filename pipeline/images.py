@@ -63,12 +63,6 @@ class Images:
             flags += [flag, str(self.folder / f"{name}.csv")]
         return flags
 
-    @property
-    def labeled_flags(self) -> list[str]:
-        """The flags of main.py with which an evaluation scores all labeled images."""
-        file = str(self.folder / "train.csv")
-        return ["--data_set", "image_folder", "--data_path", self.root, "--eval_labels", file]
-
 
 def look(
     root: str, labels: str, eval_labels: str, unlabeled: str, folder: Path, is_known: bool = False

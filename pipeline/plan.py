@@ -152,6 +152,11 @@ class Plan:
         """Labeled and not."""
         return self.images.labeled + self.images.unlabeled
 
+    @property
+    def chosen_by(self) -> int:
+        """Labeled images that choose, over the folds that are run."""
+        return self.images.chosen_by * self.scale.folds // self.images.folds
+
     # ----------------------------------------------------------------------------- commands
 
     def training(self, network: Network, kind: str, fold: int | None, shown: int) -> list[str]:

@@ -119,8 +119,8 @@ def describe(plan: Plan, choices: Sequence[Choice], budget: float) -> str:
         f"Images    {images.labeled:,} labeled to train on, {images.unlabeled:,} without labels; "
         f"{images.test:,} judge; {len(images.classes)} classes, about {images.side} pixels",
     ]
-    judged_by = "each labeled image once" if images.folds > 1 else "a fifth of the labeled images"
-    lines.append(f"Chosen on {images.chosen_by:,} images: {judged_by}, in {scale.folds} part(s)")
+    parts = f"{scale.folds} of {images.folds} parts" if images.folds > 1 else "a fifth"
+    lines.append(f"Chosen on {plan.chosen_by:,} images: {parts} of the labeled images, each once")
     for network, kind in plan.teachers[: scale.candidates]:
         lines.append(f"Teacher   {network.arch}, {kind}: {KINDS[kind]}; {network.size} pixels")
     for network, kind in plan.teachers[scale.candidates :]:

@@ -70,7 +70,7 @@ def write_report(
     again = ("Make all of this again", f"python distill.py {shlex.join(words)}")
     sections = {
         "Student and teacher": page.table(costs(groups, reports), "main")
-        + page.paragraphs(notes(plan, groups), "soft"),
+        + page.paragraphs(notes(plan, groups, result), "soft"),
         "Training and calibration": pictures(groups, reports),
         f"Answers of the student ({name}, seed 0)": shown,
         f"Images that it gets wrong ({min(wrong, MOST_MISTAKES)} of {wrong}, the surest first)": (
@@ -218,7 +218,7 @@ def costs(groups: Mapping[str, Group], reports: Reports) -> list[list[str]]:
     return [*rows, ["MB on disk, float32", *sizes]]
 
 
-def notes(plan: Plan, groups: Mapping[str, Group]) -> list[str]:
+def notes(plan: Plan, groups: Mapping[str, Group], result: Mapping[str, Any]) -> list[str]:
     """What was trained on, and what the figures are."""
     lines = []
     for name, group in groups.items():
@@ -230,6 +230,12 @@ def notes(plan: Plan, groups: Mapping[str, Group]) -> list[str]:
         "Accuracy and calibration error: mean ± standard deviation over the seeds, last epoch. "
         "Latency: median and range on the machine below."
     )
+    if result["temperature"] != 1:
+        lines.append(
+            f"The student that is handed over divides its logits by {result['temperature']:.2f}, "
+            f"fitted on the {plan.images.test:,} images that judge, which changes no answer. Its "
+            "calibration error on different images may be larger than the picture shows."
+        )
     return lines
 
 

@@ -88,6 +88,7 @@ def distilled(tmp_path, monkeypatch):
     scores = {"alone": 50.0, "big=w.pth, scratch": 75.0}
     result = {"choose": scores, "teacher": [teacher.name, "scratch"]}
     result |= {"line": "", "verdict": verdict, "files": [str(out / "model")]}
+    result["temperature"] = 0.5
 
     def write() -> str:
         student = "students/kd=true,seed=0"
@@ -106,6 +107,7 @@ def test_the_page_has_verdict_interval_and_mistakes_and_escapes_names(distilled,
     assert "Distillation helps: +10.0 ± 4.5 points" in text
     assert "+5.5 to +14.5 points (2 seeds" in text and "4 images" in text
     assert "61.50 ± 0.71" in text and "71.50 ± 0.71" in text  # means and deviations of 61, 62
+    assert "divides its logits by 0.50, fitted on the 4 images" in text
     assert "pip install matplotlib" in text and found.elements["img"] == 1  # the mistake
     assert "(1 of 1, the surest first)" in text and "cat, 88 %" in text
     assert "<b>&, 88 %" in text and found.elements["b"] == 0  # the teacher, with a foreign name

@@ -146,8 +146,12 @@ def test_evaluation_reports_and_calibrates_on_held_out_images(run_main, tmp_path
         assert run.code == 2 and "--report" in run.err and "Model" not in run.out, run.err
     none = run_main(*train, "--epochs", 1, output_dir=tmp_path / "all")
     asked = ["--eval", "true", "--resume", none.folder / "checkpoint-0.pth", "--calibrate", "true"]
-    told = run_main(*asked).err
-    assert "held out no images" in told and "--holdout N" in told
+    scored = run_main(*asked, "--report", tmp_path / "r.json")
+    assert "held out no images" in scored.out and "calibrated" not in scored.out.split("Scored")[1]
+    report = json.loads((tmp_path / "r.json").read_text())["student"]
+    assert report["temperature"] != 1 and "ece_calibrated" not in report
+    model = open_model(str(asked[3]), torch.device("cpu"))
+    assert model.card.temperature == report["temperature"]
 
 
 def test_end_of_a_run_tells_scores_costs_time_and_what_to_do(run_main, short, kd, tmp_path):
