@@ -73,7 +73,7 @@ from runtime.device import (
     peak_memory,
 )
 from runtime.distributed import log
-from teacher.cache import hashes_of_teachers
+from teacher.manifest import hashes_of_teachers
 from teacher.prepare import RunTeacher, fill_store, prepare_teacher
 from training import linear_probe
 from training.checkpoints import RunState, check_resumable, claim_output_dir, newest_checkpoint

@@ -223,6 +223,9 @@ add("teacher_cache_dtype", ("float16", "float32"), "float16", cache=COMPARED, he
     "data type of cached logits: float16 or float32")
 add("teacher_cache_topk", COUNT, None, cache=COMPARED, help=
     "cache only the k largest logits per image (default: all)")
+add("teacher_cache_identity", ("content", "stamps"), "content", role=REPEAT, help=
+    "how a new cache identifies image files: by a hash of their bytes, so that copies on other "
+    "machines are accepted (content), or by sizes and times of modification (stamps)")
 add("teacher_cache_only", SWITCH, False, role=REPEAT, help="fill the teacher cache and exit")
 add("teacher_cache_range", Kind(str, "FIRST:END"), None,
     on("teacher_cache_only"), role=REPEAT, help=

@@ -13,9 +13,10 @@ import numpy as np
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from data import pictures
+from data.content import THREADS
 from data.loaders import READ_ONLY, DeviceLoader
 from data.pictures import CANNOT_READ, REMEDY
-from data.sources import THREADS, ImageSource, Source, StreamSource, evenly
+from data.sources import ImageSource, Source, StreamSource, evenly
 from runtime import distributed, signals
 from runtime.distributed import log
 from utils import UserError, few

@@ -14,6 +14,7 @@ from timm.data import IterableImageDataset, create_dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from arguments.derived import TORCHVISION_SETS
+from data.content import ContentIndex
 from data.labels import read_labels
 from data.pictures import Picture, open_image, unreadable
 from data.sources import ArraySource, FileSource, ImageSource, Source, StreamSource, arrays_of_files
@@ -233,7 +234,9 @@ class TableSource(ImageSource):
             raise unreadable(name, error) from error
         return open_image(file, name)
 
-    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
+    def contents(
+        self, parts: Iterable[np.ndarray], index: ContentIndex | None = None
+    ) -> dict[str, str]:
         """Hugging Face's hash, from the paths and times of local files or a download's commit."""
         return {"table": self.reader.dataset._fingerprint}
 

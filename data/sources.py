@@ -6,7 +6,6 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, tee
@@ -16,6 +15,7 @@ import numpy as np
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset
 
+from data.content import ContentIndex, stamps
 from data.pictures import Picture, open_image
 from runtime import distributed
 from utils import UserError
@@ -45,8 +45,14 @@ class ImageSource(Dataset):
         """(P,) integers -> (P,) names that identify the images, such as paths below a folder."""
         return np.asarray(positions)
 
-    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
-        """Plain values that change with any of some images, whose positions come in arrays."""
+    def contents(
+        self, parts: Iterable[np.ndarray], index: ContentIndex | None = None
+    ) -> dict[str, str]:
+        """Plain values that change with any of some images, whose positions come in arrays.
+
+        Args:
+            index: identifies image files by their bytes; None for their stamps, see `fingerprint`.
+        """
         return {}
 
     def path(self, index: int) -> str:
@@ -81,15 +87,20 @@ class ImageSource(Dataset):
         changed_by_a_copy = {"image_times", "table"}
         return self.listing() | {n: v for n, v in contents.items() if n not in changed_by_a_copy}
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, index: ContentIndex | None = None) -> dict[str, Any]:
         """Plain values that differ between two sources, and change with any image.
 
-        Image files are not read: their sizes and times of modification stand for their pixels.
+        Args:
+            index: reads and hashes each image file that the index does not know. With None no file
+                is read: their stamps (size and time of modification) stand for their pixels.
         Raises: UserError for an image file that cannot be found.
         """
         names = "\0".join(self.classes).encode(errors="surrogateescape")
         classes = {"classes": len(self.classes), "class_names": hash_of(names)}
-        return classes | self.listing() | self.contents(_parts(len(self)))
+        listing = self.listing()
+        if index is not None:
+            index.begin(listing["image_names"])
+        return classes | listing | self.contents(_parts(len(self)), index)
 
     def listing(self) -> dict[str, Any]:
         """The number of the images, and hashes of their labels and names."""
@@ -152,7 +163,9 @@ class ArraySource(ImageSource):
         image = self.images[index]
         return image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)
 
-    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
+    def contents(
+        self, parts: Iterable[np.ndarray], index: ContentIndex | None = None
+    ) -> dict[str, str]:
         """The shape and a hash of all pixels, since reading them takes no time."""
         return {"pixels": f"{self.images.shape} {hash_of(np.ascontiguousarray(self.images))}"}
 
@@ -172,9 +185,6 @@ def arrays_of_files(
         starts.append(len(text))
         targets.append(target)
     return [np.frombuffer(text, np.uint8), np.asarray(starts), np.asarray(targets)]
-
-
-THREADS = 16  # that look at files: each look costs a round trip on a network file system
 
 
 class FileSource(ImageSource):
@@ -221,21 +231,17 @@ class FileSource(ImageSource):
         status = os.stat(self.path(index))
         return status.st_size, status.st_mtime_ns
 
-    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
-        """Hashes of the sizes of files and of their times of modification, in nanoseconds."""
-
-        def stamps(positions: np.ndarray) -> list[tuple[int, int]]:
-            return [self.stamp(index) for index in positions.tolist()]
-
-        hashes = {"image_sizes": hashlib.sha256(), "image_times": hashlib.sha256()}
+    def contents(
+        self, parts: Iterable[np.ndarray], index: ContentIndex | None = None
+    ) -> dict[str, str]:
+        """A hash of the files' bytes, or hashes of their sizes and of their times."""
         try:
-            with ThreadPoolExecutor(THREADS) as pool:
-                for positions in parts:
-                    batches = pool.map(stamps, np.array_split(positions, THREADS))
-                    rows = [row for batch in batches for row in batch]
-                    columns = np.array(rows, np.int64).reshape(-1, 2).T
-                    for digest, column in zip(hashes.values(), columns, strict=True):
-                        digest.update(column.tobytes())
+            if index is not None:
+                return {"image_contents": hash_of(*(index.hashes(self, part) for part in parts))}
+            hashes = {"image_sizes": hashlib.sha256(), "image_times": hashlib.sha256()}
+            for part in parts:
+                for digest, column in zip(hashes.values(), stamps(self, part).T, strict=True):
+                    digest.update(column.tobytes())
         except OSError as error:
             raise UserError(
                 f"cannot read the image {os.fsdecode(error.filename)} ({error.strerror}); repair "
@@ -298,8 +304,10 @@ class Subset(Composed):
     def names(self, positions: np.ndarray) -> np.ndarray:
         return self.source.names(self.positions[positions])
 
-    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
-        return self.source.contents(self.positions[part] for part in parts)
+    def contents(
+        self, parts: Iterable[np.ndarray], index: ContentIndex | None = None
+    ) -> dict[str, str]:
+        return self.source.contents((self.positions[part] for part in parts), index)
 
 
 class Joined(Composed):
@@ -326,11 +334,13 @@ class Joined(Composed):
         names[is_first], names[~is_first] = of_first, marked
         return names
 
-    def contents(self, parts: Iterable[np.ndarray]) -> dict[str, str]:
+    def contents(
+        self, parts: Iterable[np.ndarray], index: ContentIndex | None = None
+    ) -> dict[str, str]:
         count, (some, others) = len(self.first), tee(parts)
-        of_first = self.first.contents(p for part in some if len(p := part[part < count]))
+        of_first = self.first.contents((p for part in some if len(p := part[part < count])), index)
         of_second = self.second.contents(
-            p - count for part in others if len(p := part[part >= count])
+            (p - count for part in others if len(p := part[part >= count])), index
         )
         return of_first | {f"{name}_without_label": value for name, value in of_second.items()}
 

@@ -19,7 +19,7 @@ from pipeline.plan import KINDS, Network, Plan, Scale, Speed, batch_size, find_n
 from pipeline.rules import Choice
 from reporting.tables import table
 from runtime.device import default_device
-from teacher.cache import hash_of_file
+from teacher.manifest import hash_of_file
 from utils import UserError, changes, write_whole
 
 MEASURED = 64  # images whose training is timed

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from reporting.timing import Stopwatch
 from runtime import distributed, signals
 from runtime.device import find_device
 from runtime.distributed import log
-from teacher.cache import open_teacher_cache
 from teacher.logit_store import LogitFile, LogitStore, StoredTeacher, ValidationLogits
+from teacher.manifest import open_teacher_cache, validation_fingerprint
 from training.settings import LoopSettings
 from utils import UserError, flags_for
 
@@ -117,7 +118,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
     missing = distributed.from_main(lambda: _check_space(store, views_of(args)))
     cached = None
     if loader is not None and isinstance(data.val, ImageSource):
-        prints = distributed.from_main(data.val.fingerprint)
+        prints = distributed.from_main(partial(validation_fingerprint, store.folder, data.val))
         cached = store.validation_file([prints, data.config], len(data.val))
     # One decision for all processes.
     counts = [missing, cached.missing() if cached else 0]

@@ -262,8 +262,8 @@ def test_what_a_flag_needs_names_flags_and_a_remedy():
 ROLES = {
     DATA: "labels nb_classes unlabeled",
     VALIDATION: "data_path data_set eval_data_path eval_labels holdout",
-    REPEAT: "check_data data_seed eval_freq seed teacher_cache teacher_cache_only "
-    "teacher_cache_range teacher_eval teacher_min_acc1",
+    REPEAT: "check_data data_seed eval_freq seed teacher_cache teacher_cache_identity "
+    "teacher_cache_only teacher_cache_range teacher_eval teacher_min_acc1",
     MACHINE: "auto_resume calibrate compile device dist_eval dist_url eval fast_cuda local_rank "
     "log_dir num_workers output_dir pin_mem print_seconds report resume save_ckpt save_ckpt_freq "
     "save_ckpt_num save_ckpt_steps start_epoch teacher_device use_ema",
@@ -281,10 +281,10 @@ IN_CACHE = {
 
 WITH_A_TEACHER = (
     "ce_weight dkd_alpha dkd_beta kd_alpha kd_loss kd_standardize kd_temperature "
-    "kd_warmup_epochs kd_weight teacher_arch teacher_cache teacher_cache_dtype teacher_cache_only "
-    "teacher_cache_range teacher_cache_topk teacher_classes teacher_device teacher_dtype "
-    "teacher_eval teacher_input_size teacher_min_acc1 teacher_norm teacher_path teacher_weights "
-    "unlabeled use_ema"
+    "kd_warmup_epochs kd_weight teacher_arch teacher_cache teacher_cache_dtype "
+    "teacher_cache_identity teacher_cache_only teacher_cache_range teacher_cache_topk "
+    "teacher_classes teacher_device teacher_dtype teacher_eval teacher_input_size "
+    "teacher_min_acc1 teacher_norm teacher_path teacher_weights unlabeled use_ema"
 )
 
 

@@ -464,9 +464,11 @@ def shown_late(photos: Path) -> Path:
 
 
 @pytest.mark.parametrize("data_set", ["IMNET", "folder"])
-def test_one_replaced_training_image_is_noticed(run_main, photos, photo_flags, data_set):
+def test_one_replaced_training_image_is_noticed_by_its_stamps(
+    run_main, photos, photo_flags, data_set
+):
     flags = [*photo_flags, "--data_path", photos, "--data_set", data_set]
-    assert run_main(*flags).code == 0
+    assert run_main(*flags, "--teacher_cache_identity", "stamps").code == 0
     replace(shown_late(photos))
     run = run_main(*flags)
     assert run.code == 2 and "the images changed since their logits were cached" in run.err
@@ -477,16 +479,30 @@ def test_one_replaced_training_image_is_noticed(run_main, photos, photo_flags, d
     assert run.code == 2 and "cached: their files have different sizes in bytes; use" in run.err
 
 
-def test_equal_names_in_another_folder_are_other_images_unless_it_is_a_copy(
-    run_main, photos, photo_flags, tmp_path
-):
+def test_copied_images_are_the_same_if_their_bytes_are(run_main, photos, photo_flags, tmp_path):
     assert run_main(*photo_flags, "--data_path", photos).code == 0
-    shutil.copytree(photos, tmp_path / "copy")  # with time stamps
-    run = run_main(*photo_flags, "--data_path", tmp_path / "copy")
-    assert run.code == 0 and "the teacher is not loaded" in run.out
-    replace(shown_late(tmp_path / "copy"))
-    run = run_main(*photo_flags, "--data_path", tmp_path / "copy")
-    assert run.code == 2 and "different times of modification" in run.err
+    shutil.move(tmp_path / "cache", tmp_path / "elsewhere")
+    copy, moved = tmp_path / "copy", ["--teacher_cache", tmp_path / "elsewhere"]
+    shutil.copytree(photos, copy, copy_function=shutil.copyfile)  # with other time stamps
+    flags = [*photo_flags, "--data_path", copy, *moved]
+    for has_read in (True, False):  # once, also the validation images
+        run = run_main(*flags)
+        assert run.code == 0 and "the teacher is not loaded" in run.out
+        assert ("reading the image files" in run.out) == has_read
+    path = shown_late(copy)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):  # the index keeps what the cache was filled with
+        run = run_main(*flags)
+        assert run.code == 2 and f"cached: 1 of them have different bytes ({path});" in run.err
+    for index in (tmp_path / "elsewhere").glob("images-*.npy"):  # deleted or cut: costs time only
+        index.unlink() if index.stat().st_size < 1000 else os.truncate(index, 500)
+    run = run_main(*flags)
+    assert run.code == 2 and "cached: the bytes of their files differ; use" in run.err
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "the teacher is not loaded" in run_main(*flags).out
 
 
 def test_a_renamed_training_image_is_noticed(run_main, photos, photo_flags):

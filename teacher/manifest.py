@@ -1,10 +1,11 @@
-"""The teacher cache of a run: what its logits belong to, how it is claimed and filled."""
+"""The teacher cache of a run: what its logits belong to, and whether a run may use them."""
 
 import argparse
 import hashlib
 import importlib.metadata
 import json
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from arguments.derived import (
     teachers_of,
 )
 from arguments.flags import COMPARED, IF_MIXED, with_cache
+from data.content import ContentIndex
 from data.loaders import image_sample
 from data.order import EpochBatches
 from data.pictures import DECODER
@@ -32,15 +34,18 @@ from models.classes import order_of_script
 from models.own import code_file
 from runtime import distributed
 from teacher.logit_store import LogitStore, RowFormat
-from utils import UserError, flags_for
+from utils import UserError, few, flags_for
 
+MANIFEST = "manifest.json"
 FORMAT = 3  # of the files and of the order of their rows; rises when a program would misread others
 SAME_IMAGE = 0.05  # tolerance of means of normalized pixels; rounding of processors is far below
+CONTENTS = "image_contents"  # the field of images that are known by their bytes
 REPLACED_IMAGES = {  # fields of ImageSource.fingerprint, and what a difference says
     "image_names": "they have different paths in the data folder, or different ones were chosen",
     "image_sizes": "their files have different sizes in bytes",
     "image_times": "they have the same paths and sizes, but different times of modification, "
     "because they were edited, or copied without time stamps (cp -p and rsync -a keep time stamps)",
+    CONTENTS: "the bytes of their files differ",
     "pixels": "they have different pixels",
     "table": "Hugging Face's fingerprint of their table differs",
 }
@@ -68,17 +73,26 @@ def open_teacher_cache(
         )
     folder, topk = Path(args.teacher_cache), args.teacher_cache_topk
     with flags_for(folder="--teacher_cache"):
-        manifest = distributed.from_main(lambda: claim(folder, manifest_of(args, data, amp_dtype)))
+        manifest = distributed.from_main(lambda: _claim(folder, args, data, amp_dtype))
     # Of top-k rows, the temperature of the run that created the cache is used.
     temperature = manifest["note"]["kd_temperature"]
     row_format = RowFormat(num_classes, args.teacher_cache_dtype, topk, temperature)
     return LogitStore(folder, len(data.train), order.end, row_format, manifest["id"])
 
 
-def manifest_of(
+def validation_fingerprint(folder: Path, val: ImageSource) -> dict[str, Any]:
+    """What tells validation images from others, by bytes or stamps as the cache's manifest does."""
+    index = ContentIndex(folder) if _is_by_content(read_manifest(folder)) else None
+    fingerprint = val.fingerprint(index)
+    if index is not None:
+        index.save()
+    return fingerprint
+
+
+def _settings(
     args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Everything that the teacher's logits on the training images depend on, in plain values.
+    """Everything but the images that the teacher's logits on them depend on, in plain values.
 
     Other flags may differ between runs that share a cache. A flag says in arguments/flags.py what
     a cache makes of it.
@@ -106,11 +120,13 @@ def manifest_of(
         orders
     ):  # else absent, as in caches of versions that knew no other order than the data's
         fields["class_order"] = hash_of_plain(orders)
+    return fields
+
+
+def _images(data: Data, index: ContentIndex | None) -> dict[str, Any]:
+    """What identifies the training images, by their bytes with an index, and how they look."""
     assert isinstance(data.train, ImageSource)
-    fields |= data.train.fingerprint()
-    fields["augmented"] = image_sample(data.train_loader)
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "numpy", "pillow")}
-    return fields | {"note": versions | {"kd_temperature": args.kd_temperature}}
+    return data.train.fingerprint(index) | {"augmented": image_sample(data.train_loader)}
 
 
 def hash_of_file(path: str) -> str:
@@ -163,52 +179,83 @@ def _assumed_order(path: str, classes: list[str]) -> list[str] | None:
     return None if names == classes else names
 
 
-def claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a store, or compare with the existing one.
+def _claim(
+    folder: Path, args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Write the manifest of a new cache, or prove that an existing cache belongs to this run.
 
-    Args:
-        manifest: plain values by the names of the flags they follow from. 'augmented', a list of
-            floats, is compared with some tolerance, 'note' not at all.
-    Returns: the manifest of the store, with its format and its random id.
+    Returns: the manifest of the cache, with its format and its random id.
     Raises: UserError that names the first field that differs, both values and the remedy.
     """
-    path = folder / "manifest.json"
-    manifest = {"format": FORMAT, "id": secrets.token_hex(16)} | manifest
-    if not path.exists():  # a complete store may be on a read-only disk
+    path, existing = folder / MANIFEST, read_manifest(folder)
+    manifest = _settings(args, data, amp_dtype)
+    if existing:  # compared before any image is read
+        _compare(folder, manifest, {name: existing.get(name) for name in manifest})
+    is_known = _is_by_content(existing) if existing else args.teacher_cache_identity == "content"
+    index = ContentIndex(folder) if is_known else None
+    manifest |= _images(data, index)
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "numpy", "pillow")}
+    manifest["note"] = versions | {"kd_temperature": args.kd_temperature}
+    if not existing:  # a complete store may be on a read-only disk
         utils.make_folder(folder)
         with open(folder / ".lock", "wb") as file:
             utils.lock(file)  # of several runs at once, one creates the manifest
             # The manifest is written first, so rows without one have lost it.
             if any(folder.glob("view-*.sums")) and not path.exists():
                 raise UserError(
-                    f"{folder}: holds logits but no manifest.json, which says what they belong "
+                    f"{folder}: holds logits but no {MANIFEST}, which says what they belong "
                     "to; restore that file, or pass another folder",
                     "cache",
                 )
             if not path.exists():
-                utils.write_whole(path, json.dumps(manifest, indent=1), "cache")
-    existing = _read_manifest(path)
-    if existing.get("format") != FORMAT:
-        raise UserError(
-            f"{folder}: holds a cache of format {existing.get('format')}, but this version reads "
-            f"and writes format {FORMAT}; pass another folder, which this run then fills",
-            "cache",
-        )
-    for field in manifest | existing:
-        ours, theirs = manifest.get(field), existing.get(field)
-        if field in ("id", "note") or ours == theirs:
-            continue
-        if field != "augmented" or not _is_close(ours, theirs):
-            raise UserError(f"{folder}: {_difference(field, manifest, existing)}", "cache")
+                new = {"format": FORMAT, "id": secrets.token_hex(16)} | manifest
+                utils.write_whole(path, json.dumps(new, indent=1), "cache")
+        existing = read_manifest(folder)
+    _compare(folder, manifest, existing, index.changed if index else [])
+    if index is not None:
+        index.save()
     return existing
 
 
-def _difference(field: str, manifest: dict[str, Any], existing: dict[str, Any]) -> str:
-    """The message about a field that differs between the manifests of this run and of a store."""
-    if field in REPLACED_IMAGES:
+def _compare(
+    folder: Path, manifest: dict[str, Any], existing: dict[str, Any], changed: Sequence[str] = ()
+) -> None:
+    if fields := differing(manifest, existing):
+        message = _difference(fields[0], manifest, existing, changed)
+        raise UserError(f"{folder}: {message}", "cache")
+
+
+def differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """The fields in which two manifests do not belong to the same logits.
+
+    'augmented', a list of floats, is compared with some tolerance; 'note' and what is random or
+    fixed not at all.
+    """
+    fields = [f for f in ours | theirs if f not in ("format", "id", "note")]
+    different = [field for field in fields if ours.get(field) != theirs.get(field)]
+    if "augmented" in different and _is_close(ours.get("augmented"), theirs.get("augmented")):
+        different.remove("augmented")
+    return different
+
+
+def _is_by_content(manifest: dict[str, Any]) -> bool:
+    return any(field.startswith(CONTENTS) for field in manifest)
+
+
+def _difference(
+    field: str, manifest: dict[str, Any], existing: dict[str, Any], changed: Sequence[str]
+) -> str:
+    """The message about a field that differs between the manifests of this run and of a store.
+
+    Args:
+        changed: paths of the image files that have other bytes, as far as known.
+    """
+    if why := REPLACED_IMAGES.get(field.removesuffix("_without_label")):
+        if changed and field.startswith(CONTENTS):
+            why = f"{len(changed):,} of them have different bytes ({few(changed)})"
         return (
-            f"the images changed since their logits were cached: {REPLACED_IMAGES[field]}; use the "
-            "same images, or another folder"
+            f"the images changed since their logits were cached: {why}; use the same images, or "
+            "another folder"
         )
     if field == "augmented":
         return (
@@ -227,14 +274,25 @@ def _difference(field: str, manifest: dict[str, Any], existing: dict[str, Any]) 
     )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache; {} without one. Raises: UserError for another format."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: is incomplete, perhaps cut short; remove this cache and fill it again",
             "cache",
         ) from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}: holds a cache of format {manifest.get('format')}, but this version reads "
+            f"and writes format {FORMAT}; pass another folder, which this run then fills",
+            "cache",
+        )
+    return manifest
 
 
 def _is_close(ours: Any, theirs: Any) -> bool:
