@@ -4,11 +4,13 @@
     python tools/kill_test.py --kills 20 --processes 4    # torchrun
     python tools/kill_test.py --elastic true              # torchrun restarts a killed worker itself
     python tools/kill_test.py --fill true                 # filling --teacher_cache, not training
+    python tools/kill_test.py --distill true              # distill.py as a whole, killed alone
     python tools/kill_test.py --flags "--train_samples 40 --unlabeled rest --holdout 1117"
 
 Weights, EMA, optimizer state and log.txt must be the same bits. EMA, accumulation, mixup and a
 teacher are on, and a checkpoint is written at every step, so that many kills fall into a write.
 Three of four kills fall into the training, the others at any moment from the start.
+A killed distill.py must choose, judge and hand over as one left alone.
 While a store is filled, every row that has a checksum must be the right one after every kill.
 """
 
@@ -27,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -34,6 +37,7 @@ from helpers import children_of, is_same, torchrun  # noqa: E402
 
 import models  # noqa: E402, F401
 from teacher.logit_store import LogitFile, RowFormat  # noqa: E402
+from training.checkpoints import newest_checkpoint  # noqa: E402
 
 FLAGS = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 320 --batch_size 8
 --update_freq 2 --epochs 8 --save_ckpt_steps 1 --model_ema true --model_ema_eval true
@@ -185,12 +189,81 @@ def kill_while_filling(folder: Path, teacher: Path, args: argparse.Namespace) ->
     )
 
 
+def kill_while_distilling(folder: Path, args: argparse.Namespace) -> None:
+    """Kill distill.py alone, in each part of its time; the commands that it runs must end too."""
+    write_images(folder / "others", 600, "cd", 0)  # of which the teacher knows the pattern
+    write_images(folder / "images", 200, "ab", 1)
+    labels = [f"{name}/{number}.png,{name}" for number, name in enumerate("ab" * 10)]
+    labels += [f"{name}/{number}.png,{name}" for number, name in enumerate("ab" * 80, start=40)]
+    for file, lines in (("few.csv", labels[:20]), ("test.csv", labels[20:])):
+        (folder / file).write_text("\n".join(lines))
+    teach = "main.py --model cifar_resnet20 --input_size 8 --no_aug true --epochs 20 --holdout 100"
+    flags = ["--data_path", str(folder / "others"), "--output_dir", str(folder / "teacher")]
+    if start([sys.executable, *teach.split(), *flags]).wait() != 0:
+        sys.exit("the teacher could not be trained")
+    argv = [sys.executable, "distill.py", str(folder / "images"), "--student", "cifar_resnet8"]
+    argv += ["--labels", str(folder / "few.csv"), "--eval_labels", str(folder / "test.csv")]
+    argv += ["--teacher", f"cifar_resnet20={newest_checkpoint(folder / 'teacher')}"]
+    argv += ["--unlabeled", "rest", "--seeds", "2"]
+    began = time.perf_counter()
+    if start([*argv, "--out", str(folder / "alone")]).wait() != 0:
+        sys.exit("the distillation left alone failed")
+    seconds, rng = time.perf_counter() - began, random.Random(args.seed)
+    argv += ["--out", str(folder / "killed")]
+    for number in range(args.kills):
+        process = start(argv)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(0.3, 1.5) * seconds / args.kills)
+            print(f"it had ended before kill {number + 1}")
+            break
+        below = family(process.pid)[1:]
+        kill(process.pid)
+        process.wait()
+        began = time.perf_counter()
+        while any(Path(f"/proc/{pid}/cmdline").exists() for pid in below):
+            if time.perf_counter() > began + 60:
+                sys.exit(f"after kill {number + 1} its commands go on: {below}")
+            time.sleep(0.1)
+        record = folder / "killed" / "commands.json"
+        finished = json.loads(record.read_text()) if record.exists() else {}
+        print(f"kill {number + 1}: {len(finished)} commands were finished", flush=True)
+    if start(argv).wait() != 0:
+        sys.exit("the distillation does not go on after the kills")
+    results = [json.loads((folder / of / "result.json").read_text()) for of in ("alone", "killed")]
+    for result in results:
+        result["files"] = [Path(file).name for file in result["files"]]
+    if results[0] != results[1]:
+        sys.exit(f"DIFFERENT: {results}")
+    for log in (folder / "alone" / "students").glob("kd=*/log.txt"):
+        other = folder / "killed" / "students" / log.parent.name
+        newest = [newest_checkpoint(of) for of in (log.parent, other)]
+        a, b = (torch.load(file, weights_only=True)["model"] for file in newest)
+        if log.read_bytes() != (other / "log.txt").read_bytes() or not is_same(a, b):
+            sys.exit(f"DIFFERENT: {log.parent.name}")
+    verdict = results[0]["verdict"]["verdict"]
+    print(f"{args.kills} kills of distill.py ({verdict}): identical to the one left alone")
+
+
+def write_images(folder: Path, count: int, classes: str, seed: int) -> None:
+    """Two classes of noisy images of 8 pixels; one shows a pattern, and the other its negative."""
+    pattern = np.random.default_rng(5).choice([-1, 1], (8, 4, 1))
+    pattern = np.concatenate([pattern, pattern[:, ::-1]], axis=1)  # flipped images look the same
+    noise = np.random.default_rng(seed)
+    for number in range(count):
+        kind = number % 2
+        (folder / classes[kind]).mkdir(parents=True, exist_ok=True)
+        pixels = 128 + 10 * (2 * kind - 1) * pattern + noise.normal(0, 60, (8, 8, 3))
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        image.save(folder / classes[kind] / f"{number}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--elastic", default="false", choices=("true", "false"))
     parser.add_argument("--fill", default="false", choices=("true", "false"))
+    parser.add_argument("--distill", default="false", choices=("true", "false"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--flags", default="")
     args = parser.parse_args()
@@ -199,6 +272,9 @@ def main() -> None:
     processes = 2 if args.elastic == "true" else args.processes
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        if args.distill == "true":
+            kill_while_distilling(folder, args)
+            return
         torch.manual_seed(0)
         teacher = folder / "teacher.pth"
         torch.save(timm.create_model("cifar_resnet8", num_classes=10).state_dict(), teacher)
