@@ -213,7 +213,8 @@ add("teacher_dtype", ("float32", "bfloat16", "float16"), "float32", cache=COMPAR
 
 add = group("teacher cache (teacher logits on disk)", TRAINING)
 add("teacher_cache", FOLDER, None, WITH_KD, ASKED, role=REPEAT, help=
-    "folder of cached teacher logits; filled by the first run and read by later runs")
+    "folder of cached teacher logits, filled by the first run and read by later runs; or a pack "
+    "that cache.py wrote (.tar), or the address of one")
 # Repeats augmented epochs without a cache and without a teacher, too.
 add("teacher_views", COUNT, None, cache=FOLLOWED, help=
     "number of distinct augmented epochs (views); later epochs cycle through them (default: "

@@ -138,16 +138,12 @@ class LogitFile:
 
         Raises: UserError if all are complete and one is not what was written.
         """
-        chosen = slice(places.start, places.stop, places.step)
-        sums = np.array(self.sums[chosen])  # copied before the rows, which may be in the making
-        rows = np.array(self.rows[chosen])  # a copy, so that what is checked is what is used
-        positions = np.arange(places.start, places.stop, places.step)
-        is_right = sums == self._checksums(rows, positions)
+        rows, is_complete, is_right = self.examine(places)
         if is_right.all():
             return self.format.decode(rows)
-        if not sums.all():
+        if not is_complete.all():
             return None
-        damaged = positions[~is_right]
+        damaged = np.asarray(places)[~is_right]
         raise UserError(
             f"{self.stem}.logits: {len(damaged)} of the rows {places[0]} to {places[-1]} do not "
             f"match their checksums ({few(damaged)}): they were changed, cut off, or come from "
@@ -164,6 +160,17 @@ class LogitFile:
                 "cache",
             )
         return logits
+
+    def examine(self, places: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The rows at some places, which are complete, and which match their checksums; (N,) each
+
+        The rows are copies, so that what is checked is what is used.
+        """
+        chosen = slice(places.start, places.stop, places.step)
+        sums = np.array(self.sums[chosen])  # copied before the rows, which may be in the making
+        rows = np.array(self.rows[chosen])
+        positions = np.arange(places.start, places.stop, places.step)
+        return rows, sums != 0, sums == self._checksums(rows, positions)
 
     def _checksums(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
         """(N,) rows and their places -> (N,) uint32, none of them 0.
@@ -194,15 +201,21 @@ class LogitFile:
         """
         if not pending:
             return
+        places = np.concatenate([np.asarray(places) for places, _ in pending])
+        parts = zip(*(parts for _, parts in pending), strict=True)
+        self.write_rows(places, self.format.encode(*map(torch.cat, parts)))
+
+    def write_rows(self, places: np.ndarray, rows: np.ndarray) -> None:
+        """Store (N,) rows at (N,) places, unless a row is complete.
+
+        Raises: UserError if the file system refuses.
+        """
         try:
-            self._write(pending)
+            self._write(places, rows)
         except OSError as error:
             raise cache_not_written(self.stem, error) from error
 
-    def _write(self, pending: list[tuple[range, tuple[torch.Tensor, ...]]]) -> None:
-        places = np.concatenate([np.asarray(places) for places, _ in pending])
-        parts = zip(*(parts for _, parts in pending), strict=True)
-        rows = self.format.encode(*map(torch.cat, parts))
+    def _write(self, places: np.ndarray, rows: np.ndarray) -> None:
         order = np.argsort(places, kind="stable")
         with (
             open(self.stem.with_suffix(".sums"), "r+b", buffering=0) as marks,

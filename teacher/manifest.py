@@ -34,6 +34,7 @@ from models.classes import order_of_script
 from models.own import code_file
 from runtime import distributed
 from teacher.logit_store import LogitStore, RowFormat
+from teacher.packing import local_cache
 from utils import UserError, few, flags_for
 
 MANIFEST = "manifest.json"
@@ -71,13 +72,17 @@ def open_teacher_cache(
             f"--teacher_cache_topk {args.teacher_cache_topk}: there are only {num_classes} "
             "classes; pass a smaller number, or leave the flag out"
         )
-    folder, topk = Path(args.teacher_cache), args.teacher_cache_topk
+    folder = local_cache(args.teacher_cache)
     with flags_for(folder="--teacher_cache"):
         manifest = distributed.from_main(lambda: _claim(folder, args, data, amp_dtype))
+    return LogitStore(folder, len(data.train), order.end, row_format_of(manifest), manifest["id"])
+
+
+def row_format_of(manifest: dict[str, Any]) -> RowFormat:
+    """How the logits on training images are stored."""
+    dtype, topk = manifest["teacher_cache_dtype"], manifest["teacher_cache_topk"]
     # Of top-k rows, the temperature of the run that created the cache is used.
-    temperature = manifest["note"]["kd_temperature"]
-    row_format = RowFormat(num_classes, args.teacher_cache_dtype, topk, temperature)
-    return LogitStore(folder, len(data.train), order.end, row_format, manifest["id"])
+    return RowFormat(manifest["classes"], dtype, topk, manifest["note"]["kd_temperature"])
 
 
 def validation_fingerprint(folder: Path, val: ImageSource) -> dict[str, Any]:

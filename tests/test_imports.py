@@ -6,7 +6,7 @@ from graphlib import TopologicalSorter
 from helpers import ROOT
 
 # Each line imports from its own line and those below it.
-ORDER = """main sweep compare export predict distill
+ORDER = """main sweep compare export predict distill cache
 pipeline
 deploy
 teacher evaluation
