@@ -16,9 +16,9 @@ from reporting.recorder import Recorder
 from runtime import distributed
 from runtime.device import send
 from runtime.distributed import unwrap
-from runtime.randomness import RandomUse, seed_rng
+from runtime.randomness import RandomUse, plant_seed, seed_of
 from training.history import History, Progress
-from training.optimizer import Schedule
+from training.optimizer import Schedule, clip_gradients
 from training.settings import LoopSettings
 from utils import UserError
 
@@ -86,17 +86,18 @@ def train_one_epoch(
     updates = math.ceil(batches / freq)
     parameters = [p for p in model.parameters() if p.requires_grad]
     history = History(epoch, updates, schedule, settings, scaler, recorder or Recorder(), progress)
+    # One per batch, so that dropout and drop path do not depend on what ran before: a run that
+    # resumes here continues with the same numbers.
+    key, rank = (RandomUse.STEP, settings.seed, epoch), distributed.rank()
+    seeds = [seed_of(*key, number, rank) for number in range(first_batch, batches)]
     optimizer.zero_grad(set_to_none=True)
-    for number, batch in enumerate(loader, start=first_batch):
+    for number, (batch, seed) in enumerate(zip(loader, seeds, strict=False), first_batch):
         update, part = divmod(number, freq)
         window = min(freq, batches - update * freq)  # the last window of an epoch may be shorter
         step = epoch * updates + update
         if part == 0:
             schedule.apply(optimizer, step)
-        # Seeded per batch, so that dropout and drop path do not depend on what ran before: a run
-        # that resumes here continues with the same numbers.
-        key = settings.seed, epoch, number, distributed.rank()
-        seed_rng(settings.device, RandomUse.STEP, *key)
+        plant_seed(settings.device, seed)
         is_last = part == window - 1
         # Processes exchange gradients only once per optimizer step; before the last batch of a
         # window DDP just accumulates, which saves freq - 1 of freq exchanges.
@@ -112,10 +113,8 @@ def train_one_epoch(
             continue
 
         scaler.unscale_(optimizer)  # clipping and the log need the gradient's own size
-        if settings.clip_grad:
-            grad_norm = nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
-        else:
-            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        grad_norm = clip_gradients(gradients, settings.clip_grad)
         # No .item() here and no check of the loss: a sync per step would leave the GPU waiting.
         # History looks at the numbers every print_freq steps, before anything is saved.
         scaler.step(optimizer)

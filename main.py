@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 
 import torch.distributed
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import distribute_bn
 from torch import nn
 
 import models
@@ -88,7 +88,7 @@ from training.optimizer import (
     report_schedule,
 )
 from training.settings import LoopSettings, loop_settings
-from training.student import explain_batch_norm, make_ema, make_student
+from training.student import ModelEma, explain_batch_norm, make_ema, make_student
 from utils import UserError, flags_for
 
 
@@ -238,7 +238,7 @@ def prepare_training(
     settings: LoopSettings,
     data: Data,
     student: nn.Module,
-    ema: ModelEmaV3 | None,
+    ema: ModelEma | None,
     teacher: RunTeacher,
     resumed: str,
 ) -> Training:
@@ -382,7 +382,7 @@ def evaluate_all(
     networks = {"student": training.state.student}
     ema = training.state.ema
     if ema is not None and args.model_ema_eval:
-        networks["ema"] = ema.module
+        networks["ema"] = ema.average
     record: dict[str, float] = {}
     answers = {}
     for name, network in networks.items():

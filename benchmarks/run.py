@@ -1,7 +1,7 @@
 """Measure what this project claims about speed; prints tables and writes JSON.
 
     python benchmarks/run.py                      # everything, an hour on two cores
-    python benchmarks/run.py steps --rounds 5     # one part: steps, pipeline, processes or endtoend
+    python benchmarks/run.py steps --rounds 5     # one part of those listed by --help
 
 Every figure is a median over rounds, and each round runs all variants. Compare ratios, since
 machines differ.
@@ -21,9 +21,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-from benchmarks import endtoend, pipeline, processes, steps  # noqa: E402
+from benchmarks import endtoend, host, pipeline, processes, steps  # noqa: E402
 
-PARTS = ("steps", "pipeline", "processes", "endtoend")
+PARTS = ("steps", "host", "pipeline", "processes", "endtoend")
 
 
 def machine() -> str:
@@ -55,6 +55,21 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
     print_row("**ratios**", *[""] * len(rows))
     for name in rows[0]["ratios"]:
         print_row(name, *(f"{row['ratios'][name]:.3f}" for row in rows))
+
+
+def show_host(rows: list[dict[str, Any]]) -> None:
+    """Print a table with a row per network, and one with a row per function for each."""
+    print("\nHost time of a training step, in microseconds of the process\n")
+    print_row("network", "bare loop", *(f"{name}, beyond it" for name in rows[0]["beyond"]))
+    print_row(*["---"] * (2 + len(rows[0]["beyond"])))
+    for row in rows:
+        print_row(row["network"], *(f"{us:.0f}" for us in (row["bare"], *row["beyond"].values())))
+    for row in rows:
+        print(f"\nThe last column's functions, under cProfile: {row['network']}\n")
+        print_row("function", "calls per step", "its own microseconds per step")
+        print_row("---", "---", "---")
+        for name, calls, microseconds in row["functions"]:
+            print_row(name, f"{calls:.2f}", f"{microseconds:.1f}")
 
 
 def show_pipeline(result: dict[str, Any]) -> None:
@@ -120,6 +135,9 @@ def main() -> None:
     if "steps" in chosen:
         result["steps"] = steps.measure(args.rounds, torch.device(args.device))
         show_steps(result["steps"])
+    if "host" in chosen:
+        result["host"] = host.measure(args.rounds)
+        show_host(result["host"])
     if "pipeline" in chosen:  # last: it keeps torch to one thread
         result["pipeline"] = pipeline.measure(args.rounds)
         for size in result["pipeline"]:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import terminal
 import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
@@ -34,6 +33,7 @@ from torch import nn
 
 import datasets
 import engine
+import reporting.terminal
 from arguments.parsing import parse_args
 from data import loaders
 from data.loaders import Batch
@@ -271,7 +271,7 @@ class RunnerElsewhere:
 
 def silence_the_loop() -> None:
     """Keep the loop from printing its lines, in this process."""
-    terminal.log = lambda *words: None
+    reporting.terminal.log = lambda *words: None
 
 
 def measure(rounds: int, device: torch.device) -> list[dict[str, Any]]:

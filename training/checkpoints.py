@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import utils
@@ -25,6 +24,7 @@ from reporting.recorder import scores_of
 from runtime import distributed
 from runtime.distributed import is_main_process, log, world_size
 from training.history import Progress
+from training.student import ModelEma
 from utils import UserError, few, is_url, replacing
 
 INSIDE_EPOCH = "checkpoint-step.pth"
@@ -189,7 +189,7 @@ class RunState:
     def __init__(
         self,
         student: nn.Module,
-        ema: ModelEmaV3 | None,
+        ema: ModelEma | None,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         args: dict[str, Any],
@@ -380,7 +380,7 @@ class RunState:
         return {
             "format": FORMAT,
             "model": self.student.state_dict(),
-            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
+            "model_ema": None if self.ema is None else self.ema.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -13,6 +14,7 @@ import models
 from models.classes import names_of_weights
 from models.weights import load_finetune
 from runtime import distributed
+from runtime.device import has_streams
 from runtime.distributed import log
 from runtime.randomness import RandomUse, seed_rng
 from training import linear_probe
@@ -78,11 +80,84 @@ def explain_batch_norm() -> Iterator[None]:
         ) from error
 
 
-def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEmaV3 | None:
+class ModelEma(ModelEmaV3):
+    """timm's moving average, whose update looks its tensors up in lists that are made once.
+
+    timm asks both networks for a state_dict at every step: 0.6 ms for a ResNet-18, 3.6 ms for a
+    ResNet-50. The lists hold places in the modules' dicts, so they also find a buffer that the
+    network has replaced.
+
+    An average in host memory, of weights on a GPU, is one update behind until it is read through
+    `average`: the weights are copied without waiting, and added when the next ones are copied.
+    """
+
+    def __init__(self, student: nn.Module, **options: Any) -> None:
+        super().__init__(student, **options)
+        tensors = self.module.state_dict()
+        # The floating ones, which are averaged, come first.
+        keys = sorted(tensors, key=lambda key: not tensors[key].is_floating_point())
+        self._floating = sum(tensor.is_floating_point() for tensor in tensors.values())
+        self._averages, self._weights = (
+            [_place_of(key, network) for key in keys] for network in (self.module, student)
+        )
+        # timm's own rounds bfloat16 at random, and takes longer.
+        is_short = torch.bfloat16 in {tensor.dtype for tensor in tensors.values()}
+        self._lerp_all = self._foreach_lerp_ if is_short else torch._foreach_lerp_
+        self._copies: list[torch.Tensor] = []  # of the weights, in host memory
+        device = next(student.parameters()).device
+        if next(self.module.parameters()).device != device:
+            pin = has_streams(device)
+            self._copies = [torch.empty_like(tensors[key], pin_memory=pin) for key in keys]
+        self._waiting: tuple[float, torch.Event | None] | None = None  # the copies' decay and end
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """Move the average toward the weights of the network that it was made of."""
+        weights = [where[name] for where, name in self._weights]
+        if not self._copies:
+            self._add(weights, decay)
+            return
+        self._settle()
+        device, end = weights[0].device, None
+        torch._foreach_copy_(self._copies, weights, non_blocking=has_streams(device))
+        if has_streams(device):
+            end = torch.Event(device)
+            end.record()
+        self._waiting = decay, end
+
+    def _settle(self) -> None:
+        if self._waiting is not None:
+            decay, end = self._waiting
+            if end is not None:
+                end.synchronize()
+            self._add(self._copies, decay)
+            self._waiting = None
+
+    def _add(self, weights: list[torch.Tensor], decay: float) -> None:
+        averages, floating = [where[name] for where, name in self._averages], self._floating
+        self._lerp_all(averages[:floating], weights[:floating], weight=1.0 - decay)
+        if averages[floating:]:
+            torch._foreach_copy_(averages[floating:], weights[floating:])
+
+    @property
+    @torch.no_grad()
+    def average(self) -> nn.Module:
+        """The averaged network, up to date."""
+        self._settle()
+        return self.module
+
+
+def _place_of(key: str, network: nn.Module) -> tuple[dict[str, Any], str]:
+    """The dict in which a module holds the tensor of that key of the state_dict, and its name."""
+    path, _, name = key.rpartition(".")
+    module = network.get_submodule(path)
+    return module._parameters if name in module._parameters else module._buffers, name
+
+
+def make_ema(args: argparse.Namespace, student: nn.Module) -> ModelEma | None:
     """A moving average of the student's weights, or None without --model_ema."""
     if not args.model_ema:
         return None
-    return ModelEmaV3(
+    return ModelEma(
         student,
         decay=args.model_ema_decay,
         use_warmup=args.model_ema_warmup,
