@@ -153,7 +153,7 @@ def choose(plan: Plan, commands: Commands) -> dict[str, float]:
     names: dict[str, list[str]] = {}
     tried: list[Command] = []
     for network, kind in [(plan.student, "alone"), *plan.teachers[: plan.scale.candidates]]:
-        for fold in range(plan.scale.folds):
+        for fold in range(plan.images.folds):
             name = f"choose/{network.name}-{kind}/{fold}"
             names.setdefault(label_of(network, kind), []).append(name)
             if kind == "given":
@@ -194,8 +194,7 @@ def anything_to_move(
     that know nothing more passes; the verdict at the end would find that out, and a teacher that is
     stopped here could not.
     """
-    images = plan.chosen_by
-    label = label_of(*best)
+    images, label = plan.images.chosen_by, label_of(*best)
     teacher, alone = scores[label], scores["alone"]
     variance = sum(share * (100 - share) for share in (teacher, alone)) / images
     error = max(math.sqrt(variance), 100 / images)

@@ -105,7 +105,6 @@ class Scale(NamedTuple):
     """How much of everything is run."""
 
     share: float  # of the passes over the images
-    folds: int
     seeds: int
     candidates: int  # ways to make a teacher that are tried
 
@@ -151,11 +150,6 @@ class Plan:
     def all_images(self) -> int:
         """Labeled and not."""
         return self.images.labeled + self.images.unlabeled
-
-    @property
-    def chosen_by(self) -> int:
-        """Labeled images that choose, over the folds that are run."""
-        return self.images.chosen_by * self.scale.folds // self.images.folds
 
     # ----------------------------------------------------------------------------- commands
 
@@ -205,7 +199,7 @@ class Plan:
         answers = max(self.speeds[network.name].image for network, _ in teachers) / 3
         answers *= rules.views(epochs, self.scale.share) * self.all_images + images.test
         return {
-            "choose": scale.folds * sum(of_fold) / self.jobs,
+            "choose": images.folds * sum(of_fold) / self.jobs,
             "teacher": 0 if images.folds == 1 else teacher,
             "students": scale.seeds * (2 * alone + answers) / self.jobs,
             "export and report": 30,
@@ -227,7 +221,7 @@ def batch_size(images: int, shown: int) -> int:
     return min(images // 2 * 2, default_batch_size(shown))
 
 
-def scales(folds: int, candidates: int, seeds: int | None) -> Iterator[Scale]:
+def scales(candidates: int, seeds: int | None) -> Iterator[Scale]:
     """What is given up for a smaller budget, in this order.
 
     Args:
@@ -237,10 +231,9 @@ def scales(folds: int, candidates: int, seeds: int | None) -> Iterator[Scale]:
         range(candidates, 0, -1),
         [seeds] if seeds else (4, 3, 2),
         (1.0, 0.5, 0.25),
-        sorted({folds, min(3, folds)})[::-1],
     )
-    for count, repeats, share, parts in order:
-        yield Scale(share, parts, repeats, count)
+    for count, repeats, share in order:
+        yield Scale(share, repeats, count)
 
 
 def fit(plan: Plan, budget: float, seeds: int | None) -> Scale:
@@ -249,7 +242,7 @@ def fit(plan: Plan, budget: float, seeds: int | None) -> Scale:
     Raises: UserError if nothing does, with what would fit.
     """
     least = float("inf")
-    for scale in scales(plan.images.folds, len(plan.teachers), seeds):
+    for scale in scales(len(plan.teachers), seeds):
         plan.scale = scale
         least = min(least, sum(plan.seconds().values()))
         if least <= budget:

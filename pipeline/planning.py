@@ -63,7 +63,7 @@ def make_plan(
     recipe = without(command_words([f"@{args.recipe}"] if args.recipe else []), {"kd"})
     distilled, alone = [*loss, *recipe], without(recipe, OF_TEACHER)
     teachers = [(network, kind) for network in networks for kind in network.kinds]
-    everything = Scale(1, images.folds, 4, len(teachers))
+    everything = Scale(1, 4, len(teachers))
     plan = Plan(images, teachers, student, common, alone, distilled, {}, everything, jobs)
     identity = {
         "images": images.identity,
@@ -119,8 +119,8 @@ def describe(plan: Plan, choices: Sequence[Choice], budget: float) -> str:
         f"Images    {images.labeled:,} labeled to train on, {images.unlabeled:,} without labels; "
         f"{images.test:,} judge; {len(images.classes)} classes, about {images.side} pixels",
     ]
-    parts = f"{scale.folds} of {images.folds} parts" if images.folds > 1 else "a fifth"
-    lines.append(f"Chosen on {plan.chosen_by:,} images: {parts} of the labeled images, each once")
+    which = "all labeled images" if images.folds > 1 else "a fifth of the labeled images"
+    lines.append(f"Chosen on {images.chosen_by:,} images: {which}, in {images.folds} part(s)")
     for network, kind in plan.teachers[: scale.candidates]:
         lines.append(f"Teacher   {network.arch}, {kind}: {KINDS[kind]}; {network.size} pixels")
     for network, kind in plan.teachers[scale.candidates :]:

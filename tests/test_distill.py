@@ -111,7 +111,7 @@ def plan_of(labeled: int, unlabeled: int, folds: int = 5) -> Plan:
     student = Network("cifar_resnet8", (), "", "", 32, 78_042)
     teacher = Network("cifar_resnet20", (), "", "", 32, 272_474)
     speeds = {"cifar_resnet8": Speed(5, 1e-3), "cifar_resnet20": Speed(5, 2e-3)}
-    scale = Scale(1, folds, 4, 1)
+    scale = Scale(1, 4, 1)
     return Plan(some, [(teacher, "scratch")], student, [], [], [], speeds, scale, jobs=1)
 
 

@@ -81,7 +81,7 @@ def distilled(tmp_path, monkeypatch):
     )  # fmt: skip
     teacher = Network("big=w.pth", (), "", "", 32, 100)
     plan = SimpleNamespace(
-        images=images, student=Network("small", (), "", "", 32, 10), scale=Scale(1, 1, 2, 1),
+        images=images, student=Network("small", (), "", "", 32, 10), scale=Scale(1, 2, 1),
         teachers=[(teacher, "scratch"), (teacher._replace(text="huge"), "scratch")],
     )  # fmt: skip
     verdict = {"verdict": "helps", "mean": 10.0, "half_width": 4.5, "seeds": 2}
