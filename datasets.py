@@ -15,21 +15,25 @@ import models
 import utils
 from arguments.defaults import fill_data_defaults
 from arguments.derived import (
+    FROM_FILES,
     PRETRAINED,
     SMALL,
     TORCHVISION_SETS,
     data_flag,
     follows_network,
+    has_val_folder,
     is_augmented,
     is_mixed,
     must_hold_out,
+    names_tars,
     teachers_of,
     unlabeled_of,
 )
-from data import checks, readers, transforms
+from data import checks, readers, tars, transforms
 from data.loaders import DeviceLoader, Stream, TransformedImages
 from data.mixup import MixingSettings, make_mixup
 from data.order import EpochBatches, EvalBatches
+from data.readers import images_without_label
 from data.sources import (
     ImageSource,
     Joined,
@@ -61,28 +65,37 @@ def open_split(
         return readers.digits(is_train)
     if args.data_set in TORCHVISION_SETS:
         return readers.open_torchvision(args.data_set, args.data_path or "data_cache", is_train)
-    if args.data_set == "IMNET":
-        folder = os.path.join(args.data_path, "train" if is_train else "val")
-        with flags_for(folder="--data_path"):
-            return readers.image_folder(folder)
-    if args.data_set == "image_folder":
-        flag = "data_path" if is_train or not args.eval_data_path else "eval_data_path"
+    if args.data_set in ("IMNET", *FROM_FILES):
+        flag, path = _place(args, is_train)
         file = "labels" if is_train else "eval_labels"
+        labels = getattr(args, file)
         with flags_for(folder=f"--{flag}", labels=f"--{file}"):
-            if getattr(args, file):
-                return readers.labeled_images(getattr(args, file), getattr(args, flag), classes)
-            return readers.image_folder(getattr(args, flag))
+            if args.data_set == "tars":
+                return tars.images_in_tars(path, classes, labels)
+            if labels:
+                return readers.labeled_images(labels, path, classes)
+            return readers.image_folder(path)
     batch_size = args.batch_size or 1  # not yet chosen
     folder, seed, classes_of_stream = args.data_path, args.data_seed, args.nb_classes
     return readers.open_timm(args.data_set, folder, is_train, batch_size, seed, classes_of_stream)
 
 
+def _place(args: argparse.Namespace, is_train: bool) -> tuple[str, str]:
+    """The flag that names the training or the validation images, and their folder or tar files."""
+    if args.eval_data_path and not is_train:
+        return "eval_data_path", args.eval_data_path
+    part = os.path.join(args.data_path, "train" if is_train else "val")
+    is_split = args.data_set == "IMNET" or args.data_set == "tars" and os.path.isdir(part)
+    return "data_path", part if is_split else args.data_path
+
+
 def has_validation(args: argparse.Namespace) -> bool:
     """Whether there are validation images, as far as this is known without opening a data set."""
     if args.data_set == "IMNET":
-        return os.path.isdir(os.path.join(args.data_path, "val"))
-    if args.data_set == "image_folder":
-        return bool(args.eval_data_path or args.eval_labels)
+        return has_val_folder(args.data_path)
+    if args.data_set in FROM_FILES:
+        is_named = bool(args.eval_data_path or args.eval_labels)
+        return is_named or args.data_set == "tars" and has_val_folder(args.data_path)
     return args.data_set in ("DIGITS", *TORCHVISION_SETS)
 
 
@@ -129,8 +142,11 @@ def is_flat(args: argparse.Namespace) -> bool:
 
     Such a folder holds images that are not in class folders.
     """
-    if not teachers_of(args) or args.kd_alpha < 1 or args.data_set not in ("IMNET", "image_folder"):
+    if not teachers_of(args) or args.kd_alpha < 1 or args.data_set not in ("IMNET", *FROM_FILES):
         return False
+    if args.data_set == "tars":
+        with flags_for(folder="--data_path"):
+            return not args.labels and not tars.have_classes(_place(args, True)[1])
     if not os.path.isdir(args.data_path):
         return False
     is_split = args.data_set == "IMNET" and os.path.isdir(os.path.join(args.data_path, "train"))
@@ -188,7 +204,10 @@ def _open_flat(args: argparse.Namespace) -> tuple[Source, Source | None]:
         raise UserError(f"--holdout {args.holdout}: the images have no labels; remove the flag")
     val = open_split(args, is_train=False) if has_validation(args) else None
     classes = val.classes if val is not None else _classes_of_teacher(args)
-    return readers.images_without_label(args.data_path, classes), val
+    with flags_for(folder="--data_path"):
+        if args.data_set == "tars":
+            return tars.tars_without_label(_place(args, True)[1], classes), val
+        return images_without_label(args.data_path, classes), val
 
 
 def _choose_holdout(args: argparse.Namespace, train: Source) -> int | None:
@@ -229,8 +248,9 @@ def _choose_training(args: argparse.Namespace, train: ImageSource) -> ImageSourc
         choose = forget_other_labels if unlabeled == "rest" else Subset
         train = choose(train, chosen)
     if unlabeled not in ("", "rest"):
+        open_all = tars.tars_without_label if names_tars(unlabeled) else images_without_label
         with flags_for(folder="--unlabeled"):
-            train = Joined(train, readers.images_without_label(unlabeled, train.classes))
+            train = Joined(train, open_all(unlabeled, train.classes))
     return train
 
 

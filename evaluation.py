@@ -10,7 +10,7 @@ import torch.distributed
 
 import datasets
 import utils
-from arguments.derived import data_flag, must_hold_out
+from arguments.derived import FROM_FILES, data_flag, must_hold_out, names_tars
 from arguments.parsing import follow_checkpoint, given_flags, parse
 from data.checks import check_images
 from data.sources import Source, held_out_identity
@@ -88,7 +88,8 @@ def check_saved_paths(args: argparse.Namespace) -> None:
     has_val = args.eval_data_path and not args.holdout
     for flag in ("eval_data_path" if has_val else "data_path", "labels", "eval_labels"):
         path = getattr(args, flag)
-        if path and flag not in args.given and not os.path.exists(path):
+        exists = names_tars(path) or not path or os.path.exists(path)  # tar files: find_shards
+        if flag not in args.given and not exists:
             raise UserError(
                 f"--{flag} {path}: not found from this folder; {args.resume} was trained with that "
                 f"path, which the evaluation follows; pass --{flag} with where the data is now"
@@ -126,7 +127,7 @@ def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source
 
 def require_other_images(args: argparse.Namespace) -> None:
     """Raise UserError if --calibrate would fit its temperature on the images that it scores."""
-    has_val = args.data_set != "image_folder" or args.eval_data_path or args.eval_labels
+    has_val = args.data_set not in FROM_FILES or datasets.has_validation(args)
     if "holdout" in args.given or not has_val:
         flag = f"--holdout {args.holdout}" if "holdout" in args.given else data_flag(args)
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from arguments.derived import (
     DATA_SETS,
+    FROM_FILES,
     PRETRAINED,
     SPLIT_NAMES,
     folders_in,
@@ -19,6 +20,7 @@ from arguments.derived import (
     is_own_module,
     is_split_name,
     must_hold_out,
+    names_tars,
     teachers_of,
     views_of,
 )
@@ -87,10 +89,11 @@ def check_distillation(args: argparse.Namespace) -> None:
 def check_combinations(args: argparse.Namespace) -> None:
     """Raise UserError for flags that contradict each other."""
     require = partial(_require, args)
-    if args.data_set in ("IMNET", "image_folder"):
+    if args.data_set in ("IMNET", *FROM_FILES):
         if not (args.data_path or (args.eval and args.eval_data_path and not args.holdout)):
             raise UserError(f"--data_set {args.data_set}: needs a folder; pass --data_path FOLDER")
-        check_folders(args)
+        if args.data_set != "tars":
+            check_folders(args)
     remedy = "no such file; pass a text file with a path and a class per line"
     for flag in [flag for flag in ("labels", "eval_labels") if flag in args.given]:
         require(flag, os.path.isfile(getattr(args, flag)), remedy)
@@ -98,9 +101,9 @@ def check_combinations(args: argparse.Namespace) -> None:
         remedy = "means the images that --train_samples leaves out; pass --train_samples N too"
         require("unlabeled", bool(args.train_samples), remedy)
     elif args.unlabeled:
-        is_folder = os.path.isdir(args.unlabeled)
-        remedy = "is not a folder; pass a folder of images, or rest"
-        require("unlabeled", is_folder, remedy)
+        holds_images = os.path.isdir(args.unlabeled) or names_tars(args.unlabeled)
+        remedy = "is not a folder; pass a folder of images, tar files ('pile/*.tar'), or rest"
+        require("unlabeled", holds_images, remedy)
     remedy = f"must be below the number of epochs ({args.epochs}); lower it or raise --epochs"
     require("start_epoch", args.start_epoch < args.epochs, remedy)
     remedy = f"longer than the run of {args.epochs} epochs; shorten it or leave it out"

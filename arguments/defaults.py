@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from arguments.derived import SMALL, holds_class_folders, is_mixed
+from arguments.derived import SMALL, holds_class_folders, is_mixed, names_tars
 
 # Side of the images in pixels; every other data set is taken for photographs.
 NATIVE_SIZE = {"DIGITS": 8, "MNIST": 28, "FashionMNIST": 28, "CIFAR": 32, "CIFAR10": 32}
@@ -16,6 +16,8 @@ def fill_defaults(args: argparse.Namespace) -> None:
     What depends on the number of training images is left to `fill_data_defaults`.
     """
     is_labeled = bool(args.labels or args.eval_labels)
+    if names_tars(args.data_path):
+        args.data_set = args.data_set or "tars"
     args.data_set = args.data_set or ("IMNET" if args.data_path or is_labeled else "DIGITS")
     if args.data_set == "IMNET" and (is_labeled or holds_class_folders(args.data_path)):
         args.data_set = "image_folder"

@@ -8,7 +8,8 @@ from utils import is_hidden
 
 SMALL = 64  # below this side, images are padded and cropped as for CIFAR, at one scale
 TORCHVISION_SETS = ("CIFAR", "CIFAR10", "MNIST", "FashionMNIST")
-DATA_SETS = ("DIGITS", "IMNET", "image_folder", *TORCHVISION_SETS)
+FROM_FILES = ("image_folder", "tars")  # images wherever they lie: labels and splits have flags
+DATA_SETS = ("DIGITS", "IMNET", *FROM_FILES, *TORCHVISION_SETS)
 # What folders of training and of validation images are called, in lower case. A folder that holds
 # one of them is not taken for a folder of class folders.
 SPLIT_NAMES = {
@@ -63,14 +64,26 @@ def holds_class_folders(path: str | None) -> bool:
     return bool(names) and not any(map(is_split_name, names))
 
 
+def names_tars(path: str | None) -> bool:
+    """Whether this is a path, glob or list of tar files."""
+    return (path or "").endswith(".tar")
+
+
+def has_val_folder(path: str | None) -> bool:
+    """Whether a folder holds a folder val."""
+    return bool(path) and os.path.isdir(os.path.join(path or "", "val"))
+
+
 def must_hold_out(args: argparse.Namespace) -> bool:
     """Whether a run evaluates, but nothing says which images of a folder are for that.
 
     A fifth of the images is then held out, as by --holdout.
     """
     has_validation = args.holdout or args.eval_data_path or args.eval_labels
+    if args.data_set == "tars":
+        has_validation = has_validation or has_val_folder(args.data_path)
     is_evaluated = args.eval or not args.disable_eval
-    return args.data_set == "image_folder" and is_evaluated and not has_validation
+    return args.data_set in FROM_FILES and is_evaluated and not has_validation
 
 
 def is_own_module(arch: str) -> bool:

@@ -10,7 +10,7 @@ from functools import cache
 from os.path import expanduser
 from typing import Any, NamedTuple, NoReturn
 
-from arguments.derived import SMALL, is_mixed, teachers_of
+from arguments.derived import FROM_FILES, SMALL, is_mixed, teachers_of
 from arguments.kinds import Kind, ShowDefaults, number, str2bool, whole
 from utils import UserError
 
@@ -93,7 +93,7 @@ INTERPOLATED = Need(
     ("aa", "input_size"),
 )
 NOT_INCLUDED = Need("beside --data_set DIGITS", lambda a: a.data_set != "DIGITS")
-CLASS_FOLDERS = Need("without --data_set image_folder", lambda a: a.data_set == "image_folder")
+OWN_IMAGES = Need("without --data_set image_folder or tars", lambda a: a.data_set in FROM_FILES)
 NO_HOLDOUT = Need("beside --holdout", lambda a: not a.holdout)
 SOMETHING_SCORED = Need(
     "with --disable_eval true", lambda a: not a.disable_eval or teachers_of(a), ("disable_eval",)
@@ -374,26 +374,27 @@ add("mixup_mode", ("batch", "pair", "elem"), "batch", MIXED, help=
 add = group("data", role=VALIDATION, cache=FOLLOWED)
 add("data_set", NAME, None, known_as="dataset", help=
     "DIGITS (included), IMNET (a folder with train/ and val/), image_folder (one folder of class "
-    "folders), CIFAR (100 classes), CIFAR10, MNIST, FashionMNIST, or a name for timm's "
-    "create_dataset such as hfds/… (default: DIGITS without --data_path, else IMNET, or "
-    "image_folder if that folder holds neither train/ nor val/)")
+    "folders), tars (tar files of images), CIFAR (100 classes), CIFAR10, MNIST, FashionMNIST, or a "
+    "name for timm's create_dataset such as hfds/… (default: DIGITS without --data_path, else "
+    "IMNET, tars for names of tar files, or image_folder for a folder without train/ and val/)")
 add("data_path", FOLDER, None, NOT_INCLUDED, known_as="data data_dir", help=
-    "folder of the data set")
-add("eval_data_path", FOLDER, None, CLASS_FOLDERS, NO_HOLDOUT, help=
-    "folder of the validation images of --data_set image_folder (default: a fifth of the training "
-    "images is held out)")
-add("labels", FILE, None, CLASS_FOLDERS, role=DATA, help=
+    "folder of the data set; of tars also a glob in quotes ('shards/*.tar') or a list with commas")
+add("eval_data_path", FOLDER, None, OWN_IMAGES, NO_HOLDOUT, help=
+    "folder of the validation images of --data_set image_folder, or tar files (default: a fifth of "
+    "the training images is held out)")
+add("labels", FILE, None, OWN_IMAGES, role=DATA, help=
     "text file with the labels of training images without class folders: a path below --data_path "
     "and a class per line, separated by a comma, a semicolon, a tab or a space")
-add("eval_labels", FILE, None, CLASS_FOLDERS, NO_HOLDOUT, help=
+add("eval_labels", FILE, None, OWN_IMAGES, NO_HOLDOUT, help=
     "text file like --labels for the validation images, with paths below --eval_data_path, or "
     "without that flag below --data_path")
 add("holdout", COUNT, None, help=
     "training images to hold out and evaluate on, in place of the validation images; for tuning "
-    "(default: none, or a fifth for image_folder without validation images)")
+    "(default: none, or a fifth for image_folder and tars without validation images)")
 add("unlabeled", FOLDER, "", TRAINING, WITH_KD, ASKED, role=DATA, help=
-    "folder of images without labels, at any depth, for the distillation part of the loss; or "
-    "'rest': the images that --train_samples leaves out, their labels unused (default: none)")
+    "folder of images without labels, at any depth, or tar files ('pile/*.tar'), for the "
+    "distillation part of the loss; or 'rest': the images that --train_samples leaves out, their "
+    "labels unused (default: none)")
 add("nb_classes", COUNT, None, role=DATA, known_as="num_classes", help=
     "expected number of classes (default: counted)")
 add = group("data")

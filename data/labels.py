@@ -4,7 +4,7 @@ import csv
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,8 +23,20 @@ THREADS = 16  # each file costs a round trip on a network file system
 FILES_AT_ONCE = 1024  # that a thread looks for
 
 
+class Folder(NamedTuple):
+    """Where the paths in a file of labels begin."""
+
+    path: str
+    names: Container[str] | None = None  # of what is in tar files; None for a folder
+
+    def holds(self, path: str) -> bool:
+        if self.names is not None:
+            return path in self.names
+        return os.path.isfile(os.path.join(self.path, path))
+
+
 def read_labels(
-    file: str, folder: str, known: Sequence[str] | None = None
+    file: str, folder: Folder, known: Sequence[str] | None = None
 ) -> tuple[list[str], list[int], list[str]]:
     """Read a path and a class per line, separated by a tab, a semicolon, a comma or blanks.
 
@@ -63,7 +75,8 @@ def read_labels(
         raise UserError(f"{file}: names no image; it needs a path and a class per line", "labels")
     paths = sorted(lines_of)
     _check_existence(file, folder, paths, lines_of)
-    classes = list(known) if known is not None else _sorted({name for name, _ in lines_of.values()})
+    names = {name for name, _ in lines_of.values()}
+    classes = list(known) if known is not None else sort_classes(names)
     position = {name: index for index, name in enumerate(classes)}
     targets = [position[lines_of[path][0]] for path in paths]
     if repeated:
@@ -76,7 +89,7 @@ def read_labels(
 class _Layout(NamedTuple):
     """How the lines of a file are read."""
 
-    folder: str
+    folder: Folder
     separator: str
     has_headings: bool
     columns: int  # cells of each line
@@ -86,7 +99,7 @@ class _Layout(NamedTuple):
     odd_headings: str  # the first line if its words are not usual headings
 
     @classmethod
-    def of(cls, file: str, folder: str, begin: Sequence[tuple[int, str]]) -> "_Layout":
+    def of(cls, file: str, folder: Folder, begin: Sequence[tuple[int, str]]) -> "_Layout":
         """The layout that the first two lines, with their numbers, show. Raises: UserError."""
         if not begin:
             return cls(folder, ",", False, 2, 0, 1, "", "")
@@ -126,25 +139,24 @@ class _Layout(NamedTuple):
     def file(self, path: str) -> str:
         """A path of the file as it is on this machine, below the folder."""
         path = path if has_file_allowed_extension(path, IMG_EXTENSIONS) else path + self.ending
-        if "\\" in path and not os.path.isfile(os.path.join(self.folder, path)):
+        if "\\" in path and not self.folder.holds(path):
             path = path.replace("\\", "/")
         if os.path.isabs(path):
-            path = os.path.relpath(path, self.folder)
+            path = os.path.relpath(path, self.folder.path)
         return os.path.normpath(path)
 
 
-def _names_image(cell: str, folder: str) -> bool:
+def _names_image(cell: str, folder: Folder) -> bool:
     """Whether a cell is the path of an image, which may be missing."""
     is_path = "/" in cell or "\\" in cell or has_file_allowed_extension(cell, IMG_EXTENSIONS)
     return is_path or _find(cell, folder) is not None
 
 
-def _find(cell: str, folder: str) -> str | None:
+def _find(cell: str, folder: Folder) -> str | None:
     """What is to be added to a cell to make it the path of a file below the folder, or None."""
-    path = os.path.join(folder, cell)
     endings = [""] + [e for ending in IMG_EXTENSIONS for e in (ending, ending.upper())]
-    paths = (path, path.replace("\\", "/")) if cell else ()
-    return next((end for p in paths for end in endings if os.path.isfile(p + end)), None)
+    paths = (cell, cell.replace("\\", "/")) if cell else ()
+    return next((end for p in paths for end in endings if folder.holds(p + end)), None)
 
 
 def _cells(file: str, number: int, line: str, separator: str) -> list[str]:
@@ -196,10 +208,10 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
 
 
 def _check_existence(
-    file: str, folder: str, paths: Sequence[str], lines_of: dict[str, tuple[str, int]]
+    file: str, folder: Folder, paths: Sequence[str], lines_of: dict[str, tuple[str, int]]
 ) -> None:
     def missing(some: Sequence[str]) -> list[str]:
-        return [path for path in some if not os.path.isfile(os.path.join(folder, path))]
+        return [path for path in some if not folder.holds(path)]
 
     parts = [paths[at : at + FILES_AT_ONCE] for at in range(0, len(paths), FILES_AT_ONCE)]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -207,11 +219,11 @@ def _check_existence(
     if lost:
         first = min(lost, key=lambda path: lines_of[path][1])
         others = f" (nor are those of {len(lost) - 1} other lines)" if len(lost) > 1 else ""
-        path = os.path.join(folder, first)
+        path = os.path.join(folder.path, first)
         raise _problem(file, lines_of[first][1], f"{path} is not a file{others}; repair the path")
 
 
-def _sorted(names: set[str]) -> list[str]:
+def sort_classes(names: set[str]) -> list[str]:
     """As numbers if all are whole numbers, so that class 10 does not come before class 2."""
     if all(name.isdecimal() and name.isascii() for name in names):
         return sorted(names, key=lambda name: (int(name), name))

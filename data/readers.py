@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 
 from arguments.derived import TORCHVISION_SETS
 from data.content import ContentIndex
-from data.labels import read_labels
+from data.labels import Folder, read_labels
 from data.pictures import Picture, open_image, unreadable
 from data.sources import ArraySource, FileSource, ImageSource, Source, StreamSource, arrays_of_files
 from runtime import distributed
@@ -76,9 +76,9 @@ def image_folder(folder: str) -> ImageSource:
     def list_all() -> list[np.ndarray]:
         arrays = arrays_of_files(folder, files_by_class())
         if empty:
-            others = f"left out: {listing}; " if listing.left_out else ""
+            others = f"left out: {listing.left_out}; " if listing.left_out else ""
             raise _no_images(folder, f"no image of {few(empty)}; {others}{ENDINGS}")
-        listing.report()
+        listing.left_out.report(folder)
         return arrays
 
     return FileSource(folder, distributed.once_per_machine(list_all), classes)
@@ -98,7 +98,7 @@ def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:
         paths = listing.images(folder)
         if not paths:
             raise UserError(f"{folder}: holds no image at any depth; {ENDINGS}", "folder")
-        listing.report()
+        listing.left_out.report(folder)
         return arrays_of_files(folder, [[(path, len(classes)) for path in paths]])
 
     return FileSource(folder, distributed.once_per_machine(list_all), classes)
@@ -112,6 +112,24 @@ def _existing(folder: str, content: str) -> str:
     return folder
 
 
+class LeftOut(Counter[str]):
+    """Counts files that are not images by their ending, and what else is left out."""
+
+    def is_image(self, name: str) -> bool:
+        """Whether this is the name of an image; any other name is counted."""
+        is_known = has_file_allowed_extension(name, IMG_EXTENSIONS)
+        if not is_known:
+            self[os.path.splitext(name)[1].lower() or "without ending"] += 1
+        return is_known
+
+    def __str__(self) -> str:
+        return few((f"{what} {count}" for what, count in self.most_common()), most=5)
+
+    def report(self, place: str) -> None:
+        if self:
+            log(f"{place}: {self.total()} file(s) or folder(s) left out ({self}); {ENDINGS}")
+
+
 class _Listing:
     """Lists the images below a folder, and counts what is left out.
 
@@ -120,7 +138,7 @@ class _Listing:
     """
 
     def __init__(self, folder: str) -> None:
-        self.folder, self.left_out = folder, Counter[str]()
+        self.folder, self.left_out = folder, LeftOut()
         here = Path(os.path.abspath(folder))
         self.above = frozenset(_identity(path) for path in (here, *here.parents))
 
@@ -136,7 +154,7 @@ class _Listing:
     def _walk(self, folder: str, above: frozenset) -> Iterator[tuple[str, list[str]]]:
         """(folder, names of the images in it), for a folder and all folders below it."""
         folders, files = self._look(folder, above)
-        yield folder, [name for name in files if self._is_image(name)]
+        yield folder, [name for name in files if self.left_out.is_image(name)]
         for name in folders:
             inner = os.path.join(folder, name)
             yield from self._walk(inner, above | {_identity(inner)})
@@ -160,20 +178,6 @@ class _Listing:
             else:
                 folders.append(entry.name)
         return folders, files
-
-    def _is_image(self, name: str) -> bool:
-        is_known = has_file_allowed_extension(name, IMG_EXTENSIONS)
-        if not is_known:
-            self.left_out[os.path.splitext(name)[1].lower() or "without ending"] += 1
-        return is_known
-
-    def __str__(self) -> str:
-        return few((f"{what} {count}" for what, count in self.left_out.most_common()), most=5)
-
-    def report(self) -> None:
-        if self.left_out:
-            total = self.left_out.total()
-            log(f"{self.folder}: {total} file(s) or folder(s) left out ({self}); {ENDINGS}")
 
 
 def _identity(path: str | Path) -> tuple[int, int]:
@@ -206,7 +210,7 @@ def labeled_images(file: str, folder: str, classes: Sequence[str] | None = None)
     folder = _existing(folder, f"the images of {file}")
 
     def make() -> list[np.ndarray]:
-        paths, targets, known = read_labels(file, folder, classes)
+        paths, targets, known = read_labels(file, Folder(folder), classes)
         files = (os.path.join(folder, path) for path in paths)
         arrays = arrays_of_files(folder, [zip(files, targets, strict=True)])
         names = "\0".join(known).encode(errors="surrogateescape")

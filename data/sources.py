@@ -84,8 +84,9 @@ class ImageSource(Dataset):
         Raises: UserError for an image file that cannot be found.
         """
         contents = self.contents([evenly(len(self))])
-        changed_by_a_copy = {"image_times", "table"}
-        return self.listing() | {n: v for n, v in contents.items() if n not in changed_by_a_copy}
+        changed_by_a_copy = ("image_times", "table")  # and image_times_without_label
+        kept = {n: v for n, v in contents.items() if not n.startswith(changed_by_a_copy)}
+        return self.listing() | kept
 
     def fingerprint(self, index: ContentIndex | None = None) -> dict[str, Any]:
         """Plain values that differ between two sources, and change with any image.

@@ -128,7 +128,7 @@ def test_a_folder_of_any_depth_joins_and_is_told_apart(tmp_path, imnet):
     ]
     assert np.asarray(train.load(paths.index(str(tmp_path / "pile" / "top.png")) + 24)).max() == 0
     before, identity = train.fingerprint(), train.identity()
-    Image.new("RGB", (44, 40)).save(tmp_path / "pile" / "top.png")
+    Image.new("RGB", (400, 400)).save(tmp_path / "pile" / "top.png")  # more bytes
     assert train.fingerprint() != before and train.identity() != identity
 
 
