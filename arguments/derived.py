@@ -65,8 +65,8 @@ def holds_class_folders(path: str | None) -> bool:
 
 
 def names_tars(path: str | None) -> bool:
-    """Whether this is a path, glob or list of tar files."""
-    return (path or "").endswith(".tar")
+    """Whether this is a path, glob or list of tar files, compressed ones included."""
+    return (path or "").endswith((".tar", ".tar.gz", ".tgz"))
 
 
 def has_val_folder(path: str | None) -> bool:

@@ -4,7 +4,9 @@ Both read the same JPEG files with the full default augmentation: ours up to nor
 the device, theirs as ImageFolder, timm's create_transform and the default collate make them.
 """
 
+import operator
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +24,14 @@ import datasets
 from arguments.parsing import parse_args
 from data import loaders, transforms
 from data.readers import image_folder
+from data.tars import images_in_tars
 
 SIZES = {(500, 375): 64, (4000, 3000): 6}  # of JPEGs, and how many of them
 BATCH = 32
 CPU = torch.device("cpu")
 THEIRS = "all: ImageFolder + timm's transforms + collate"
 OURS = "all: this project"
+TARS = "all: this project, from tar files"
 
 
 def write_photographs(folder: Path, size: tuple[int, int], count: int) -> None:
@@ -48,7 +52,16 @@ def write_photographs(folder: Path, size: tuple[int, int], count: int) -> None:
         Image.fromarray(pixels.astype(np.uint8)).save(path, quality=93 if width < 1000 else 90)
 
 
-def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
+def pack(folder: Path, tars: Path, count: int = 4) -> None:
+    """Write the images of a folder into some tar files, image by image in turn."""
+    files = sorted(folder.rglob("*.jpg"))
+    for number in range(count):
+        with tarfile.open(tars / f"{number}.tar", "w") as tar:
+            for file in files[number::count]:
+                tar.add(file, file.relative_to(folder))
+
+
+def stages(folder: Path, tars: Path, count: int) -> dict[str, Callable[[int], None]]:
     """What to time: each function works through all images once, given the number of the round."""
     args = parse_args(["--data_path", str(folder), "--num_workers", "0"])
     config = datasets.data_config(args)
@@ -69,6 +82,7 @@ def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
     augmentation = datasets.from_flags(transforms.Augmentation, args)
     transform = transforms.train_transform(augmentation, config)
     our_images = loaders.TransformedImages(source, transform, seed=0)
+    in_tars = loaders.TransformedImages(images_in_tars(str(tars)), transform, seed=0)
     to_network = transforms.ToNetwork(config, CPU)
     crop, *color_steps = our_images.transform.steps.transforms
     pillow_crop, *_ = theirs.transforms
@@ -93,9 +107,12 @@ def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
             image = step(image)
         return image
 
-    def run_ours(view: int) -> None:
-        for indices in in_batches(range(count)):
-            to_network(transforms.collate([our_images[view, index] for index in indices]))
+    def load(images: loaders.TransformedImages) -> Callable[[int], None]:
+        def run(view: int) -> None:
+            for indices in in_batches(range(count)):
+                to_network(transforms.collate([images[view, index] for index in indices]))
+
+        return run
 
     return {
         "decode the whole image": each(lambda index: source[index], range(count)),
@@ -110,12 +127,13 @@ def stages(folder: Path, count: int) -> dict[str, Callable[[int], None]]:
             lambda indices: default_collate([their_images[index] for index in indices]),
             in_batches(range(count)),
         ),
-        OURS: run_ours,
+        OURS: load(our_images),
+        TARS: load(in_tars),
     }
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """Per size of photographs: milliseconds per image of each stage, and the pipelines' ratio."""
+    """Per size of photographs: milliseconds per image of each stage, and ratios of pipelines."""
     torch.set_num_threads(1)
     return [measure_size(size, count, rounds) for size, count in SIZES.items()]
 
@@ -123,10 +141,13 @@ def measure(rounds: int) -> list[dict[str, Any]]:
 def measure_size(size: tuple[int, int], count: int, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, tars = Path(name, "images"), Path(name, "tars")
+        folder.mkdir()
+        tars.mkdir()
         write_photographs(folder, size, count)
+        pack(folder, tars)
         bytes_per_file = statistics.mean(path.stat().st_size for path in folder.rglob("*.jpg"))
-        timed = stages(folder, count)
+        timed = stages(folder, tars, count)
         for round_number in range(-1, rounds):  # one to warm up
             for stage, run in timed.items():
                 started = time.process_time()
@@ -139,4 +160,5 @@ def measure_size(size: tuple[int, int], count: int, rounds: int) -> dict[str, An
         "kB per file": bytes_per_file / 1000,
         "ms": {stage: 1000 * statistics.median(values) for stage, values in times.items()},
         "ratio": statistics.median(theirs / ours for theirs, ours in pairs),
+        "tars": statistics.median(map(operator.truediv, times[OURS], times[TARS])),
     }

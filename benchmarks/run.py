@@ -81,6 +81,7 @@ def show_pipeline(result: dict[str, Any]) -> None:
     for stage, ms in result["ms"].items():
         print_row(stage, f"{ms:.2f}", f"{1000 / ms:.0f}")
     print(f"\nRatio of the two whole pipelines, median of rounds: {result['ratio']:.2f}")
+    print(f"Images per second from tar files / from folders: {result['tars']:.3f}")
 
 
 def show_processes(result: dict[str, dict[str, float]]) -> None:

@@ -83,6 +83,8 @@ def look(
     for name, file in (("labels", labels), ("eval_labels", eval_labels)):
         flags += [f"--{name}", file] if file else []
     args = parse(flags)
+    if args.data_set == "tars":
+        raise UserError(f"{root}: names tar files; unpack them, and pass the folder")
     train = open_split(args, is_train=True)
     assert isinstance(train, FileSource)
     test: ImageSource

@@ -131,6 +131,16 @@ def test_labels_in_a_file_name_images_within_tar_files(tmp_path):
         datasets.open_splits(parse_args([*flags, f"{tmp_path}/shards/*.tar"]))
 
 
+def test_tar_files_without_classes_train_on_the_teacher_alone(tmp_path):
+    (tmp_path / "names.txt").write_text("x\ny\n")
+    pack(tmp_path / "0.tar", {"1.jpg": b"1", "0.jpg": b"2"})
+    flags = [*teacher_flags(__file__), "--teacher_classes", tmp_path / "names.txt"]
+    args = parse_args([*map(str, flags), "--data_path", f"{tmp_path}/0.tar", "--kd_alpha", "1"])
+    train, val, _ = datasets.open_splits(args)
+    assert val is None and train.classes == ["x", "y"] and train.targets.tolist() == [2, 2]
+    assert train.open(0).read() == b"2"
+
+
 # ------------------------------------------------------------------------------- the index
 
 
