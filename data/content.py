@@ -89,8 +89,13 @@ class ContentIndex:
         def digests(positions: np.ndarray) -> list[bytes]:
             found = []
             for index in positions.tolist():
-                with source.open(index) as file:
-                    found.append(hashlib.sha256(file.read()).digest()[:16])
+                try:
+                    with source.open(index) as file:
+                        found.append(hashlib.sha256(file.read()).digest()[:16])
+                except OSError as error:  # of a tar file, without the name of the image
+                    raise OSError(
+                        error.errno, error.strerror or str(error), source.path(index)
+                    ) from error
             return found
 
         found = b"".join(_in_threads(digests, positions[unknown]))

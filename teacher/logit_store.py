@@ -7,8 +7,11 @@ checksum for each row that is complete. `val-<hash>` is the same for validation 
 
 import hashlib
 import math
+import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,13 @@ import utils
 from data.loaders import Batch
 from data.order import BatchOrder
 from data.sources import hash_of_plain
+from runtime import distributed
 from runtime.device import has_streams, send
 from utils import UserError, few
 
-PENDING_BYTES = 2**25  # logits waiting to be written; each write waits for the device
+PENDING_BYTES = 2**25  # logits that are written together; each write waits for the disk
+MOST_WRITES = 2  # that wait for the writer, so that a slow disk does not fill the memory
+CPU = torch.device("cpu")
 
 
 class RowFormat:
@@ -88,13 +94,16 @@ class RowFormat:
             )
         return rows
 
-    def decode(self, rows: np.ndarray) -> torch.Tensor:
-        """(N,) rows -> (N, C) float32, on the CPU"""
-        if not self.topk:
-            return self.restore(torch.from_numpy(rows))
-        values, classes, rest = (rows[name] for name in ("values", "classes", "rest"))
-        arrays = values.copy(), classes.astype(np.int64), rest.copy()
-        return self.restore(*map(torch.from_numpy, arrays))
+    def decode(self, rows: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
+        """(N,) rows -> (N, C) float32. The rows are sent as they are stored, and restored there."""
+        arrays = [rows]
+        if self.topk:
+            values, classes, rest = (rows[name] for name in ("values", "classes", "rest"))
+            arrays = [values.copy(), classes.astype(np.int64), rest.copy()]
+        parts = [torch.from_numpy(array) for array in arrays]
+        if has_streams(device):  # only a copy from page-locked memory does not wait for the GPU
+            parts = [part.pin_memory() for part in parts]
+        return self.restore(*(send(part, device) for part in parts))
 
 
 class LogitFile:
@@ -133,14 +142,14 @@ class LogitFile:
         sums = _map(stem.with_suffix(".sums"), count, np.dtype(np.uint32))
         return cls(stem, row_format, rows, sums, store_id)
 
-    def read(self, places: range) -> torch.Tensor | None:
-        """Logits of these rows, (N, C); None if not all of them are complete.
+    def read(self, places: range, device: torch.device = CPU) -> torch.Tensor | None:
+        """Logits of these rows, (N, C) on a device; None if not all of them are complete.
 
         Raises: UserError if all are complete and one is not what was written.
         """
         rows, is_complete, is_right = self.examine(places)
         if is_right.all():
-            return self.format.decode(rows)
+            return self.format.decode(rows, device)
         if not is_complete.all():
             return None
         damaged = np.asarray(places)[~is_right]
@@ -151,9 +160,17 @@ class LogitFile:
             "cache",
         )
 
-    def require(self, places: range, what: str) -> torch.Tensor:
+    def will_need(self, places: range) -> None:
+        """Have these rows read from the disk soon; does not wait, and does nothing on Windows."""
+        mapped: Any = self.rows.base
+        size = self.format.dtype.itemsize
+        start = places.start * size // mmap.PAGESIZE * mmap.PAGESIZE
+        if places and hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_WILLNEED, start, places.stop * size - start)
+
+    def require(self, places: range, what: str, device: torch.device = CPU) -> torch.Tensor:
         """The same, or UserError if not all rows are complete any more: `what` disappeared."""
-        if (logits := self.read(places)) is None:
+        if (logits := self.read(places, device)) is None:
             raise UserError(
                 f"{self.stem.parent}: cached logits {places[0]}-{places[-1]} of {what} disappeared "
                 "during training; run the same command again to recompute them",
@@ -182,7 +199,9 @@ class LogitFile:
         time of a CRC.
         """
         words = rows.view(self._word).reshape(len(rows), -1)  # (N, W)
-        sums = words @ self._weights[1:] + places.astype(np.uint64) * self._weights[0]
+        # Not words @ weights: numpy's product of integers takes twice as long.
+        sums = np.einsum("ij,j->i", words, self._weights[1:], dtype=np.uint64)
+        sums += places.astype(np.uint64) * self._weights[0]
         return np.maximum(sums >> np.uint64(32), 1).astype(np.uint32)
 
     def first_missing(self, end: int) -> int:
@@ -202,8 +221,8 @@ class LogitFile:
         if not pending:
             return
         places = np.concatenate([np.asarray(places) for places, _ in pending])
-        parts = zip(*(parts for _, parts in pending), strict=True)
-        self.write_rows(places, self.format.encode(*map(torch.cat, parts)))
+        # Joined by numpy, since each thread that uses torch may start threads of its own.
+        self.write_rows(places, np.concatenate([self.format.encode(*p) for _, p in pending]))
 
     def write_rows(self, places: np.ndarray, rows: np.ndarray) -> None:
         """Store (N,) rows at (N,) places, unless a row is complete.
@@ -231,12 +250,14 @@ class LogitFile:
             starts = np.flatnonzero(np.diff(places, prepend=-2) != 1)  # of runs without a gap
             runs = list(zip(starts, [*starts[1:], len(places)], strict=True))
             for first, last in runs:
-                self._write_at(file, places[first] * rows[0].nbytes, rows[first:last].tobytes())
+                # Not copied: that would stop all threads of this process for many milliseconds.
+                content = rows[first:last].view(np.uint8).reshape(-1).data
+                self._write_at(file, places[first] * rows[0].nbytes, content)
             os.fsync(file.fileno())
             for first, last in runs:
                 self._write_at(marks, places[first] * sums.itemsize, sums[first:last].tobytes())
 
-    def _write_at(self, file: FileIO, position: int, content: bytes) -> None:
+    def _write_at(self, file: FileIO, position: int, content: bytes | memoryview) -> None:
         file.seek(int(position))
         while content:
             content = content[file.write(content) :]
@@ -302,8 +323,10 @@ def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
         except OSError as error:
             raise cache_not_written(path, error) from error
     try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         # A plain array, since slicing an np.memmap takes several times as long.
-        return np.asarray(np.memmap(path, dtype, "r", shape=count))
+        return np.ndarray(count, dtype, mapped)
     except OSError as error:
         raise UserError(
             f"{path}: this file system does not map files into memory ({error}); use a folder on "
@@ -314,6 +337,9 @@ def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
 
 class LogitStore:
     """The folder: one LogitFile per view, opened when a row of that view is asked for.
+
+    A thread writes, so that no training step waits for the disk. What it raises is raised by the
+    next `put` or `flush`.
 
     Args:
         images: rows per view.
@@ -330,11 +356,13 @@ class LogitStore:
         self._file: LogitFile | None = None
         self._pending: list[tuple[range, tuple[torch.Tensor, ...]]] = []
         self._pending_bytes = 0
+        self._writer = ThreadPoolExecutor(1)  # its thread starts with the first write
+        self._writes: deque[Future[None]] = deque()
 
     def file_of(self, view: int) -> LogitFile:
-        """The file of a view; writes what is pending for the view before it first."""
+        """The file of a view; hands what is pending for the view before it to the writer."""
         if view != self._view or self._file is None:
-            self.flush()
+            self._hand_over()
             self._file = LogitFile.open(self._stem(view), self.images, self.format, self.id)
             self._view = view
         return self._file
@@ -360,14 +388,24 @@ class LogitStore:
         self._pending.append((places, parts))
         self._pending_bytes += sum(part.nbytes for part in parts)
         if self._pending_bytes >= PENDING_BYTES:
-            self.flush()
+            self._hand_over()
+        self._finish(MOST_WRITES)
         return self.format.restore(*parts)
 
     def flush(self) -> None:
-        """Write what is pending."""
+        """Write what is pending, and wait until it is on the disk."""
+        self._hand_over()
+        self._finish(0)
+
+    def _hand_over(self) -> None:
         if self._pending and self._file is not None:
-            self._file.write(self._pending)
+            self._writes.append(self._writer.submit(self._file.write, self._pending))
             self._pending, self._pending_bytes = [], 0
+
+    def _finish(self, most: int) -> None:
+        """Wait until at most so many writes are left. Raises: what a write that ended raised."""
+        while self._writes and (len(self._writes) > most or self._writes[0].done()):
+            self._writes.popleft().result()
 
     def validation_file(self, fingerprint: list[dict[str, Any]], images: int) -> LogitFile:
         """The file of logits on so many validation images, complete and in float32.
@@ -423,13 +461,13 @@ class StoredTeacher:
         if key is None:
             raise ValueError("cached logits are looked up by the key of a batch; pass its key")
         view, places = key
-        file = self.store.file_of(view)
+        file, device = self.store.file_of(view), images.device
+        # The next batch of this process in the view: see data.order.EpochBatches.
+        ahead = len(places) * distributed.world_size()
+        end = min(places.stop + ahead, self.store.needed)
+        file.will_need(range(places.start + ahead, end))
         if self.teacher is None:
-            logits = file.require(places, f"view {view}")
-        elif (cached := file.read(places)) is not None:
-            logits = cached
-        else:
-            return self.store.put(view, places, self.teacher(images))
-        # Only a copy from page-locked memory does not wait for the GPU.
-        logits = logits.pin_memory() if has_streams(images.device) else logits
-        return send(logits, images.device)
+            return file.require(places, f"view {view}", device)
+        if (cached := file.read(places, device)) is not None:
+            return cached
+        return self.store.put(view, places, self.teacher(images))

@@ -592,7 +592,7 @@ def test_a_file_system_that_maps_no_files_is_one_line(run_main, kd, tmp_path, mo
     def refuse(*args, **keywords):
         raise OSError(19, "No such device")
 
-    monkeypatch.setattr("teacher.logit_store.np.memmap", refuse)
+    monkeypatch.setattr("teacher.logit_store.mmap.mmap", refuse)
     run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path)
     assert run.code == 2 and len(run.err.splitlines()) == 1
     assert f"--teacher_cache {tmp_path}" in run.err and "does not map files into memory" in run.err
@@ -718,6 +718,56 @@ def test_rows_with_gaps_between_them_are_kept_where_they_belong(tmp_path):
     assert torch.equal(file.read(range(60, 70)), row_of(range(60, 70)))
     assert torch.equal(file.read(range(70, 72)), -row_of(range(70, 72)))
     assert file.missing() == 100 - 13 - 12
+
+
+def test_no_step_waits_for_the_disk_and_rows_are_there_before_their_marks(tmp_path, monkeypatch):
+    store = logit_store.LogitStore(tmp_path, 64, 64, RowFormat(10, "float32"), "store")
+    threads, may_go, fsync = [], threading.Event(), os.fsync
+
+    def slow_fsync(descriptor: int) -> None:
+        threads.append(threading.get_ident())
+        assert may_go.wait(10)
+        fsync(descriptor)
+
+    monkeypatch.setattr(logit_store, "PENDING_BYTES", 1)
+    monkeypatch.setattr(logit_store.os, "fsync", slow_fsync)
+    for first in (0, 8):
+        places = range(first, first + 8)
+        assert torch.equal(store.put(0, places, row_of(places)), row_of(places))
+    assert not np.fromfile(tmp_path / "view-00000.sums", np.uint32).any()
+    may_go.set()
+    store.flush()
+    assert torch.equal(store.file_of(0).read(range(16)), row_of(range(16)))
+    assert len(threads) == 2 and threading.get_ident() not in threads
+    monkeypatch.setattr(LogitFile, "_write_at", lambda *_: (_ for _ in ()).throw(OSError(28, "x")))
+    with pytest.raises(UserError, match="everything cached so far is complete"):
+        for first in range(16, 64, 8):  # at a later step, at the end at the latest
+            store.put(0, range(first, first + 8), row_of(range(8)))
+        store.flush()
+
+
+def test_the_next_batch_is_asked_for_and_rows_are_sent_as_they_are_stored(
+    run_main, kd, stores, monkeypatch
+):
+    asked, read, sent = [], [], []
+    real_read, real_send = LogitFile.read, logit_store.send
+    monkeypatch.setattr(LogitFile, "will_need", lambda self, places: asked.append(places))
+
+    def note_read(self, places, device):
+        read.append(places)
+        return real_read(self, places, device)
+
+    def note_send(part, device):
+        sent.append(part.nbytes)
+        return real_send(part, device)
+
+    monkeypatch.setattr(LogitFile, "read", note_read)
+    monkeypatch.setattr(logit_store, "send", note_send)
+    flags = [*SHORT, *kd, "--teacher_cache", stores / "first", "--disable_eval", "true"]
+    assert run_main(*flags, "--teacher_eval", "false").code == 0
+    batches = [range(first, first + 16) for first in (0, 16, 32, 48)]
+    assert read == batches * 2 and [a for a in asked if a] == batches[1:] * 2
+    assert sent == [16 * 10 * 2] * 8  # float16
 
 
 def test_of_two_that_compute_a_row_at_once_the_first_is_kept(tmp_path, monkeypatch):
