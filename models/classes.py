@@ -8,6 +8,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils import natural_key
 
 import models
+from runtime.distributed import log
 from utils import UserError, few
 
 
@@ -52,7 +53,7 @@ def _namings(arch: str) -> list[list[str]]:
 
 
 def pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
-    """`names_of_weights`, for a teacher.
+    """`names_of_weights`, for a teacher; prints what ImageNet calls classes with a short name.
 
     Raises: UserError where the data has other classes, or where there is no classifier.
     """
@@ -63,6 +64,9 @@ def pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
             "architecture",
         )
     if names := names_of_weights(arch, classes):
+        *_, first, full = [[], *_namings(arch)]
+        if list(map(_normalized, names)) == list(map(_normalized, first)):
+            _report_meanings(arch, [(name, full[names.index(name)]) for name in classes], full)
         return names
     known = next(iter(reversed(_namings(arch))), [f"{outputs} classes without names"])
     unknown = [name for name in classes if _normalized(name) not in set(map(_normalized, known))]
@@ -72,6 +76,28 @@ def pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
         "checkpoint",
         "architecture",
     )
+
+
+def _report_meanings(arch: str, meanings: Sequence[tuple[str, str]], full: Sequence[str]) -> None:
+    """Print what ImageNet calls the classes of the data in full, doubtful classes first.
+
+    A mouse is the computer's, and a missile is also an output named 'projectile, missile'.
+    """
+    rivals: dict[str, str] = {}
+    for text in full:
+        rivals |= dict.fromkeys(map(_normalized, text.split(",")[1:]), text)
+    doubtful, longer = [], []
+    for name, text in meanings:
+        if rival := rivals.get(_normalized(name)):
+            doubtful.append(f"{text} (not {rival})")
+        elif "," in text:
+            longer.append(text)
+    if doubtful or longer:
+        log(
+            f"{arch}: classes are taken for ImageNet's by the first of their names: "
+            f"{'; '.join([*doubtful, *longer][:5])}; if others are meant, name the teacher's "
+            "outputs with teacher_classes"
+        )
 
 
 def _normalized(name: str) -> str:

@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from helpers import QUICK, teacher_flags
 
 import compare
 import sweep
+from reporting.plots import draw_curves
 from reporting.runs import group_runs, read_run
 from reporting.verdicts import Verdict, t_quantile
 
@@ -313,6 +315,25 @@ def test_a_picture_is_drawn_after_the_table_or_the_missing_package_named(tmp_pat
     outputs = capsys.readouterr()
     assert "90.90" in outputs.out
     assert (tmp_path / "a.png").exists() if code == 0 else "pip install matplotlib" in outputs.err
+
+
+def test_the_band_of_a_picture_is_the_deviation_over_the_seeds(monkeypatch):
+    """Also where the seeds have different epochs; a single run has no band."""
+    for name in ("matplotlib", "matplotlib.ticker"):  # what they draw is not looked at
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    axes = MagicMock(**{"get_ylim.return_value": (31.2, 46)})
+    seeds = [{0: 10.0, 1: 20.0}, {0: 14.0, 1: 20.0, 2: 50.0}, {0: 18.0, 1: 26.0}]
+    draw_curves(axes, {"alone": seeds, "distilled": [{0: 5.0, 1: 7.0}]})
+    ((epochs, low, high), band), *more = axes.fill_between.call_args_list
+    assert epochs == [0, 1] and not more and band["color"] == "C0"
+    # Means 14 and 22; sums of squares 16 + 0 + 16 and 4 + 4 + 16, each over two degrees of freedom.
+    assert low == pytest.approx([10, 22 - 12**0.5]) and high == pytest.approx([18, 22 + 12**0.5])
+    lines = [(call.args, call.kwargs["color"]) for call in axes.plot.call_args_list]
+    means, single = (([0, 1], [14, 22]), "C0"), (([0, 1], [5, 7]), "C1")
+    runs = [(([0, 1], scores), "C0") for scores in ([10, 20], [14, 20], [18, 26])]
+    assert lines == [means, *runs, single]
+    assert axes.set.call_args.kwargs["ylabel"] == "test accuracy % (axis from 31)"
+    assert "± 1 standard deviation over seeds" in axes.set_title.call_args.args[0]
 
 
 # -------------------------------------------------------------------------------------- sweeps

@@ -10,6 +10,7 @@ from helpers import is_same, write_images
 from timm.data import ImageNetInfo
 
 import models
+from models.classes import pretrained_classes
 from utils import UserError
 
 QUICK = "--batch_size 8 --epochs 1 --mixup 0 --cutmix 0 --reprob 0 --aa none".split()
@@ -139,6 +140,16 @@ def test_imagenet_teachers_know_wordnet_ids_and_names(run_main, tmp_path):
         write_images(tmp_path / "twice" / part, [names[0], "crane"])
     run = teach(run_main, arch, tmp_path / "twice")
     assert run.code == 2 and "several outputs of the teacher have the same class name" in run.err
+
+
+def test_short_names_that_may_mean_another_class_are_explained(capsys):
+    """ImageNet's mouse (673) belongs to a computer; two of its classes are called missile."""
+    names = pretrained_classes("resnet18", ["mouse", "hen", "missile"])
+    assert [names.index(name) for name in ("mouse", "hen", "missile")] == [673, 8, 657]
+    out = capsys.readouterr().out
+    assert "first of their names: missile (not projectile, missile); mouse, computer mouse; " in out
+    pretrained_classes("resnet18", ["n03793489", "n01514859"])
+    assert not capsys.readouterr().out
 
 
 def test_other_classes_and_backbones_get_no_random_classifier(run_main, imnet, tmp_path):

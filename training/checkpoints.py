@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import utils
-from arguments.derived import teachers_of
+from arguments.derived import is_mixed, teachers_of
 from arguments.flags import DATA_FLAGS, NOT_RECIPE
 from arguments.kinds import as_typed
 from models.checkpoint import FORMAT, Checkpoint, read_checkpoint
@@ -259,7 +259,7 @@ class RunState:
         if saved.get("world_size", world_size()) != world_size():
             log(
                 f"{path}: saved by {saved['world_size']} process(es), now {world_size()}; "
-                "dropout, mixup and BatchNorm statistics will differ from here on"
+                f"{self._depends_on_processes()} will differ from here on"
             )
         inside = f" and {self.progress.updates} steps of the next" if self.progress else ""
         scores = ", ".join(f"{name} {score:.2f} %" for name, score in self.best.items()) or "none"
@@ -328,6 +328,22 @@ class RunState:
         log(f"Warning: {path}: {difference}; the resumed run will not match an uninterrupted one")
         if not self.changes.keys() & {"batch_size", "update_freq"}:  # else noted already
             self._note(difference)
+
+    def _depends_on_processes(self) -> str:
+        """What another number of processes changes in this run, in words."""
+        modules, args = list(self.student.modules()), argparse.Namespace(**self.args)
+        is_dropped = any(
+            (isinstance(m, nn.modules.dropout._DropoutNd) and m.p) or getattr(m, "drop_prob", 0)
+            for m in modules
+        )
+        parts = {
+            "dropout": is_dropped,
+            "mixup": is_mixed(args) and args.mixup_mode != "pair",
+            "BatchNorm statistics": any(
+                isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in modules
+            ),
+        }
+        return " and ".join(name for name, differs in parts.items() if differs) or "only rounding"
 
     def _note(self, change: str) -> None:
         """Add to what args.json and each checkpoint say of changes on the way."""
