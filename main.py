@@ -333,7 +333,7 @@ def train(
             is_due = (epoch + 1) % args.eval_freq == 0 or is_last
             if training.val_loader is not None and is_due and not args.disable_eval:
                 with times.spent_on("evaluation"):
-                    scores, answers = evaluate_all(args, settings, training, teacher)
+                    scores, answers = evaluate_all(args, settings, training, teacher, not is_last)
                 record |= scores
             record |= teacher.scores
             improved = state.finish_epoch(epoch, record)
@@ -359,9 +359,11 @@ def save_inside_epoch(
         every: steps; 0 for no checkpoint without a signal.
     Raises: runtime.signals.Interrupted after a signal.
     """
-    is_due = every and updates % every == 0
-    if not (is_due or history.stop) or updates == history.updates:
-        return  # the last step of an epoch is followed by the checkpoint of the epoch
+    if updates == history.updates:  # the evaluation and the checkpoint of the epoch follow
+        training.state.progress = history.flush(updates)
+        return
+    if not (every and updates % every == 0 or history.stop):
+        return
     teacher.flush()
     with training.times.spent_on("saving"):
         saved = training.state.save_inside_epoch(history.flush(updates))
@@ -370,13 +372,20 @@ def save_inside_epoch(
 
 
 def evaluate_all(
-    args: argparse.Namespace, settings: LoopSettings, training: Training, teacher: RunTeacher
+    args: argparse.Namespace,
+    settings: LoopSettings,
+    training: Training,
+    teacher: RunTeacher,
+    stops: bool,
 ) -> tuple[dict[str, float], dict[str, list[metrics.Answers]]]:
     """Score the student, and its EMA with --model_ema_eval.
 
+    Args:
+        stops: whether a signal ends the evaluation, which the resumed run then begins again.
     Returns: test_loss, test_acc1, test_acc5, test_ece, and of the EMA the same names with _ema; if
         the teacher was scored on the same images, also test_agreement and test_kl. And the answers
         of 'student' and 'ema'.
+    Raises: runtime.signals.Interrupted after a signal.
     """
     assert training.val_loader is not None
     networks = {"student": training.state.student}
@@ -391,7 +400,14 @@ def evaluate_all(
         if distributed.world_size() > 1:  # every rank scores what rank 0 will save
             distribute_bn(network, distributed.world_size())
         part, loader = training.part(network), training.val_loader
+        loader = signals.until_signal(loader) if stops else loader
         scored = evaluate(loader, part, settings, args.dist_eval, teacher.logits)
+        # Each process stops at a batch of its own, so one question per evaluation is enough.
+        if stops and (number := distributed.stop_requested(settings.device)):
+            state = training.state
+            assert state.progress is not None  # all steps of the epoch
+            saved = state.save_inside_epoch(state.progress)
+            raise signals.Interrupted(number, f"the last step of epoch {state.epoch + 1}", saved)
         suffix = "" if name == "student" else f"_{name}"
         record |= {f"test_{score}{suffix}": value for score, value in scored.scores.items()}
         answers[name] = scored.answers

@@ -122,7 +122,8 @@ class Terminal:
             step: optimizer steps of the run so far.
             updates: optimizer steps of an epoch.
         """
-        each = (time.monotonic() - self.began) / (step - self.first_step)
+        # A run that was stopped in an evaluation goes on with that, without a step.
+        each = (time.monotonic() - self.began) / max(1, step - self.first_step)
         return clock(max(0, self.epochs * updates - step) * each)
 
     def clear(self) -> None:

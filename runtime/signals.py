@@ -2,10 +2,13 @@
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _received: list[int] = []  # a signal handler can do little more than note the number
 
@@ -50,6 +53,14 @@ def stop_on_signals() -> Iterator[None]:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
         _received.clear()
+
+
+def until_signal(items: Iterable[T]) -> Iterator[T]:
+    """The same items up to the one during which this process received a signal."""
+    for item in items:
+        yield item
+        if _received:
+            return
 
 
 def leave_signals_to_the_trainer(worker_id: int) -> None:

@@ -15,6 +15,7 @@ from forked import Group, program, run_group
 from helpers import CPU, RECORDS, children_of, is_same, read_log, start, torchrun
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from engine import evaluate
 from runtime import distributed, signals
 from training import history
 from training.checkpoints import INSIDE_EPOCH, lock_folder, save_checkpoint
@@ -48,6 +49,35 @@ def test_a_signal_stops_after_a_step_and_the_same_command_goes_on(tmp_path):
     assert "steps of the next" in run_group(*LONG.split(), "--output_dir", stopped)
     assert_same(alone, stopped, "1", "model optimizer best scores")
     assert not (stopped / INSIDE_EPOCH).exists()
+
+
+def test_a_signal_ends_an_evaluation_which_the_same_command_begins_again(
+    run_main, short, tmp_path, monkeypatch
+):
+    flags = [*short, "--epochs", 3, "--model_ema", "true", "--model_ema_eval", "true"]
+    run_main(*flags, output_dir=tmp_path / "alone")
+    looked_at = []
+
+    def stopped(loader, *args):
+        """The student is scored by one of twelve batches in epoch 1."""
+
+        def batches():
+            for batch in loader:
+                looked_at.append(len(batch.targets))
+                if len(looked_at) == 25:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        return evaluate(batches(), *args)
+
+    monkeypatch.setattr("main.evaluate", stopped)
+    run = run_main(*flags, output_dir=tmp_path / "stopped")
+    assert run.code == 143 and len(looked_at) == 25, run.err
+    assert "SIGTERM after the last step of epoch 1: saved to" in run.out
+    monkeypatch.undo()
+    assert "4 steps of the next" in run_main(*flags, output_dir=tmp_path / "stopped").out
+    parts = "model model_ema optimizer best scores"
+    assert_same(tmp_path / "alone", tmp_path / "stopped", "2 best best-ema", parts)
 
 
 @pytest.fixture(scope="module")
