@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from models.checkpoint import local_file
-from utils import UserError, flags_for, is_url, lock, replacing
+from utils import UserError, is_url, lock, replacing
 
 FORMAT = 1
 CONTENTS = "pack.json"  # the last file of a pack: SHA-256 of each of the others
@@ -67,15 +67,15 @@ def local_cache(path: str) -> Path:
 
     Raises: UserError for a pack that cannot be downloaded, or is not whole.
     """
-    if not is_url(path):
-        if not path.endswith(".tar") and not os.path.isfile(path):
-            return Path(path)
-        if not os.path.isfile(path):
+    if not is_url(path) and not os.path.isfile(path):
+        if path.endswith(".tar") and not os.path.isdir(path):
             raise UserError(f"{path}: no such file; pass a file that cache.py pack wrote", "cache")
-    # An address stands for one pack for ever, as that of a teacher does; a file may be replaced.
-    status = None if is_url(path) else os.stat(path)
-    name = path if status is None else f"{os.path.realpath(path)} {status.st_mtime_ns}"
-    key = hashlib.sha256(f"{name} {status and status.st_size}".encode()).hexdigest()[:12]
+        return Path(path)
+    name = path
+    if not is_url(path):  # a file may be replaced; an address stands for one pack for ever
+        status = os.stat(path)
+        name = f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}"
+    key = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
     folder = Path(torch.hub.get_dir()) / "teacher_caches" / f"{key}-{Path(path).stem}"
     if not folder.exists():
         try:
@@ -90,8 +90,10 @@ def local_cache(path: str) -> Path:
 
 
 def _fetch_and_unpack(path: str, folder: Path) -> None:
-    with flags_for(checkpoint="--teacher_cache"):
+    try:
         file = local_file(path)
+    except UserError as error:
+        raise UserError(str(error), "cache") from error
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -127,12 +129,14 @@ def _unpack(pack: str, folder: Path) -> str:
             return f"is not a pack of cache.py ({error}); pass a file that cache.py pack wrote"
     if hashes.pop(CONTENTS, None) is None:
         return "was cut short; download or copy the pack again"
-    contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+    try:
+        contents = json.loads((folder / CONTENTS).read_bytes())
+        packed, found = contents["sha256"], contents["format"]
+    except (ValueError, TypeError, KeyError):
+        return f"was damaged: its {CONTENTS} cannot be read; download or copy the pack again"
     (folder / CONTENTS).unlink()
-    if contents["format"] != FORMAT:
-        return f"is a pack of format {contents['format']}, but this version reads {FORMAT}"
-    if wrong := [
-        name for name in contents["sha256"] if contents["sha256"][name] != hashes.get(name)
-    ]:
+    if found != FORMAT:
+        return f"is a pack of format {found}, but this version reads {FORMAT}"
+    if wrong := [name for name in packed | hashes if packed.get(name) != hashes.get(name)]:
         return f"was damaged: {wrong[0]} is not what was packed; download or copy the pack again"
     return ""

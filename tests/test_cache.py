@@ -192,6 +192,7 @@ BAD = {
     "cut short": lambda content: content[:7000],
     "was cut short": lambda content: content[: 512 * 3],  # between two files
     "is not what was packed": lambda content: content[:700] + b"?" + content[701:],
+    "its pack.json cannot be read": lambda content: content.replace(b'"sha256"', b'"sha25!"'),
 }
 
 

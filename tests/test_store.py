@@ -469,6 +469,7 @@ def test_one_replaced_training_image_is_noticed_by_its_stamps(
 ):
     flags = [*photo_flags, "--data_path", photos, "--data_set", data_set]
     assert run_main(*flags, "--teacher_cache_identity", "stamps").code == 0
+    assert "the teacher is not loaded" in run_main(*flags).out  # though content is the default
     replace(shown_late(photos))
     run = run_main(*flags)
     assert run.code == 2 and "the images changed since their logits were cached" in run.err
