@@ -385,7 +385,9 @@ class LogitStore:
         """
         self.file_of(view)
         parts = self.format.shorten(logits)
-        self._pending.append((places, parts))
+        # The writer fetches them from a GPU; MPS is not for two threads.
+        waiting = parts if has_streams(logits.device) else tuple(part.cpu() for part in parts)
+        self._pending.append((places, waiting))
         self._pending_bytes += sum(part.nbytes for part in parts)
         if self._pending_bytes >= PENDING_BYTES:
             self._hand_over()
