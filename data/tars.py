@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import posixpath
+import re
 import tarfile
 from array import array
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 
+from arguments.derived import SPLIT_NAMES
 from data.checks import with_progress
 from data.content import THREADS
 from data.labels import Folder, read_labels, sort_classes
@@ -126,6 +128,15 @@ def find_shards(tars: str) -> list[Shard]:
                 "('shards/*.tar'), or several of both with commas",
                 "folder",
             )
+        if os.path.isdir(part):
+            file_names = " ".join(map(os.path.basename, found)).lower()
+            words = {*re.split("[^a-z]+", file_names)}
+            if all(words & {*names} for names in SPLIT_NAMES.values()):
+                raise UserError(
+                    f"{part}: names of tar files in it say both training and validation; pass each "
+                    "with a glob in quotes (--data_path 'shards/*train*.tar', --eval_data_path)",
+                    "folder",
+                )
         shards.update(found)
     stats = ((path, os.stat(path)) for path in sorted(shards))
     return [Shard(path, status.st_size, status.st_mtime_ns) for path, status in stats]

@@ -270,6 +270,14 @@ def test_a_tar_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, run_mai
     assert message.format(tmp_path) in run.err
 
 
+def test_a_folder_of_training_and_validation_tars_is_not_trained_on_as_a_whole(tmp_path, run_main):
+    for number, name in enumerate(("set-train-0.tar", "set-validation-0.tar")):
+        pack(tmp_path / name, {f"{label}/{number}.jpg": b"" for label in "ab"})
+    run = run_main("--data_set", "tars", "--data_path", tmp_path)
+    assert run.code == 2 and "say both training and validation; pass each" in run.err
+    assert len(tars.images_in_tars(f"{tmp_path}/*-train-*.tar")) == 2
+
+
 def test_classes_of_validation_that_training_does_not_know_are_refused(tmp_path, run_main):
     pack(tmp_path / "train" / "0.tar", {"1.jpg": b"", "1.cls": b"9", "2.jpg": b"", "2.cls": b"10"})
     pack(tmp_path / "val" / "0.tar", {"1.jpg": b"", "1.cls": b"11"})
