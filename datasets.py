@@ -312,6 +312,9 @@ def complete(args: argparse.Namespace, device: torch.device, splits: Splits | No
     """
     if args.use_amp and not args.amp_dtype:
         args.amp_dtype = default_amp_dtype(device)
+    if not args.teacher_dtype:  # the one to which autocast would convert the weights at each step
+        has_autocast = args.use_amp and (args.teacher_device or device.type).startswith(device.type)
+        args.teacher_dtype = args.amp_dtype if has_autocast else "float32"
     if splits is None:
         args.batch_size = args.batch_size or 32  # of a file that no run wrote
         return

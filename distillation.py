@@ -21,7 +21,7 @@ from models.checkpoint import Checkpoint, read_checkpoint
 from models.classes import match_outputs, order_of_script, pretrained_classes
 from models.fusion import fuse_layers
 from models.weights import load_weights
-from runtime.device import send
+from runtime.device import fetch, has_streams, send
 from runtime.distributed import unwrap
 from utils import UserError, few
 
@@ -341,16 +341,33 @@ class StudentWithDistillation(nn.Module):
         if not self.training:
             # Not through DDP: its buffer broadcast would wait for ranks that have fewer batches.
             return unwrap(self.student)(images)
-        teacher_logits = None
-        if self.teacher is not None:
-            keyed = (key,) if getattr(self.teacher, "needs_key", False) else ()
-            with torch.no_grad(), self.around_teacher():
-                teacher_logits = self.teacher(images, *keyed)
-        student_logits = self.student(images)
+        if self.teacher is None:
+            return self.student(images), None
+        if has_streams(images.device) and self._asks_host():
+            # The GPU computes the student's answer while the host is busy with the teacher's.
+            question = fetch(images) if isinstance(self.teacher, nn.Module) else lambda: images
+            student_logits = self.student(images)
+            teacher_logits = self._ask(question(), key)
+        else:
+            teacher_logits = self._ask(images, key)
+            student_logits = self.student(images)
         # Only now, so that a teacher on another GPU computes beside the student.
-        if teacher_logits is not None:
-            teacher_logits = send(teacher_logits, student_logits.device)
+        if teacher_logits.device != student_logits.device:
+            with self.around_teacher():
+                teacher_logits = send(teacher_logits, student_logits.device)
         return student_logits, teacher_logits
+
+    def _ask(self, images: torch.Tensor, key: tuple[int, range] | None) -> torch.Tensor:
+        keyed = (key,) if getattr(self.teacher, "needs_key", False) else ()
+        with torch.no_grad(), self.around_teacher():
+            return self.teacher(images, *keyed)
+
+    def _asks_host(self) -> bool:
+        """Whether the teacher computes on the CPU, or all its logits are read from disk."""
+        if isinstance(self.teacher, nn.Module):
+            weight = next(self.teacher.parameters(), None)
+            return weight is not None and weight.device.type == "cpu"
+        return getattr(self.teacher, "teacher", self.teacher) is None
 
     def no_sync(self) -> AbstractContextManager:
         """DistributedDataParallel's `no_sync` for accumulation steps; nothing on one process."""

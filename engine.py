@@ -116,7 +116,7 @@ def train_one_epoch(
         gradients = [p.grad for p in parameters if p.grad is not None]
         grad_norm = clip_gradients(gradients, settings.clip_grad)
         # No .item() here and no check of the loss: a sync per step would leave the GPU waiting.
-        # History looks at the numbers every print_freq steps, before anything is saved.
+        # History reads the numbers some steps later, and before anything is saved.
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -136,6 +136,7 @@ class Evaluation(NamedTuple):
     logits: dict[range, torch.Tensor]  # (B, C) by the places of each batch, on the CPU, if kept
 
 
+@torch.compiler.set_stance("force_eager")  # else each of its batch sizes would be compiled
 @torch.inference_mode()
 def evaluate(
     loader: Iterable[Batch],

@@ -347,7 +347,7 @@ def train(
                 if signalled and not is_last:
                     raise signals.Interrupted(signalled, f"epoch {epoch}", state.folder)
         teacher.warn_if_below(state.scores)
-        summarize(args, data, training, teacher, recorder, answers)
+        summarize(args, settings, data, training, teacher, recorder, answers)
 
 
 def save_inside_epoch(
@@ -421,6 +421,7 @@ def run_to_resume(args: argparse.Namespace) -> str:
 
 def summarize(
     args: argparse.Namespace,
+    settings: LoopSettings,
     data: Data,
     training: Training,
     teacher: RunTeacher,
@@ -442,10 +443,12 @@ def summarize(
     if not distributed.is_main_process():
         return
     memory = peak_memory(training.times.device)  # before costs are measured, which takes memory too
+    with settings.autocast():  # as the run computes
+        costs = costs_of(state.student, teacher.model, data.config["input_size"])
     outcome = Outcome(
         state.scores,
         state.best,
-        costs_of(state.student, teacher.model, data.config["input_size"]),
+        costs,
         seconds,
         steps * recorder.images_per_step,
         memory,

@@ -208,8 +208,10 @@ add("teacher_min_acc1", PERCENT, 0.0,
     "stop if the teacher's accuracy is below this, in percent")
 add("teacher_device", NAME, None, role=MACHINE, help=
     "teacher's device, such as cpu or cuda:1 (default: --device)")
-add("teacher_dtype", ("float32", "bfloat16", "float16"), "float32", cache=COMPARED, help=
-    "data type of the teacher's weights and computation: float32, bfloat16 or float16")
+add("teacher_dtype", ("float32", "bfloat16", "float16"), None, cache=COMPARED, help=
+    "data type of the teacher's weights and computation: float32, bfloat16 or float16 (default: "
+    "float32; with --use_amp true that of --amp_dtype, unless the teacher runs on another kind of "
+    "device)")
 
 add = group("teacher cache (teacher logits on disk)", TRAINING)
 add("teacher_cache", FOLDER, None, WITH_KD, ASKED, role=REPEAT, help=

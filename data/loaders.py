@@ -17,7 +17,7 @@ from data.pictures import decode_of_stream
 from data.sources import ImageSource
 from data.transforms import HostBatch, Patches, ToNetwork, ToPixels, collate
 from runtime import distributed
-from runtime.device import send
+from runtime.device import has_streams, send
 from runtime.randomness import RandomUse, seed_rng
 from utils import UserError
 
@@ -125,6 +125,31 @@ class Stream:
         return itertools.islice(self.loader, self.first_batch, stop)
 
 
+def one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, each copied and converted while the device computes on the one before.
+
+    That happens on a stream of its own, so the batch waits for no step and no step for the batch.
+    """
+    gpu = torch.get_device_module(device)
+    stream = gpu.Stream(device)
+    stream.wait_stream(gpu.current_stream(device))  # for what the conversion itself needs
+
+    def prepare() -> tuple[Batch, torch.Event] | None:
+        with gpu.stream(stream):
+            batch = next(batches, None)
+            return None if batch is None else (batch, stream.record_event())
+
+    ahead = prepare()
+    while ahead is not None:
+        batch, converted = ahead
+        ahead = prepare()
+        current = gpu.current_stream(device)
+        current.wait_event(converted)
+        for tensor in (batch.images, batch.targets):
+            tensor.record_stream(current)  # its memory is not given away before the step is done
+        yield batch
+
+
 class DeviceLoader(Loader):
     """Batches as networks take them: on the device, normalized, erased and mixed.
 
@@ -165,6 +190,10 @@ class DeviceLoader(Loader):
         return self.order.batches_in_epoch - self.order.first_batch
 
     def __iter__(self) -> Iterator[Batch]:
+        device = self.to_network.device
+        return one_ahead(self._batches(), device) if has_streams(device) else self._batches()
+
+    def _batches(self) -> Iterator[Batch]:
         view, is_labeled = self.order.view, not isinstance(self.mixup, PartialLabels)
         for number, host in enumerate(self.host(), start=self.order.first_batch):
             images, targets = self.to_network(host), send(host.targets, self.to_network.device)

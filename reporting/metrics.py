@@ -31,7 +31,7 @@ def answers_of(logits: torch.Tensor, targets: torch.Tensor, places: range) -> An
     predictions = logits.argmax(dim=1)
     confidences = logits.softmax(dim=1).amax(dim=1)
     losses = F.cross_entropy(logits, targets, reduction="none")
-    positions = torch.tensor(places, device=logits.device)
+    positions = torch.arange(places.start, places.stop, places.step, device=logits.device)
     return Answers(positions, targets, predictions, confidences, losses)
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -116,7 +117,33 @@ def default_device() -> str:
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; the copy runs beside what the CPU does next if it can."""
+    if has_streams(device) and tensor.device.type == "cpu":
+        tensor = (
+            tensor.pin_memory()
+        )  # else the copy would wait for the device; free if it is pinned
     return tensor.to(device, non_blocking=has_streams(device))
+
+
+def record_event(device: torch.device, is_timed: bool = False) -> torch.Event:
+    """An event that happens once the device has computed what it was given so far."""
+    event = torch.Event(device, enable_timing=is_timed)
+    # By itself an event would be recorded on the current device, which may be a different one.
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to copy a tensor to the host; the returned function waits for that copy alone."""
+    if not has_streams(tensor.device):
+        return tensor.cpu
+    copy = tensor.to("cpu", non_blocking=True)  # into page-locked memory
+    end = record_event(tensor.device)
+
+    def wait() -> torch.Tensor:
+        end.synchronize()
+        return copy
+
+    return wait
 
 
 def synchronize(device: torch.device) -> None:

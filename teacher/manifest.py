@@ -200,7 +200,10 @@ def _claim(
     index = ContentIndex(folder) if is_known else None
     manifest |= _images(data, index)
     versions = {p: importlib.metadata.version(p) for p in ("torch", "timm", "numpy", "pillow")}
-    manifest["note"] = versions | {"kd_temperature": args.kd_temperature}
+    # A complete cache is of use on every device, so what it was made on is not compared.
+    device = torch.device(args.teacher_device or data.train_loader.to_network.device).type
+    made_on = {"device": device} | ({"fast_cuda": args.fast_cuda} if device == "cuda" else {})
+    manifest["note"] = versions | {"kd_temperature": args.kd_temperature} | made_on
     if not existing:  # a complete store may be on a read-only disk
         utils.make_folder(folder)
         with open(folder / ".lock", "wb") as file:

@@ -1,8 +1,8 @@
-"""The means of an epoch's steps, fetched from the device only every few steps."""
+"""The means of an epoch's steps, copied from the device only every few steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from data.loaders import Batch
 from reporting.recorder import Recorder
 from reporting.timing import Stopwatch
 from runtime import distributed, signals
+from runtime.device import fetch, has_streams
 from training.optimizer import Schedule
 from training.settings import LoopSettings
 from utils import UserError
@@ -64,10 +65,22 @@ class StepScalars(NamedTuple):
     targets: torch.Tensor  # (B,) or (B, C)
 
 
-class History:
-    """Keeps the scalars of an epoch on the device and fetches them only every few steps.
+class Look(NamedTuple):
+    """The scalars of some optimizer steps, on their way to the host."""
 
-    Fetching a scalar waits for the device, so most steps never wait.
+    done: int  # steps of the epoch
+    batches_per_update: list[int]
+    tables: Callable[[], torch.Tensor]  # waits for (processes, batches, metrics + 1)
+    norms: Callable[[], torch.Tensor]  # waits for (optimizer steps,)
+    rate: float  # images per second
+
+
+class History:
+    """Keeps the scalars of an epoch on the device and looks at them only every few steps.
+
+    Reading a scalar waits for the device, so a look copies them beside what the device computes,
+    and they are read at the next look, or before anything is saved. Without such a device they are
+    read at once.
 
     Args:
         updates: optimizer steps of the epoch.
@@ -93,11 +106,12 @@ class History:
         self.recorder = recorder
         self.waiting: list[StepScalars] = []  # batches whose scalars are still to be computed
         self.waiting_bytes = 0
-        self.tables: list[torch.Tensor] = []  # (batches, metrics + 1) each, since the last fetch
+        self.tables: list[torch.Tensor] = []  # (batches, metrics + 1) each, since the last look
+        self.looks: list[Look] = []  # those that are not read yet
         self.norms: list[torch.Tensor] = []  # gradient norms, () each, one per optimizer step
         self.batches_per_update: list[int] = []
         self.batches_since_update = 0
-        self.images = 0  # since the last fetch, on this process
+        self.images = 0  # since the last look, on this process
         self.names = list(progress.sums)
         self.sums = np.array(list(progress.sums.values()))
         self.count = progress.batches
@@ -119,7 +133,7 @@ class History:
             outputs: of the model, see engine.TrainedModel.
         """
         student_logits, teacher_logits = outputs[0].detach(), outputs[1]
-        if self.epoch == 0 and not (self.count or self.waiting or self.tables):
+        if self.epoch == 0 and not (self.count or self.waiting or self.tables or self.looks):
             self.recorder.show_batch(batch, teacher_logits)
         if not batch.is_labeled:
             teacher_logits = None  # cannot be scored
@@ -156,12 +170,13 @@ class History:
             self.stop = signals.received_signal()  # free: there is no other process to ask
         if (update + 1) % (self.every or self.print_freq) == 0 or update + 1 == self.updates:
             steps, seconds = len(self.norms), self.stopwatch.seconds()
-            self._fetch(update)
-            self._look(seconds / steps)
+            self._look(update)
+            self._read(unread=1 if has_streams(self.device) else 0)
+            self._plan(seconds / steps)
         elif not self.every:
-            self._look(self.stopwatch.seconds())
+            self._plan(self.stopwatch.seconds())
 
-    def _look(self, seconds: float) -> None:
+    def _plan(self, seconds: float) -> None:
         """Ask the other processes for signals, and plan when to do so again. Collective.
 
         Args:
@@ -175,28 +190,42 @@ class History:
         self.every = -negative
 
     def flush(self, updates: int) -> Progress:
-        """Fetch what is waiting; returns what a checkpoint after `updates` must hold.
+        """Read what is waiting; returns what a checkpoint after `updates` must hold.
 
         Raises: UserError if a loss or gradient was not finite.
         """
         if self.norms:
-            self._fetch(updates - 1)
+            self._look(updates - 1)
+        self._read()
         sums = dict(zip(self.names, self.sums.tolist(), strict=True))
         return Progress(updates, self.count, sums, self.skipped)
 
-    def _fetch(self, update: int) -> None:
+    def _look(self, update: int) -> None:
+        """Start to copy the scalars since the last look. Collective."""
         self._compute()
-        first = self.epoch * self.updates + update + 1 - len(self.norms)
-        norms = torch.stack(self.norms).float()  # (optimizer steps,)
-        # Added here, in the order of the ranks: a reduction would round by the length of the table,
-        # which depends on when the processes looked.
-        tables = distributed.gather_tensor(torch.cat(self.tables)).cpu().numpy()
+        # Added by `_read`, in the order of the ranks: a reduction would round by the length of the
+        # table, which depends on when the processes looked.
+        tables = fetch(distributed.gather_tensor(torch.cat(self.tables)))
+        norms = fetch(torch.stack(self.norms).float())
+        rate = self.stopwatch.rate(self.images * distributed.world_size())
+        self.looks.append(Look(update + 1, self.batches_per_update, tables, norms, rate))
+        self.tables, self.norms, self.batches_per_update, self.images = [], [], [], 0
+
+    def _read(self, unread: int = 0) -> None:
+        """Read the looks but for the last `unread`, and record them.
+
+        Raises: UserError if a loss or gradient was not finite.
+        """
+        while len(self.looks) > unread:
+            self._record(self.looks.pop(0))
+
+    def _record(self, look: Look) -> None:
+        tables, step_norms = look.tables().numpy(), look.norms().numpy()
         total, largest_logits = sum(tables[:, :, :-1]), tables[:, :, -1].max(axis=0)
         rows = total / len(tables)  # (batches, metrics)
-        step_norms = norms.cpu().numpy()
-        images = self.images * distributed.world_size()
+        first = self.epoch * self.updates + look.done - len(step_norms)
 
-        step_of_row = np.repeat(np.arange(len(step_norms)), self.batches_per_update)
+        step_of_row = np.repeat(np.arange(len(step_norms)), look.batches_per_update)
         is_finite = np.isfinite(rows[:, 0]) & np.isfinite(step_norms[step_of_row])
         stops = not is_finite.all()
         if self.scaler.is_enabled():
@@ -208,7 +237,7 @@ class History:
             row = int(np.argmin(is_finite))
             step, norm = first + step_of_row[row], step_norms[step_of_row[row]]
             raise self._not_finite(step, rows[row][0], largest_logits[row], norm)
-        for values in rows[is_finite]:  # one by one, so that no sum depends on when it is fetched
+        for values in rows[is_finite]:  # one by one, so that no sum depends on when it is read
             self.sums += values
         self.count += int(is_finite.sum())
         means = dict(zip(self.names, rows.mean(axis=0), strict=True))
@@ -218,9 +247,7 @@ class History:
             "opt/weight_decay": self.schedule.weight_decay[last],
             "opt/grad_norm": step_norms.mean(),
         }
-        rate = self.stopwatch.rate(images)
-        self.recorder.look(self.epoch, update + 1, self.updates, means, opt, rate)
-        self.tables, self.norms, self.batches_per_update, self.images = [], [], [], 0
+        self.recorder.look(self.epoch, look.done, self.updates, means, opt, look.rate)
 
     def _not_finite(self, step: int, loss: float, largest: float, norm: float) -> UserError:
         lr = self.schedule.lr[step]
@@ -231,7 +258,11 @@ class History:
         )
 
     def means(self) -> dict[str, float]:
-        """Means over the batches that counted, if any did, and the last lr of the epoch."""
+        """Means over the batches that counted, if any did, and the last lr of the epoch.
+
+        Raises: UserError if a loss or gradient was not finite.
+        """
+        self._read()
         means = {}
         if self.count:
             means = dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))

@@ -14,7 +14,7 @@ import models
 from models.classes import names_of_weights
 from models.weights import load_finetune
 from runtime import distributed
-from runtime.device import has_streams
+from runtime.device import has_streams, record_event
 from runtime.distributed import log
 from runtime.randomness import RandomUse, seed_rng
 from training import linear_probe
@@ -117,12 +117,9 @@ class ModelEma(ModelEmaV3):
             self._add(weights, decay)
             return
         self._settle()
-        device, end = weights[0].device, None
+        device = weights[0].device
         torch._foreach_copy_(self._copies, weights, non_blocking=has_streams(device))
-        if has_streams(device):
-            end = torch.Event(device)
-            end.record()
-        self._waiting = decay, end
+        self._waiting = decay, record_event(device) if has_streams(device) else None
 
     def _settle(self) -> None:
         if self._waiting is not None:
