@@ -118,9 +118,8 @@ def default_device() -> str:
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; the copy runs beside what the CPU does next if it can."""
     if has_streams(device) and tensor.device.type == "cpu":
-        tensor = (
-            tensor.pin_memory()
-        )  # else the copy would wait for the device; free if it is pinned
+        # Else the copy would wait for the device. Of a tensor in page-locked memory, no copy.
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=has_streams(device))
 
 

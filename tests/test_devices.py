@@ -24,17 +24,23 @@ XPU = torch.device("xpu", 0)
 
 
 class Copied:
-    """Stands in for a tensor; notes how it is copied."""
+    """Stands in for a tensor in host memory; notes how it is copied."""
+
+    device, is_pinned = torch.device("cpu"), False
+
+    def pin_memory(self):
+        self.is_pinned = True
+        return self
 
     def to(self, device: torch.device, non_blocking: bool) -> tuple:
-        return device.type, non_blocking
+        return device.type, non_blocking, self.is_pinned
 
 
 @pytest.mark.parametrize(
     ("device", "is_beside"), [("cuda", True), ("xpu", True), ("mps", False), ("cpu", False)]
 )
-def test_copies_run_beside_the_cpu_on_gpus_with_streams(device, is_beside):
-    assert send(Copied(), torch.device(device)) == (device, is_beside)
+def test_copies_run_beside_the_cpu_from_page_locked_memory_on_gpus_with_streams(device, is_beside):
+    assert send(Copied(), torch.device(device)) == (device, is_beside, is_beside)
 
 
 def test_an_xpu_is_seeded_measured_and_chosen(monkeypatch):
