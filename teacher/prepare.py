@@ -397,7 +397,7 @@ def _report_confidence(
     if not distributed.is_main_process():
         return
     network.eval()
-    with torch.inference_mode(), settings.autocast():
+    with torch.compiler.set_stance("force_eager"), torch.inference_mode(), settings.autocast():
         logits = torch.cat([network(batch.images).float().cpu() for batch in loader])  # (N, C)
     probabilities = logits.softmax(dim=1)
     largest = probabilities.amax(dim=1)

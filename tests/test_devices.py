@@ -1,5 +1,6 @@
 """What devices that are not here are asked for: copies, dtypes and kernels, with stand-ins."""
 
+import argparse
 import http.server
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import datasets
 from models.checkpoint import local_file, read_checkpoint
 from runtime.device import (
     choose_kernels,
@@ -125,3 +127,20 @@ def test_an_address_is_downloaded_once_per_machine(tmp_path, monkeypatch):
         server.shutdown()
     assert len(files) == 1 and asked == ["GET /teacher.pth HTTP/1.1"]
     assert torch.equal(read_checkpoint(files.pop()).content["model"]["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [
+        ({"use_amp": False}, "float32"),
+        ({"use_amp": True}, "bfloat16"),
+        ({"use_amp": True, "teacher_device": "cpu:0"}, "bfloat16"),
+        ({"use_amp": True, "teacher_device": "cuda:1"}, "float32"),  # without autocast there
+        ({"use_amp": True, "teacher_dtype": "float16"}, "float16"),
+    ],
+)
+def test_a_teacher_computes_in_mixed_precision_as_the_run_does(flags, dtype):
+    unset = {"amp_dtype": None, "teacher_dtype": None, "teacher_device": None, "batch_size": 8}
+    args = argparse.Namespace(**unset | flags)
+    datasets.complete(args, torch.device("cpu"))
+    assert args.teacher_dtype == dtype

@@ -364,14 +364,19 @@ def test_a_file_left_by_a_kill_does_not_lead_into_another_checkpoint(tmp_path):
     assert read == [2, 3, 3]
 
 
-def test_peak_memory_is_that_of_the_training(run_main, tmp_path, monkeypatch):
-    """And not of the measurement of latency, which runs 32 images at once."""
+def test_peak_memory_is_that_of_the_training(run_main, short, tmp_path, monkeypatch):
+    """And not of the measurement of latency, which runs 32 images at once, computing as the run."""
     measured = []
-    costs = main.costs_of
-    monkeypatch.setattr(main, "costs_of", lambda *args: measured.append(1) or costs(*args))
+
+    def measure(*args):
+        measured.append(torch.is_autocast_enabled("cpu"))
+        return {"student": None, "teacher": None}
+
+    monkeypatch.setattr(main, "costs_of", measure)
     monkeypatch.setattr(main, "peak_memory", lambda device: len(measured))
-    run_main("--epochs", 1, output_dir=tmp_path)
-    assert measured and json.loads((tmp_path / "summary.json").read_text())["peak_memory"] == 0
+    run_main(*short, "--use_amp", "true", output_dir=tmp_path)
+    assert measured == [True]
+    assert json.loads((tmp_path / "summary.json").read_text())["peak_memory"] == 0
 
 
 def test_a_full_disk_keeps_the_older_checkpoint_whole(tmp_path, monkeypatch):

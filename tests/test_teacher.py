@@ -459,7 +459,7 @@ def test_several_teachers_on_the_command_line(run_main, short, teacher_file, tmp
         "--teacher_dtype bfloat16 --teacher_device cpu",
         "--teacher_norm student",
         "--teacher_norm arch --teacher_input_size 16",
-        "--teacher_dtype bfloat16 --use_amp true",
+        "--use_amp true",
     ],
 )
 def test_the_teachers_flags_run(run_main, short, kd, flags):
