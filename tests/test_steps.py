@@ -23,6 +23,7 @@ from data.transforms import HostBatch, ToNetwork
 from distillation import DistillationLoss, StudentWithDistillation
 from reporting import timing
 from runtime import device
+from runtime.device import send
 from teacher.logit_store import StoredTeacher
 from training import student as students
 from training.history import History
@@ -196,8 +197,12 @@ def test_no_step_waits_for_the_gpu(monkeypatch, set_up):
         if set_up == "taught by the CPU":
             teacher = network()
         if set_up == "taught from disk":
-            rows = SimpleNamespace(require=lambda places, name: torch.rand(4, CLASSES))
-            teacher = StoredTeacher(SimpleNamespace(file_of=lambda view: rows), None)
+            rows = SimpleNamespace(
+                will_need=lambda places: None,
+                require=lambda places, name, device: send(torch.rand(4, CLASSES), device),
+            )
+            store = SimpleNamespace(file_of=lambda view: rows, needed=4 * STEPS)
+            teacher = StoredTeacher(store, None)
         parameters = list(student.parameters())
 
         def backward(loss):  # which torch refuses without a driver

@@ -251,7 +251,10 @@ def test_rows_that_vanish_during_a_run_are_an_error_with_its_remedy(run_main, kd
         (["--teacher_cache_dtype", "float32"], 'teacher_cache_dtype "float16", but this run'),
         (["--teacher_cache_topk", 3], "teacher_cache_topk null, but this run uses 3"),
         (["--train_samples", 80], "images 72, but this run uses 80"),
-        (["--use_amp", "true"], 'amp_dtype "None", but this run uses "bfloat16"'),
+        (
+            ["--use_amp", "true", "--teacher_dtype", "float32"],
+            'amp_dtype "None", but this run uses "bfloat16"',
+        ),
     ],
 )
 def test_a_store_of_something_else_is_refused(run_main, kd, tmp_path, stores, flags, field):
