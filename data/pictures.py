@@ -1,6 +1,7 @@
 """From an image file to pixels: every format, upright, on white, and large JPEGs part by part."""
 
 import io
+import os
 import re
 from collections.abc import Callable
 from typing import IO, Any
@@ -10,6 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from torchvision.io import decode_jpeg
 
+from data.jpegs import BEGIN, size_of_plain_jpeg
 from utils import UserError, first_line
 
 DECODER = 3  # raised when the same file begins to give different pixels: see teacher.manifest_of
@@ -31,22 +33,28 @@ class LargeJpeg:
     np.asarray decodes the whole photograph, as `decode` does. Both ways of decoding read the whole
     file, so that both find one that is truncated.
 
+    Args:
+        content: the whole file.
+        size: (width, height) as the file's header has them.
+        orientation: how the photograph is to be turned, 1 to 8, as in EXIF.
+
     Attributes:
         shape: (H, W, 3) of the upright photograph.
     """
 
-    def __init__(self, image: ImageFile.ImageFile, name: object) -> None:
-        """From a PIL image that is open and not loaded."""
-        self.content, self.name = _content(image), name
-        self.orientation = _orientation(image)
-        is_on_its_side = self.orientation in (5, 6, 7, 8)
-        width, height = image.size[::-1] if is_on_its_side else image.size
+    def __init__(
+        self, content: bytes, size: tuple[int, int], orientation: int, name: object
+    ) -> None:
+        self.content, self.orientation, self.name = content, orientation, name
+        width, height = size[::-1] if orientation in (5, 6, 7, 8) else size
         self.shape = height, width, 3
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         try:
+            if size_of_plain_jpeg(self.content):
+                return _decode_plain_jpeg(self.content)
             with Image.open(io.BytesIO(self.content)) as image:
-                return _pixels(image)
+                return np.array(_rgb(image))
         except Exception as error:
             raise unreadable(self.name, error) from error
 
@@ -68,6 +76,7 @@ class LargeJpeg:
         try:
             with Image.open(io.BytesIO(self.content)) as image:
                 stored = image.size
+                image.decodermaxblock = len(self.content)  # at once, not by 64 KiB
                 image.draft(None, (stored[0] // scale, stored[1] // scale))
                 if image.size != (-(-stored[0] // scale), -(-stored[1] // scale)):
                     raise ValueError(f"not decoded at 1/{scale} of its size")
@@ -93,10 +102,15 @@ def open_image(file: Any, name: object) -> Picture:
     try:
         if isinstance(file, Image.Image):
             return np.array(_rgb(file))
+        content = _jpeg(file)
+        if content and (size := size_of_plain_jpeg(content)):
+            if size[0] * size[1] < LARGE:
+                return _decode_plain_jpeg(content)
+            return LargeJpeg(content, size, 1, name)
         with Image.open(file) as image:  # reads only the header, and refuses absurd sizes
             if image.format in ("JPEG", "MPO") and image.width * image.height >= LARGE:
-                return LargeJpeg(image, name)
-            return _pixels(image)
+                return LargeJpeg(_content(image), image.size, _orientation(image), name)
+            return np.array(_rgb(image))
     except Exception as error:  # the decoders raise a dozen types on damaged files
         raise unreadable(name, error) from error
 
@@ -109,13 +123,22 @@ def decode(file: Any, name: object) -> np.ndarray:
     return np.asarray(open_image(file, name))
 
 
-def _pixels(image: ImageFile.ImageFile) -> np.ndarray:
-    """A PIL image that is open and not loaded -> (H, W, 3) uint8, as `decode` gives it."""
-    if (image.format, image.mode) != ("JPEG", "RGB") or _orientation(image) != 1:
-        return np.array(_rgb(image))
-    # The same library as Pillow's and the same pixels, without Pillow's copies: a fifth faster.
-    content = torch.frombuffer(bytearray(_content(image)), dtype=torch.uint8)
-    return decode_jpeg(content).permute(1, 2, 0).numpy()
+def _jpeg(file: Any) -> bytes | None:
+    """All of a file that begins as a JPEG; None for any other file."""
+    if isinstance(file, (str, bytes, os.PathLike)):
+        with open(file, "rb", buffering=0) as opened:
+            return _jpeg(opened)
+    file.seek(0)
+    if file.read(2) != BEGIN:
+        return None
+    file.seek(0)
+    return file.read()
+
+
+def _decode_plain_jpeg(content: bytes) -> np.ndarray:
+    """(H, W, 3) uint8: the same library as Pillow's and the same pixels, without its copies."""
+    buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    return decode_jpeg(buffer).permute(1, 2, 0).numpy()
 
 
 def _content(image: ImageFile.ImageFile) -> bytes:

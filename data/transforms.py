@@ -20,15 +20,11 @@ from torch.utils.data import default_collate
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
 from arguments.derived import SMALL
+from data.augment import as_pil, on_arrays
 from data.pictures import LargeJpeg, Picture
 from runtime.device import send
 
 # ------------------------------------------------------------- from an image to 8-bit pixels
-
-
-def as_pil(image: Picture | Image.Image) -> Image.Image:
-    """An image of any kind as a PIL image, which timm's and torchvision's steps take."""
-    return image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
 
 
 class Sized:
@@ -73,9 +69,9 @@ class FastResizedCrop(RandomResizedCropAndInterpolation):
     less than 1 of 255 (docs/images.md).
     """
 
-    def __call__(self, image: Picture | Image.Image) -> Image.Image:
+    def __call__(self, image: Picture | Image.Image) -> np.ndarray | Image.Image:
         if isinstance(image, Image.Image):
-            image = np.array(image)
+            image = np.asarray(image)
         plane = torch.empty(()).expand(image.shape[:2])  # only its shape is used
         top, left, height, width = box = self.get_params(plane, self.scale, self.ratio)
         mode = self.interpolation
@@ -85,12 +81,12 @@ class FastResizedCrop(RandomResizedCropAndInterpolation):
             if scale := next((scale for scale in (8, 4, 2) if scale <= spare), None):
                 picture, place = image.reduced(scale, *box)
                 return picture.resize(self.size, Image.Resampling[mode.name], place)
+        crop = np.array(np.asarray(image)[top : top + height, left : left + width])
         # interpolate has a fast path for contiguous channels-last input; the output keeps that
         # layout.
-        pixels = torch.from_numpy(np.require(image, requirements="W"))[None]  # (1, H, W, 3)
-        crop = pixels[:, top : top + height, left : left + width].contiguous().permute(0, 3, 1, 2)
-        resized = F.interpolate(crop, self.size, mode=mode.value, antialias=True)
-        return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
+        planes = torch.from_numpy(crop.transpose(2, 0, 1)[None])  # (1, 3, H, W)
+        resized = F.interpolate(planes, self.size, mode=mode.value, antialias=True)
+        return resized.numpy()[0].transpose(1, 2, 0)
 
 
 class Patches:
@@ -121,7 +117,7 @@ class ToPixels:
     So a quarter of float32's bytes go through the loader, and the device normalizes.
 
     Args:
-        steps: what leads from the image to a PIL image of that size.
+        steps: what leads from the image to an array or a PIL image of that size.
         erasing: timm's RandomErasing, or None.
     """
 
@@ -129,7 +125,7 @@ class ToPixels:
         self.steps, self.erasing = Compose(steps), erasing
 
     def __call__(self, image: Picture | Image.Image) -> tuple[np.ndarray, Patches]:
-        pixels = np.array(self.steps(image))
+        pixels = np.require(self.steps(image), requirements="W")  # a copy of a PIL image only
         patches = Patches(*pixels.shape[:2])
         if self.erasing is not None:
             self.erasing(patches)
@@ -176,9 +172,10 @@ def train_transform(augmentation: Augmentation, config: dict[str, Any]) -> ToPix
     if size < SMALL:
         # A crop of 8 % of a tiny image shows nothing; so pad by an eighth and crop, as for CIFAR.
         resize = Sized(size, [Resize(size, InterpolationMode.BICUBIC)])
-        steps[:1] = [resize, PadAndCrop(size), *([as_pil] if steps[1:] else [])]
+        begin = [resize, PadAndCrop(size)]
     else:
-        steps[0] = FastResizedCrop(size, interpolation=augmentation.train_interpolation)
+        begin = [FastResizedCrop(size, interpolation=augmentation.train_interpolation)]
+    steps = [*begin, *map(on_arrays, steps[1:])]
     if not augmentation.reprob:
         return ToPixels(steps)
     erasing = RandomErasing(

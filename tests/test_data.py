@@ -1,7 +1,9 @@
 """Images: the right label on each, each exactly once, the same whatever the machine does."""
 
 import argparse
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -29,7 +31,7 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Re
 import datasets
 import main
 from arguments.parsing import parse_args
-from data import loaders, mixup, pictures, transforms
+from data import augment, jpegs, loaders, mixup, pictures, transforms
 from data.checks import check_images
 from data.mixup import PAIRS_AT_ONCE, MixingSettings, PairMixup
 from data.order import EpochBatches, EvalBatches, view_order
@@ -590,6 +592,39 @@ def test_a_jpeg_shows_pillows_pixels(mode, options, tmp_path):
     assert np.array_equal(pictures.decode(str(path), path), expected)
 
 
+def test_the_header_of_a_plain_jpeg_says_what_pillow_says(monkeypatch):
+    """Also if a byte of it is changed, unless it is left to Pillow."""
+    rng = np.random.default_rng(0)
+    plain, known = [], []
+    for orientation, options in itertools.product(
+        (None, 1, 6), ({}, {"progressive": True, "comment": "c"}, {"xmp": b"<x/>", "dpi": (9, 9)})
+    ):
+        file = io.BytesIO()
+        exif = turned(orientation)["exif"] if orientation else Image.Exif()
+        exif[ExifTags.Base.Make] = "a phone"
+        photograph(0, (60, 40)).save(file, "JPEG", exif=exif, **options)
+        content = file.getvalue()
+        expected = None if orientation == 6 else (60, 40)
+        assert jpegs.size_of_plain_jpeg(content) == expected
+        plain += [content] if expected else []
+        header = content.index(b"\xff\xda")
+        for place in rng.integers(2, header, 150):
+            changed = bytearray(content)
+            changed[place] = rng.integers(256)
+            if size := jpegs.size_of_plain_jpeg(bytes(changed)):
+                with contextlib.suppress(OSError), Image.open(io.BytesIO(changed)) as image:
+                    assert (image.size, image.mode, image.format) == (size, "RGB", "JPEG")
+                    assert image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+                    known.append(size)
+    assert len(known) > 300
+    for options in ({"mode": "L"}, {"mode": "CMYK"}, {"xmp": b'tiff:Orientation="6"'}):
+        file = io.BytesIO()
+        photograph(0).convert(options.pop("mode", "RGB")).save(file, "JPEG", **options)
+        assert jpegs.size_of_plain_jpeg(file.getvalue()) is None
+    monkeypatch.setattr(Image, "open", None)  # is not called
+    assert all(pictures.decode(io.BytesIO(content), "").shape == (40, 60, 3) for content in plain)
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg"])
 @pytest.mark.parametrize("kind", ["empty", "text", "cut", "bomb"])
 def test_a_picture_that_can_not_be_read_is_named(kind, ending, tmp_path, monkeypatch):
@@ -760,6 +795,26 @@ def test_small_images_are_torchvisions_and_timms_bit_for_bit(shape, hflip):
             for image in (array, picture):
                 seed_rng(CPU, RandomUse.AUGMENTATION, seed)
                 np.testing.assert_array_equal(ours(image)[0], expected)
+
+
+def test_shears_and_translations_are_pillows_bit_for_bit():
+    """For round levels too, with which rounding decides about whole rows."""
+    rng = np.random.default_rng(0)
+    is_faster = []
+    for move, (axis, is_shear) in augment.MOVES.items():
+        levels = [*rng.uniform(-0.5, 0.5, 12), 0, 0.3, -0.27, 0.405, -0.45, 0.5, 0.999, -1.5, 3]
+        for level in map(float, levels):
+            picture = photograph(rng.integers(9), tuple(rng.integers(50, 90, 2).tolist()))
+            options = {"fillcolor": (1, 99, 200), "resample": Image.Resampling.BICUBIC}
+            expected = np.asarray(move(picture, level, **options))
+            for image in (picture, np.asarray(picture)):
+                shown = np.asarray(augment._move(move, image, level, **options))
+                np.testing.assert_array_equal(shown, expected, f"{move.__name__} {level}")
+            offset = 0.0 if is_shear else level * picture.size[axis]
+            rows = np.asarray(picture.transpose(Image.Transpose.TRANSPOSE) if axis else picture)
+            moved = augment.move_rows(rows, level if is_shear else 0.0, offset, (0, 0, 0))
+            is_faster.append(moved is not None)
+    assert sum(is_faster) > 0.7 * len(is_faster)
 
 
 def test_training_images_have_timms_distribution_with_every_augmentation():

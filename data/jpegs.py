@@ -1,0 +1,67 @@
+"""What the header of a plain JPEG says; JPEGs with anything unusual are left to Pillow."""
+
+import struct
+
+from PIL import ExifTags, Image
+
+BEGIN = b"\xff\xd8"
+FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
+SCAN = 0xDA
+OTHERS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, comments, what programs add
+EXIF = b"Exif\0\0"
+
+
+def size_of_plain_jpeg(content: bytes) -> tuple[int, int] | None:
+    """(width, height) of an upright JPEG with three components of 8 bits each.
+
+    Pillow needs 0.1 to 0.2 ms to read a header, which is a tenth of decoding a small photograph.
+
+    Args:
+        content: a file that begins with BEGIN.
+    Returns: None if anything in the header is unusual.
+    """
+    size, place = None, len(BEGIN)
+    while place + 4 <= len(content):
+        mark, marker, length = struct.unpack_from(">BBH", content, place)
+        segment = content[place + 4 : place + 2 + length]
+        if mark != 0xFF or length < 2:
+            return None
+        if marker == SCAN:
+            return size
+        if marker in FRAMES:
+            if size is not None or len(segment) != 15:
+                return None
+            bits, height, width, components = struct.unpack_from(">BHHB", segment)
+            if (bits, components) != (8, 3) or not _is_usual(width * height):
+                return None
+            size = width, height
+        elif marker not in OTHERS or not _is_harmless(segment):
+            return None
+        place += 2 + length
+    return None
+
+
+def _is_usual(pixels: int) -> bool:
+    return 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels)  # Pillow's limit against bombs
+
+
+def _is_harmless(segment: bytes) -> bool:
+    """Whether a segment turns no picture and adds none (EXIF, XMP, the index of an MPO)."""
+    if segment.startswith(EXIF):
+        return _is_upright(segment[len(EXIF) :])
+    return b"rientation" not in segment and not segment.startswith(b"MPF\0")
+
+
+def _is_upright(exif: bytes) -> bool:
+    """Whether the first directory of this EXIF is whole and leaves a picture as it is."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return False
+    try:
+        (begin,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, begin)
+        rows = [struct.unpack_from(f"{order}HHIH", exif, begin + 2 + 12 * i) for i in range(count)]
+    except struct.error:
+        return False
+    found = [row[1:] for row in rows if row[0] == ExifTags.Base.Orientation]
+    return all(row == (3, 1, 1) for row in found)  # one integer of 16 bits, which is 1
