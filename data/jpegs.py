@@ -7,6 +7,7 @@ from PIL import ExifTags, Image
 BEGIN = b"\xff\xd8"
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 SCAN = 0xDA
+SAMPLING = {b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11"}  # 4:4:4, 4:2:2, 4:2:0
 OTHERS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, comments, what programs add
 EXIF = b"Exif\0\0"
 
@@ -32,17 +33,16 @@ def size_of_plain_jpeg(content: bytes) -> tuple[int, int] | None:
             if size is not None or len(segment) != 15:
                 return None
             bits, height, width, components = struct.unpack_from(">BHHB", segment)
-            if (bits, components) != (8, 3) or not _is_usual(width * height):
+            sampling = segment[7::3]  # how many pixels of each component make one of the coarsest
+            if (bits, components) != (8, 3) or sampling not in SAMPLING:
                 return None
+            if not 0 < width * height <= (Image.MAX_IMAGE_PIXELS or width * height):
+                return None  # Pillow's limit against bombs
             size = width, height
         elif marker not in OTHERS or not _is_harmless(segment):
             return None
         place += 2 + length
     return None
-
-
-def _is_usual(pixels: int) -> bool:
-    return 0 < pixels <= (Image.MAX_IMAGE_PIXELS or pixels)  # Pillow's limit against bombs
 
 
 def _is_harmless(segment: bytes) -> bool:

@@ -584,7 +584,10 @@ def test_a_picture_of_an_unknown_range_is_refused_by_name(value, kind, tmp_path)
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "YCbCr"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
-def test_a_jpeg_shows_pillows_pixels(mode, options, tmp_path):
+@pytest.mark.parametrize("decoder", ["torchvision", "simplejpeg"])
+def test_a_jpeg_shows_pillows_pixels(decoder, mode, options, tmp_path, monkeypatch):
+    module = pytest.importorskip("simplejpeg") if decoder == "simplejpeg" else None
+    monkeypatch.setattr(pictures, "simplejpeg", module)
     path = tmp_path / "p.jpg"
     photograph(3).convert(mode).save(path, quality=90, **options)
     with Image.open(path) as image:
@@ -592,6 +595,7 @@ def test_a_jpeg_shows_pillows_pixels(mode, options, tmp_path):
     assert np.array_equal(pictures.decode(str(path), path), expected)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about a damaged EXIF
 def test_the_header_of_a_plain_jpeg_says_what_pillow_says(monkeypatch):
     """Also if a byte of it is changed, unless it is left to Pillow."""
     rng = np.random.default_rng(0)
