@@ -60,12 +60,12 @@ def show_steps(rows: list[dict[str, Any]]) -> None:
 def show_host(rows: list[dict[str, Any]]) -> None:
     """Print a table with a row per network, and one with a row per function for each."""
     print("\nHost time of a training step, in microseconds of the process\n")
-    print_row("network", "bare loop", *(f"{name}, beyond it" for name in rows[0]["beyond"]))
+    print_row("network", "bare loop", *rows[0]["beyond"])
     print_row(*["---"] * (2 + len(rows[0]["beyond"])))
     for row in rows:
         print_row(row["network"], *(f"{us:.0f}" for us in (row["bare"], *row["beyond"].values())))
     for row in rows:
-        print(f"\nThe last column's functions, under cProfile: {row['network']}\n")
+        print(f"\nThe functions of the full step, under cProfile: {row['network']}\n")
         print_row("function", "calls per step", "its own microseconds per step")
         print_row("---", "---", "---")
         for name, calls, microseconds in row["functions"]:
