@@ -100,10 +100,7 @@ class RowFormat:
         if self.topk:
             values, classes, rest = (rows[name] for name in ("values", "classes", "rest"))
             arrays = [values.copy(), classes.astype(np.int64), rest.copy()]
-        parts = [torch.from_numpy(array) for array in arrays]
-        if has_streams(device):  # only a copy from page-locked memory does not wait for the GPU
-            parts = [part.pin_memory() for part in parts]
-        return self.restore(*(send(part, device) for part in parts))
+        return self.restore(*(send(torch.from_numpy(array), device) for array in arrays))
 
 
 class LogitFile:
