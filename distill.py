@@ -48,7 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--teacher", action="append", metavar="ARCH[=FILE]", help=
         "teacher to try, with a file of its weights; may be repeated")
     add("--student", metavar="ARCH[=FILE]", help="student, with a file of its weights")
-    add("--input_size", type=int, metavar="N", help="side of the student's images in pixels")
+    add("--input_size", type=int, metavar="N", help="side of the images in pixels")
     add("--seeds", type=int, metavar="N", help="trainings of each student (default: 4, or fewer)")
     add("--budget", default="2h", metavar="TIME", help="time for everything, such as 30m or 2h")
     add("--recipe", metavar="FILE", help="file of flags for the distilled students")

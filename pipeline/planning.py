@@ -37,16 +37,15 @@ def make_plan(
     is_slow = default_device() == "cpu"
 
     def size(has_weights: bool) -> int:
-        return rules.input_size(images.side, has_weights, is_slow)
+        return args.input_size or rules.input_size(images.side, has_weights, is_slow)
 
-    student = find_network(
-        args.student or default_student,
-        "--student",
-        images.classes,
-        lambda has_weights: args.input_size or size(has_weights),
-    )
+    def size_of_teacher(has_weights: bool) -> int:  # which sees what its student sees
+        return max(size(has_weights), rules.FOR_WEIGHTS if has_weights else 0)
+
+    student_name = args.student or default_student
+    student = find_network(student_name, "--student", images.classes, size)
     networks = [
-        find_network(name, "--teacher", images.classes, size)
+        find_network(name, "--teacher", images.classes, size_of_teacher)
         for name in args.teacher or [default_teacher]
     ]
     for network in networks:
