@@ -191,7 +191,7 @@ def kill_while_filling(folder: Path, teacher: Path, args: argparse.Namespace) ->
 
 def kill_while_distilling(folder: Path, args: argparse.Namespace) -> None:
     """Kill distill.py alone, in each part of its time; the commands that it runs must end too."""
-    write_images(folder / "others", 600, "cd", 0)  # of which the teacher knows the pattern
+    write_images(folder / "others", 1500, "cd", 0)  # of which the teacher knows the pattern
     write_images(folder / "images", 200, "ab", 1)
     labels = [f"{name}/{number}.png,{name}" for number, name in enumerate("ab" * 10)]
     labels += [f"{name}/{number}.png,{name}" for number, name in enumerate("ab" * 80, start=40)]
@@ -252,7 +252,7 @@ def write_images(folder: Path, count: int, classes: str, seed: int) -> None:
     for number in range(count):
         kind = number % 2
         (folder / classes[kind]).mkdir(parents=True, exist_ok=True)
-        pixels = 128 + 10 * (2 * kind - 1) * pattern + noise.normal(0, 60, (8, 8, 3))
+        pixels = 128 + 13 * (2 * kind - 1) * pattern + noise.normal(0, 60, (8, 8, 3))
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         image.save(folder / classes[kind] / f"{number}.png")
 
