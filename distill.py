@@ -21,7 +21,7 @@ from typing import Any
 import models
 from arguments.kinds import script_parser
 from arguments.parsing import given_flags
-from deploy.model import ONNX_PACKAGES
+from deploy.model import ONNX_PACKAGES, network_from_checkpoint
 from pipeline.commands import Command, Commands
 from pipeline.images import look
 from pipeline.plan import Network, Plan, label_of
@@ -259,14 +259,12 @@ def hand_over(plan: Plan, verdict: dict[str, Any]) -> str:
 def calibrate(plan: Plan, commands: Commands, student: str) -> float:
     """Fit a temperature for the student on the images that judge, which changes no prediction.
 
-    Returns: the temperature; 1 if these images allow none.
+    Returns: the temperature of the weights that export.py chooses; 1 if these images allow none.
     """
-    report = commands.out / "calibration.json"
-    flags = ["--eval", "true", "--resume", newest_checkpoint(commands.out / student)]
-    flags += ["--calibrate", "true", "--report", str(report), *plan.images.flags()]
-    commands.run("export and report", "calibrate", "main.py", flags)
-    reports = json.loads(report.read_text(encoding="utf-8"))
-    return reports["student"]["temperature"]
+    checkpoint = newest_checkpoint(commands.out / student)
+    flags = ["--eval", "true", "--resume", checkpoint, "--calibrate", "true"]
+    commands.run("export and report", "calibrate", "main.py", [*flags, *plan.images.flags()])
+    return network_from_checkpoint(checkpoint, "auto")[1].temperature
 
 
 def export(plan: Plan, commands: Commands, student: str) -> list[str]:

@@ -199,8 +199,10 @@ def score_checkpoint(
         check_images([val], args.num_workers)
     settings = loop_settings(args, device)
     loader = build_eval_loader(args, val, config, device)
-    held_out = images_to_calibrate(args, checkpoint) if args.calibrate else None
-    known_loader = build_eval_loader(args, held_out or val, config, device, shared=False)
+    held_out = fitted = None
+    if args.calibrate:
+        held_out = images_to_calibrate(args, checkpoint)
+        fitted = build_eval_loader(args, held_out or val, config, device, shared=False)
     student = make_student(args, device, classes)
     network = SelectClasses(student, positions)
     reports = {}
@@ -211,9 +213,9 @@ def score_checkpoint(
             weights = load_network(student, checkpoint, use_ema)
         scores, answers, _ = evaluate(loader, network, settings, args.dist_eval)
         report = metrics.report(metrics.join(answers, args.dist_eval), val.classes)
-        if args.calibrate:
+        if fitted is not None:
             answering = student if held_out else network
-            known = evaluate(known_loader, answering, settings, shared=False, keep_logits=True)
+            known = evaluate(fitted, answering, settings, shared=False, keep_logits=True)
             targets = torch.cat([batch.targets for batch in known.answers]).cpu()
             logits = torch.cat(list(known.logits.values()))
             temperature, problem = metrics.fit_temperature(logits, targets)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
+from data.content import THREADS
 from runtime.distributed import log
 from utils import UserError, few, first_line
 
@@ -19,7 +20,6 @@ PATH_HEADINGS |= {"imageid", "id", "name"}
 PATH_HEADINGS |= {f"{name}s" for name in PATH_HEADINGS}
 CLASS_HEADINGS = {"label", "class", "classname", "category", "target", "labels", "classes"}
 INDEX_HEADINGS = {"", "index", "id", "unnamed0", "nr", "no", "number"}
-THREADS = 16  # each file costs a round trip on a network file system
 FILES_AT_ONCE = 1024  # that a thread looks for
 
 
