@@ -449,7 +449,7 @@ def _loader_keywords(args: argparse.Namespace, device: torch.device) -> dict[str
         "num_workers": args.num_workers,
         "pin_memory": args.pin_mem and has_streams(device),
         "persistent_workers": args.num_workers > 0,
-        "worker_init_fn": signals.leave_signals_to_the_trainer,
+        "worker_init_fn": signals.start_worker,
         "collate_fn": collate,
     }
 

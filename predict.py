@@ -212,7 +212,7 @@ def predictions(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=signals.leave_signals_to_the_trainer,
+        worker_init_fn=signals.start_worker,
     )
     start = 0
     for items in loader:

@@ -65,7 +65,7 @@ def check_images(sources: Sequence[Source | None], num_workers: int) -> None:
         sampler=range(distributed.rank(), len(images), distributed.world_size()),
         num_workers=num_workers,
         collate_fn=list,
-        worker_init_fn=signals.leave_signals_to_the_trainer,
+        worker_init_fn=signals.start_worker,
     )
     count = 0
     first: list[tuple[int, str]] = []

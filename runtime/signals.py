@@ -8,6 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from runtime.device import keep_freed_memory
+
 T = TypeVar("T")
 
 _received: list[int] = []  # a signal handler can do little more than note the number
@@ -63,11 +65,14 @@ def until_signal(items: Iterable[T]) -> Iterator[T]:
             return
 
 
-def leave_signals_to_the_trainer(worker_id: int) -> None:
-    """Ignore signals in a loader worker, since schedulers and terminals signal a whole group.
+def start_worker(worker_id: int) -> None:
+    """Prepare a loader worker.
 
-    The trainer still needs batches to finish its step. A worker that is left over ends by itself.
+    It ignores signals, since schedulers and terminals signal a whole group, and the trainer still
+    needs batches to finish its step. A worker that is left over ends by itself. And it keeps freed
+    memory, which the process that it was forked from does only if it trains on the CPU.
     """
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # SIGALRM ends the worker
