@@ -23,7 +23,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import engine
-from benchmarks.steps import ALPHA, TEMPERATURE, MemoryLoader, Pair, silence_the_loop
+from benchmarks.steps import ALPHA, TEMPERATURE, MemoryLoader, Pair, prepare_process
 from distillation import DistillationLoss, StudentWithDistillation
 from losses import kl_divergence
 from training.optimizer import Schedule
@@ -113,7 +113,7 @@ class Variant:
 
 def measure(rounds: int) -> list[dict[str, Any]]:
     """One row per network: microseconds per step of each variant, and of its functions."""
-    silence_the_loop()
+    prepare_process()
     torch.set_num_threads(1)
     loader = MemoryLoader(BATCHES, STEPS, torch.device("cpu"), torch.channels_last)
     rows = []

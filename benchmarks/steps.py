@@ -39,7 +39,7 @@ from data import loaders
 from data.loaders import Batch
 from distillation import DistillationLoss, StudentWithDistillation, TeacherAdapter, TeacherInfo
 from examples import label_curve
-from runtime.device import keep_freed_memory
+from runtime.device import choose_kernels, keep_freed_memory, synchronize
 from teacher.logit_store import LogitStore, RowFormat, StoredTeacher
 from training.optimizer import Schedule
 from training.settings import LoopSettings
@@ -64,6 +64,12 @@ PAIRS = (
     Pair("cifar_resnet8", "cifar_resnet20", 8, 10, batch_size=50, steps=50, processes=8),
     Pair("cifar_resnet8", "cifar_resnet20", 8, 10, batch_size=50, steps=None, processes=4),
 )
+# On a GPU, in bfloat16: two of its usual size, and one whose steps only launch small kernels.
+GPU_PAIRS = (
+    Pair("resnet18", "resnet50", 224, 1000, batch_size=256, steps=10),
+    Pair("vit_tiny_patch16_224", "vit_small_patch16_224", 224, 1000, batch_size=256, steps=10),
+    Pair("cifar_resnet8", "cifar_resnet20", 32, 10, batch_size=64, steps=50),
+)
 # "teacher" is timm's network as it is; "teacher, fused" is the one that this project asks.
 VARIANTS = (
     "plain",
@@ -85,12 +91,13 @@ class MemoryLoader:
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         size, shape = pair.batch_size, (pair.batch_size, 3, pair.pixels, pair.pixels)
-        images = [torch.randn(shape, generator=generator).to(device) for _ in range(steps)]
+        count = min(steps, 4)
+        images = [torch.randn(shape, generator=generator).to(device) for _ in range(count)]
         labels = torch.rand((steps, size, pair.classes), generator=generator)
         targets = labels.softmax(dim=2).to(device)  # soft, as after mixup
         self.batches = [
             Batch(
-                images=images[step].to(memory_format=layout),
+                images=images[step % count].to(memory_format=layout),
                 targets=targets[step],
                 view=0,
                 places=range(step * size, (step + 1) * size),
@@ -152,7 +159,16 @@ class Runner:
     """One variant of one pair, ready to be timed."""
 
     def __init__(self, variant: str, pair: Pair, folder: Path, device: torch.device) -> None:
-        self.variant, self.device = variant, device
+        self.variant = variant
+        amp_dtype = None if device.type == "cpu" else torch.bfloat16
+        self.settings = LoopSettings(
+            device=device,
+            amp_dtype=amp_dtype,
+            update_freq=1,
+            clip_grad=None,
+            seed=0,
+            print_freq=1000,
+        )
         torch.manual_seed(0)
         # timm's own defaults neither reorder the memory nor fuse the optimizer.
         has_our_settings = variant != "timm"
@@ -179,6 +195,11 @@ class Runner:
         self.model: engine.TrainedModel
         self.loss: engine.Criterion
         self.teacher = network  # asked as it is, where the variant is "teacher"
+
+        def adapted() -> nn.Module:
+            dtype = amp_dtype or torch.float32
+            return TeacherAdapter(network, network.info.data_config, dtype)
+
         if variant.startswith("timm"):
             self.model = task = TimmTask(student, network)
             self.loss = task.loss
@@ -186,9 +207,9 @@ class Runner:
             self.model = StudentWithDistillation(student, None)
             self.loss = DistillationLoss(SoftTargetCrossEntropy(), 0.0, TEMPERATURE)
         elif variant == "teacher, fused":
-            self.teacher = TeacherAdapter(network, network.info.data_config)
+            self.teacher = adapted()
         elif variant != "teacher":
-            teacher: Any = TeacherAdapter(network, network.info.data_config)
+            teacher: Any = adapted()
             if variant == "cached":
                 teacher = self._cached(teacher, pair, folder)
             self.model = StudentWithDistillation(student, teacher)
@@ -199,7 +220,7 @@ class Runner:
         images, row_format = pair.batch_size * self.steps, RowFormat(pair.classes, "float16")
         store = LogitStore(folder, images, images, row_format, "benchmark")
         for batch in self.loader:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.settings.autocast():
                 store.put(batch.view, batch.places, teacher(batch.images))
         store.flush()
         return StoredTeacher(LogitStore(folder, images, images, row_format, "benchmark"), None)
@@ -209,12 +230,11 @@ class Runner:
         started = time.perf_counter()
         if self.variant.startswith("teacher"):
             for images in self.images:
-                with torch.no_grad():
+                with torch.no_grad(), self.settings.autocast():
                     self.teacher(images)
         else:
             self._train()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.settings.device)
         return (time.perf_counter() - started) / self.steps
 
     def _train(self) -> None:
@@ -224,17 +244,10 @@ class Runner:
             criterion=self.loss,
             loader=self.loader,
             optimizer=self.optimizer,
-            scaler=torch.amp.GradScaler(self.device.type, enabled=False),
+            scaler=torch.amp.GradScaler(self.settings.device.type, enabled=False),
             schedule=Schedule(constant, constant),
             epoch=0,
-            settings=LoopSettings(
-                device=self.device,
-                amp_dtype=None,
-                update_freq=1,
-                clip_grad=None,
-                seed=0,
-                print_freq=1000,
-            ),
+            settings=self.settings,
         )
 
 
@@ -254,7 +267,7 @@ class RunnerElsewhere:
         pipe: Connection, variant: str, pair: Pair, folder: Path, device: torch.device
     ) -> None:
         """Run rounds for as long as the other end of the pipe asks for them."""
-        silence_the_loop()
+        prepare_process()
         runner = Runner(variant, pair, folder, device)
         while pipe.recv():
             pipe.send(runner.seconds())
@@ -269,8 +282,10 @@ class RunnerElsewhere:
         self.pipe.send(False)
 
 
-def silence_the_loop() -> None:
-    """Keep the loop from printing its lines, in this process."""
+def prepare_process() -> None:
+    """Keep the loop from printing its lines, in this process; choose kernels as a run does."""
+    if torch.cuda.is_available():
+        choose_kernels(is_fast=True)
     reporting.terminal.log = lambda *words: None
 
 
@@ -283,12 +298,13 @@ def measure(rounds: int, device: torch.device) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     one_process = partial(_times, rounds=rounds, device=device)
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
-        return [_row(pair, list(fresh.map(one_process, [pair] * pair.processes))) for pair in PAIRS]
+        pairs = PAIRS if device.type == "cpu" else GPU_PAIRS
+        return [_row(pair, list(fresh.map(one_process, [pair] * pair.processes))) for pair in pairs]
 
 
 def _times(pair: Pair, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds per step of each variant in each round."""
-    silence_the_loop()
+    prepare_process()
     if device.type == "cpu":
         keep_freed_memory()  # as main.run does
     with tempfile.TemporaryDirectory() as name:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import Mixup, one_hot
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam, one_hot
 
 from runtime.device import send
 from runtime.randomness import RandomUse, seed_rng, seed_sequence
@@ -25,6 +25,38 @@ class MixingSettings:
     mixup_switch_prob: float
     mixup_mode: str
     smoothing: float
+
+
+class ElementMixup(Mixup):
+    """timm's mixup of each image with the one mirrored in the batch: for all images at once, and
+    without waiting for the device, to the same bits."""
+
+    def _mix_elem(self, x: torch.Tensor) -> torch.Tensor:
+        lam, is_cut = self._params_per_elem(len(x))
+        height, width = x.shape[2:]
+        boxes = np.float32([[0], [height], [0], [width]]).repeat(len(x), axis=1)  # (4, B)
+        for index in np.flatnonzero(is_cut & (lam != 1)):
+            boxes[:, index], lam[index] = cutmix_bbox_and_lam(
+                x[index].shape, lam[index], self.cutmix_minmax, self.correct_lam
+            )
+        kept = np.where(is_cut & (lam != 1), 0, lam)  # the image's share inside the box
+        numbers = send(torch.from_numpy(np.stack([*boxes, kept, lam])), x.device)[:, :, None]
+        weight = torch.where(inside(numbers, (height, width)), numbers[4][:, :, None], 1.0)[:, None]
+        others = x.flip(0).mul_(1 - weight)
+        x.mul_(weight).add_(others)
+        return numbers[5]
+
+
+def inside(edges: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+    """Whether a pixel lies in the box of its image: (B, H, W) bool.
+
+    Args:
+        edges: first and last + 1 row, then column; (4 or more, B, 1).
+    """
+    y, x = (torch.arange(side, device=edges.device) for side in sides)
+    rows = (y >= edges[0]) & (y < edges[1])  # (B, H)
+    columns = (x >= edges[2]) & (x < edges[3])  # (B, W)
+    return rows[:, :, None] & columns[:, None]
 
 
 class BlockMixup:
@@ -135,11 +167,7 @@ class PairMixup:
         lam = 1 - (1 - kept) * (bottom - top) * (right - left) / (height * width)
         numbers = torch.from_numpy(np.stack([top, bottom, left, right, kept, lam]))  # (6, P)
         numbers = send(numbers.float(), images.device)[:, :, None]
-        y = torch.arange(height, device=images.device)
-        x = torch.arange(width, device=images.device)
-        rows = (y >= numbers[0]) & (y < numbers[1])  # (P, H)
-        columns = (x >= numbers[2]) & (x < numbers[3])  # (P, W)
-        box = (rows[:, :, None] & columns[:, None]).float()  # (P, H, W)
+        box = inside(numbers, (height, width)).float()  # (P, H, W)
         weight = 1 - box * (1 - numbers[4][:, :, None])  # (P, H, W)
 
         couples = images.unflatten(0, (-1, 2))  # (P, 2, 3, H, W)
@@ -206,7 +234,7 @@ def make_mixup(
         return None
     if settings.mixup_mode == "pair":
         return PairMixup(settings, num_classes, seed)
-    mixup = Mixup(
+    mixup = ElementMixup(
         settings.mixup,
         settings.cutmix,
         settings.cutmix_minmax,

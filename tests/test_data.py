@@ -1158,12 +1158,15 @@ def test_the_boxes_of_pairs_have_the_areas_and_positions_of_timms(side, minmax):
 
 
 @pytest.mark.parametrize("mode", ["batch", "elem"])
-def test_a_blocks_mix_is_timms_and_does_not_depend_on_what_came_before(mode):
-    args = parsed("--mixup_mode", mode, "--batch_size", 16)
+@pytest.mark.parametrize("minmax", [None, (0.2, 0.8)])
+def test_a_blocks_mix_is_timms_and_does_not_depend_on_what_came_before(mode, minmax):
+    flags = ["--cutmix_minmax", *minmax] if minmax else []
+    args = parsed("--mixup_mode", mode, "--batch_size", 16, "--mixup_prob", 0.8, *flags)
     mixup = make_mixup(args, 10)
     whole, labels = mixup(IMAGES.clone(), LABELS, 3, 0)
     third, soft = mixup(IMAGES[32:48].clone(), LABELS[32:48], 3, 32)
     assert torch.equal(whole[32:48], third) and torch.equal(labels[32:48], soft)
     seed_rng(CPU, RandomUse.BLOCK_MIXUP, 0, 3, 2)
-    expected, wanted = mixup.mixup(IMAGES[32:48].clone(), LABELS[32:48])
+    of_timm = timm_mixup.Mixup(0.8, 1.0, minmax, 0.8, mode=mode, num_classes=10)
+    expected, wanted = of_timm(IMAGES[32:48].clone(), LABELS[32:48])
     assert torch.equal(expected, third) and torch.equal(wanted, soft)
