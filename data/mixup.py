@@ -34,7 +34,8 @@ class ElementMixup(Mixup):
     def _mix_elem(self, x: torch.Tensor) -> torch.Tensor:
         lam, is_cut = self._params_per_elem(len(x))
         height, width = x.shape[2:]
-        boxes = np.float32([[0], [height], [0], [width]]).repeat(len(x), axis=1)  # (4, B)
+        boxes = np.zeros((4, len(x)), dtype=np.float32)
+        boxes[1], boxes[3] = height, width
         for index in np.flatnonzero(is_cut & (lam != 1)):
             boxes[:, index], lam[index] = cutmix_bbox_and_lam(
                 x[index].shape, lam[index], self.cutmix_minmax, self.correct_lam

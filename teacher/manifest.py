@@ -1,9 +1,11 @@
 """The teacher cache of a run: what its logits belong to, and whether a run may use them."""
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,12 +97,16 @@ def validation_fingerprint(folder: Path, val: ImageSource) -> dict[str, Any]:
 
 
 def _settings(
-    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
-) -> dict[str, Any]:
+    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None, known: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
     """Everything but the images that the teacher's logits on them depend on, in plain values.
 
     Other flags may differ between runs that share a cache. A flag says in arguments/flags.py what
     a cache makes of it.
+
+    Args:
+        known: identities of files that name their classes; these are not read.
+    Returns: the values, and the identities of such files among those of this run.
     """
     flags = with_cache(COMPARED)
     if is_mixed(args):
@@ -117,15 +123,19 @@ def _settings(
         fields |= {name: data.config[name] for name in ("mean", "std")}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with flags_for(checkpoint="--teacher_path"):
-        fields["teacher_path"] = [_identity_of(teacher, args.use_ema) for teacher in teachers]
+        identities = [_identity_of(teacher, args.use_ema) for teacher in teachers]
+    fields["teacher_path"] = identities
     names = teacher_classes(args)
     fields["teacher_classes"] = names and hash_of_plain(names)
-    orders = [_assumed_order(teacher.path, data.classes) for teacher in teachers if not names]
-    if any(
-        orders
-    ):  # else absent, as in caches of versions that knew no other order than the data's
-        fields["class_order"] = hash_of_plain(orders)
-    return fields
+    orders = {
+        identity: _assumed_order(teacher.path, data.classes)
+        for identity, teacher in zip(identities, teachers, strict=True)
+        if not names and identity not in known
+    }
+    others = [o if (o := orders.get(i)) != data.classes else None for i in identities if not names]
+    if any(others):  # else absent, as in caches that knew no other order than the data's
+        fields["class_order"] = hash_of_plain(others)
+    return fields, [i for i in identities if not names and orders.get(i) is None]
 
 
 def _images(data: Data, index: ContentIndex | None) -> dict[str, Any]:
@@ -136,6 +146,12 @@ def _images(data: Data, index: ContentIndex | None) -> dict[str, Any]:
 
 def hash_of_file(path: str) -> str:
     """64 hexadecimal digits that stand for the contents of a file."""
+    status = os.stat(path)
+    return _sha256(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache  # a run asks for that of its teacher's file twice
+def _sha256(path: str, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -174,14 +190,13 @@ def _identity_of(teacher: Teacher, use_ema: str) -> str:
 
 
 def _assumed_order(path: str, classes: list[str]) -> list[str] | None:
-    """The classes of a file that names none, if its outputs are not taken in the data's order.
+    """The classes of a file that names none, in the order of its outputs; None for other files.
 
     Raises: UserError if the order is unclear, see order_of_script.
     """
     if path == PRETRAINED or (checkpoint := read_checkpoint(path)).classes:
         return None
-    names, _ = order_of_script(checkpoint.args, classes, path)
-    return None if names == classes else names
+    return order_of_script(checkpoint.args, classes, path)[0] or classes
 
 
 def _claim(
@@ -193,7 +208,8 @@ def _claim(
     Raises: UserError that names the first field that differs, both values and the remedy.
     """
     path, existing = folder / MANIFEST, read_manifest(folder)
-    manifest = _settings(args, data, amp_dtype)
+    known = existing.get("note", {}).get("files_with_classes", [])
+    manifest, files_with_classes = _settings(args, data, amp_dtype, known)
     if existing:  # compared before any image is read
         _compare(folder, manifest, {name: existing.get(name) for name in manifest})
     is_known = _is_by_content(existing) if existing else args.teacher_cache_identity == "content"
@@ -204,6 +220,7 @@ def _claim(
     device = torch.device(args.teacher_device or data.train_loader.to_network.device).type
     made_on = {"device": device} | ({"fast_cuda": args.fast_cuda} if device == "cuda" else {})
     manifest["note"] = versions | {"kd_temperature": args.kd_temperature} | made_on
+    manifest["note"]["files_with_classes"] = files_with_classes
     if not existing:  # a complete store may be on a read-only disk
         utils.make_folder(folder)
         with open(folder / ".lock", "wb") as file:
