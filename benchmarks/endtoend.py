@@ -30,7 +30,7 @@ from arguments.parsing import parse_args
 from data.sources import ImageSource
 
 ROOT = Path(__file__).resolve().parent.parent
-SIDE = 64  # of the JPEGs, in pixels
+EPOCHS = {64: 5, 128: 3, 224: 1}  # by the side of the JPEGs in pixels; the teacher has as many
 JPEGS = {"train": 480, "val": 240}
 OURS, TIMM = "main.py", "timm's pieces"
 CACHED, ONLINE, PLAIN = "one teacher cache", "teacher online", "plain"
@@ -57,10 +57,10 @@ class Job:
     classes: int = 10
     alpha: float = 0.7
     temperature: float = 4.0
-    input_size: int = 64
+    input_size: int = 0
     batch_size: int = 32
-    epochs: int = 5
-    warmup_epochs: int = 1
+    epochs: int = 0
+    warmup_epochs: int = 0
     lr: float = 2e-3
     min_lr: float = 1e-6
     weight_decay: float = 0.05
@@ -92,16 +92,16 @@ class Whole:
     accuracy: float  # percent
 
 
-def write_digits(folder: Path) -> None:
-    """Write digits as JPEGs, enlarged and with some noise, as train/CLASS/ and val/CLASS/."""
+def write_digits(folder: Path, side: int) -> None:
+    """Write digits as JPEGs of that side, with some noise, as train/CLASS/ and val/CLASS/."""
     rng = np.random.default_rng(0)
     train, val, _ = datasets.open_splits(parse_args(["--data_set", "DIGITS"]))
     for (split, count), source in zip(JPEGS.items(), (train, val), strict=True):
         assert isinstance(source, ImageSource)
         for index in range(count):
             image, target = source[index]
-            large = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            noisy = np.asarray(large) * 0.8 + rng.normal(25, 10, (SIDE, SIDE, 3))
+            large = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+            noisy = np.asarray(large) * 0.8 + rng.normal(25, 10, (side, side, 3))
             path = folder / split / str(target) / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
@@ -150,14 +150,16 @@ def measure(rounds: int) -> dict[str, Any]:
     """Medians over rounds of both comparisons; each round runs every variant, with its own seed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        return {"timm": against_timm(folder, rounds), "sweep": sweep(folder, rounds)}
+        runs = {f"{side} pixels": against_timm(folder / str(side), side, rounds) for side in EPOCHS}
+        return runs | {"sweep": sweep(folder, rounds)}
 
 
-def against_timm(folder: Path, rounds: int) -> dict[str, Any]:
-    """The distilled run of both, one after the other."""
-    write_digits(folder / "jpegs")
+def against_timm(folder: Path, side: int, rounds: int) -> dict[str, Any]:
+    """The distilled run of both, one after the other, on images of that side in pixels."""
+    write_digits(folder / "jpegs", side)
     job = Job(str(folder / "jpegs"), str(folder / "teacher/checkpoint-best.pth"), "", 0)
-    teacher = ["--model", job.teacher, "--input_size", str(job.input_size), "--epochs", "8"]
+    job.input_size, job.epochs = side, EPOCHS[side]
+    teacher = ["--model", job.teacher, "--input_size", str(side), "--epochs", str(job.epochs)]
     data = ["--data_path", job.data_path, "--hflip", "0", "--num_workers", "1", "--device", "cpu"]
     scored = run_main([*teacher, *data, *shlex.split(TEACHER)], folder / "teacher")
     results: dict[str, list[Whole]] = {OURS: [], TIMM: []}

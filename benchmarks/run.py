@@ -97,12 +97,10 @@ def show_processes(result: dict[str, dict[str, float]]) -> None:
 
 def show_endtoend(result: dict[str, Any]) -> None:
     """Print a table per comparison, with a row per variant."""
-    titles = {
-        "timm": "A distilled run, resnet10t ← resnet18 at 64 pixels",
-        "sweep": "A sweep of 8 students, cifar_resnet8 ← cifar_resnet56 on digits",
-    }
+    sweep = "A sweep of 8 students, cifar_resnet8 ← cifar_resnet56 on digits"
     for name, comparison in result.items():
-        print(f"\n{titles[name]}; teacher {comparison['teacher_accuracy']:.1f} %\n")
+        title = sweep if name == "sweep" else f"A distilled run, resnet10t ← resnet18, {name}"
+        print(f"\n{title}; teacher {comparison['teacher_accuracy']:.1f} %\n")
         print_row("", "wall time, s", "CPU time, s", "ratio of wall, of CPU time", "accuracy in %")
         print_row(*["---"] * 5)
         for variant, row in comparison["rows"].items():
