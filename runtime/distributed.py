@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from runtime.device import has_streams, local_rank
+from runtime.device import fetch, has_streams, local_rank, send
 from runtime.signals import received_signal
 from utils import UserError, changes, discard_output, first_line, wrapped
 
@@ -200,11 +200,17 @@ def all_reduce_(tensor: torch.Tensor) -> None:
 
 def largest(numbers: list[int], device: torch.device) -> list[int]:
     """The largest of each number over the processes. Collective."""
+    return begin_largest(numbers, device)()
+
+
+def begin_largest(numbers: list[int], device: torch.device) -> Callable[[], list[int]]:
+    """Begin to find the largest of each number; the returned function waits. Collective."""
     if world_size() == 1:
-        return numbers
-    tensor = torch.tensor(numbers, device=device)
+        return lambda: numbers
+    tensor = send(torch.tensor(numbers), device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return tensor.tolist()
+    read = fetch(tensor)
+    return lambda: read().tolist()
 
 
 def from_main(compute: Callable[[], Any]) -> Any:

@@ -32,7 +32,7 @@ from runtime import device
 from runtime.device import send
 from teacher.logit_store import StoredTeacher
 from training import student as students
-from training.history import History
+from training.history import History, Progress
 from training.optimizer import Schedule, clip_gradients
 from training.settings import LoopSettings
 from training.student import ModelEma
@@ -361,3 +361,31 @@ def test_a_run_compiles_each_network_once():
             settings,
         )
     assert counted["unique_graphs"] - before == 2
+
+
+def test_processes_with_gpus_learn_of_a_signal_at_the_next_look(monkeypatch):
+    """So that no step waits for what all of them report."""
+    asked, read = [], []
+
+    def begin_largest(numbers, device):
+        asked.append(numbers)
+        number = len(asked)
+
+        def answer():
+            read.append(number)
+            return [15 if number == 3 else 0, numbers[1]]
+
+        return answer
+
+    monkeypatch.setattr("training.history.distributed.begin_largest", begin_largest)
+    monkeypatch.setattr("training.history.distributed.world_size", lambda: 2)
+    constant = Schedule(np.ones(9), np.ones(9))
+    settings = LoopSettings(CUDA, None, 1, None, 0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    history = History(0, 9, constant, settings, scaler, None, Progress())
+    stops = []
+    for _ in range(4):
+        history._plan(seconds=2.0)
+        stops.append((history.every, history.stop))
+        assert read == list(range(1, len(asked)))
+    assert stops == [(0, 0), (2, 0), (2, 0), (2, 15)]

@@ -108,6 +108,7 @@ class History:
         self.waiting_bytes = 0
         self.tables: list[torch.Tensor] = []  # (batches, metrics + 1) each, since the last look
         self.looks: list[Look] = []  # those that are not read yet
+        self.plans: list[Callable[[], list[int]]] = []  # answers of all processes, not read yet
         self.norms: list[torch.Tensor] = []  # gradient norms, () each, one per optimizer step
         self.batches_per_update: list[int] = []
         self.batches_since_update = 0
@@ -186,8 +187,13 @@ class History:
         # Divisors, so that looks come at the same steps whatever the earlier ones were.
         divisors = [n for n in range(1, self.print_freq + 1) if self.print_freq % n == 0]
         every = max(n for n in divisors if n <= most)
-        self.stop, negative = distributed.largest([signals.received_signal(), -every], self.device)
-        self.every = -negative
+        mine = [signals.received_signal(), -every]
+        self.plans.append(distributed.begin_largest(mine, self.device))
+        # On GPUs of several processes, read by the next call, so that no step waits.
+        may_wait = distributed.world_size() == 1 or not has_streams(self.device)
+        while len(self.plans) > (0 if may_wait else 1):
+            self.stop, negative = self.plans.pop(0)()
+            self.every = -negative
 
     def flush(self, updates: int) -> Progress:
         """Read what is waiting; returns what a checkpoint after `updates` must hold.
