@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from forked import Process
+from helpers import CONFIG, write_checkpoint
 from PIL import Image
 
 import distill
-from pipeline import commands, images, rules
+from pipeline import commands, images, planning, rules
 from pipeline.images import look
 from pipeline.plan import Network, Plan, Scale, Speed, fit
 from pipeline.planning import identity_of
@@ -93,6 +95,53 @@ def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
     Image.new("RGB", (8, 8)).save(folder / "a" / "0.png", optimize=True, dpi=(72, 72))
     assert distill.main(argv) == 2
     assert "was begun with different images" in capsys.readouterr().err
+
+
+class Brightness(torch.nn.Module):
+    """Bright images are of the second class; where that begins is in the middle of this class."""
+
+    def __init__(self, num_classes: int, sureness: float = 1) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, num_classes)
+        self.fc.weight.data = sureness * torch.tensor([[0.0] * 3, [1.0] * 3])
+        self.fc.bias.data = sureness * torch.tensor([0.0, -3 * 150 / 255])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(images.mean((2, 3)))
+
+
+def test_a_recipe_with_an_ema_hands_over_and_calibrates_the_weights_that_are_exported(
+    quick, tmp_path, monkeypatch
+):
+    """Here the EMA, by the accuracies in the checkpoint; it is five times as sure."""
+    monkeypatch.setattr(planning, "measure", lambda *args: Speed(1, 1e-3))
+    folder, out = write_images(tmp_path / "images", 60), tmp_path / "out"
+    (tmp_path / "ema.args").write_text("--model_ema true\n--model_ema_eval true\n")
+    argv = [str(folder), "--out", str(out), "--recipe", str(tmp_path / "ema.args")]
+    args = distill.get_parser().parse_args([*argv, "--student", "test_distill:Brightness"])
+    args.input_size = 8
+    plan, _ = planning.make_plan(args, look(str(folder), "", "", "", out / "images"), [], 3600)
+    for teacher in (None, plan.teachers[0][0]):
+        assert "--model_ema true" in " ".join(plan.student_flags(teacher, "teacher.pth"))
+
+    student = distill.hand_over(plan, {"mean": 1.0})
+    (out / student).mkdir(parents=True)
+    config = CONFIG | {"input_size": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
+    file = write_checkpoint(
+        out / student / "checkpoint-0.pth", plan.student.arch, ["a", "b"], config,
+        data_path=str(folder), scores={"test_acc1": 50.0, "test_acc1_ema": 60.0},
+    )  # fmt: skip
+    weights = {"model": Brightness(2).state_dict(), "model_ema": Brightness(2, 5).state_dict()}
+    torch.save(torch.load(file, weights_only=True) | weights, file)
+    runs = commands.Commands(out, {"export and report": 0.0})
+    temperature = distill.calibrate(plan, runs, student)
+    kept = json.loads(file.with_name(f"{file.name}.calibration.json").read_text())
+    (of_raw,) = (value for name, value in kept.items() if name.startswith("raw"))
+    assert temperature == pytest.approx(5 * of_raw) and of_raw != 1
+    distill.export(plan, runs, student)
+    images = torch.randn(2, 3, 8, 8)
+    exported = torch.export.load(out / "model.pt2").module()(images)
+    torch.testing.assert_close(exported, Brightness(2, 5)(images) / temperature)
 
 
 def test_a_command_that_fails_is_named_with_its_last_lines_and_is_run_again(quick, tmp_path):
