@@ -33,7 +33,7 @@ from arguments.flags import (
 )
 from arguments.kinds import script_parser
 from arguments.parsing import command_words, given_flags, parse, unknown_flags, without
-from utils import UserError, exit_code, flags_for, write_whole
+from utils import UserError, exit_code, first_line, flags_for, write_whole
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RECORD = "sweep.json"  # in --out: the commands of the runs that are finished, by folder
@@ -98,7 +98,8 @@ def sweep(argv: Sequence[str] | None) -> int:
             )
             return code
         record[name] = runs[name]
-        write_record(args.out, record)
+        # Of other combinations too, which an earlier command with this --out may have run.
+        write_whole(args.out / RECORD, json.dumps(read_record(args.out) | record, indent=1))
     print(f"\nAll {len(runs)} runs are finished: python compare.py {args.out}/*")
     return 0
 
@@ -143,6 +144,10 @@ def commands(
     """
     outside_recipes = given_flags([word for word in common if not word.startswith("@")])
     common = command_words(common)
+    try:
+        launcher = shlex.split(args.launcher) or [sys.executable]
+    except ValueError as error:
+        raise UserError(f"--launcher {args.launcher}: {error}; pass one command") from error
     for flag in given_flags(common):
         is_varied = flag in varied and flag in outside_recipes  # --vary comes after recipes
         if is_varied or flag in ("output_dir", "resume", "eval"):
@@ -160,7 +165,7 @@ def commands(
             flags += ["--teacher_cache", str(args.out / cache_name(chosen, typed))]
         name = folder_name(chosen)
         flags += ["--output_dir", str(args.out / name)]
-        argv = [*(shlex.split(args.launcher) or [sys.executable]), str(MAIN), *flags]
+        argv = [*launcher, str(MAIN), *flags]
         if runs.get(name, argv) != argv:
             raise UserError(f"--vary: two combinations would share the folder {name}; rename one")
         if name not in runs:
@@ -220,10 +225,7 @@ def finished_runs(out: Path, runs: dict[str, list[str]]) -> dict[str, list[str]]
 
     Raises: UserError if the folder holds a sweep of other commands.
     """
-    path = out / RECORD
-    if not path.exists():
-        return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_record(out)
     for name, argv in record.items():
         if name in runs and recipe_of(argv) != recipe_of(runs[name]):
             raise UserError(
@@ -231,6 +233,20 @@ def finished_runs(out: Path, runs: dict[str, list[str]]) -> dict[str, list[str]]
                 "another --out"
             )
     return {name: argv for name, argv in record.items() if name in runs}
+
+
+def read_record(out: Path) -> dict[str, list[str]]:
+    """The commands in RECORD; none without the file. Raises: UserError for a damaged file."""
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        return {name: list(argv) for name, argv in record.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--out {out}: {RECORD} there cannot be read ({first_line(error)}); remove that file: "
+            "main.py notices which runs are finished"
+        ) from error
 
 
 def recipe_of(argv: Sequence[str]) -> Mapping[str, Any]:
@@ -244,20 +260,21 @@ def recipe_of(argv: Sequence[str]) -> Mapping[str, Any]:
     return {name: value for name, value in flags.items() if name not in skipped}
 
 
-def write_record(out: Path, finished: dict[str, list[str]]) -> None:
-    """Add finished runs to RECORD, which is always the old or the new file."""
-    path = out / RECORD
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_whole(path, json.dumps(earlier | finished, indent=1))
-
-
 def run(argv: Sequence[str]) -> int:
     """Run a command to its end; returns its exit code.
 
     A terminal sends Ctrl-C to both processes: the run saves a checkpoint, and this one waits for
     it. SIGTERM is handed on.
+
+    Raises: UserError if the program of --launcher cannot be started.
     """
-    process = subprocess.Popen(argv)
+    try:
+        process = subprocess.Popen(argv)
+    except OSError as error:
+        raise UserError(
+            f"--launcher {argv[0]}: cannot be started ({error.strerror}); pass a program that is "
+            "installed here"
+        ) from error
     previous = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
         signal.SIGTERM: signal.signal(signal.SIGTERM, lambda n, frame: process.send_signal(n)),

@@ -161,6 +161,12 @@ def make_folder(folder: str | Path) -> None:
 
 def could_not_write(path: Path, error: Exception, subject: Subject = "output") -> UserError:
     """The error for a file of the run that the file system refuses."""
+    if not path.parent.is_dir():
+        return UserError(
+            f"{path}: could not be written, because its folder was removed; run the same command "
+            "again, which starts from the beginning",
+            subject,
+        )
     free = shutil.disk_usage(path.parent).free / 2**20
     return UserError(
         f"{path}: could not be written ({first_line(error)}; {free:.1f} MiB free); free some space "

@@ -408,6 +408,7 @@ BAD_SWEEPS = {
     "such architecture",
     "--vary opt=adamw,adamm": "run opt=adamm: --opt adamm: ",
     "--print_commands --vary lr=1e-3,nan": "lr=1e-3,nan: --lr nan: must be 0 or more",
+    "--vary seed=0 --launcher 'x": "--launcher 'x: No closing quotation; pass one command",
 }
 
 
@@ -436,6 +437,15 @@ def test_a_moved_clone_or_another_python_is_the_same_sweep(
     assert sweep_lines("--vary", "seed=0,1,2", "--out", out, "--", "--epochs=3")[0][-3] == "2"
     error = refused_sweep("--vary", "seed=0,1", "--", "--epochs", "4")
     assert "seed=0 was trained by another command" in error
+
+
+def test_a_missing_launcher_and_a_damaged_record_are_one_line(refused_sweep, tmp_path):
+    argv = ["--vary", "seed=0", "--launcher", "nosuchrun --nodes=2"]
+    assert "--launcher nosuchrun: cannot be started (No such file" in refused_sweep(*argv)
+    (tmp_path / "runs").mkdir()
+    for text in ("{", "[1]"):
+        (tmp_path / "runs" / sweep.RECORD).write_text(text)
+        assert f"{tmp_path / 'runs'}: sweep.json there cannot be read" in refused_sweep(*argv)
 
 
 class ForkedRun:

@@ -36,6 +36,7 @@ from arguments.flags import (
 from arguments.parsing import parse_args
 from examples import label_curve
 from tools import kill_test, weight_hashes
+from utils import UserError, write_whole
 
 
 @pytest.fixture
@@ -473,6 +474,11 @@ def test_a_new_cache_on_a_disk_that_fills_is_one_line_and_leaves_no_manifest(
     assert "free some space" in run.err and len(run.err.splitlines()) == 1
     assert not (tmp_path / "cache" / "manifest.json").exists()
     assert run_main(*flags).code == 0
+
+
+def test_a_folder_that_is_removed_during_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="gone/log.txt: could not be written, because its folder"):
+        write_whole(tmp_path / "gone" / "log.txt", "")
 
 
 IMPORTING = """
