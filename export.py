@@ -112,7 +112,7 @@ def export(args: argparse.Namespace) -> None:
             precise = replace(card, dtype="float32") if args.int8 else card
             writers.write_program(network, precise, path, args.opset)
         rows = []
-        checked = run_network(network, replace(card, with_preprocessing=False), CPU, "checkpoint")
+        checked = run_network(network, replace(card, with_preprocessing=False), CPU)
         if args.int8:
             rows.append(Row("float32 .onnx", open_onnx(str(path), CPU), size_of(path)))
             log(

@@ -105,7 +105,6 @@ class Model:
     # Input on `device`, see ModelCard.with_preprocessing -> output (B, C).
     run: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
-    kind: str  # 'checkpoint', 'timm', 'onnx' or 'pt2'
 
     def __post_init__(self) -> None:
         self.to_network = ToNetwork(self.card.config, self.device)
@@ -168,10 +167,10 @@ def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCa
     return network.eval(), card, checkpoint
 
 
-def run_network(network: nn.Module, card: ModelCard, device: torch.device, kind: str) -> Model:
+def run_network(network: nn.Module, card: ModelCard, device: torch.device) -> Model:
     """A network in this process, run as an evaluation runs it."""
     network = network.eval().to(device).to(memory_format=torch.channels_last)
-    return Model(card, network, device, kind)
+    return Model(card, network, device)
 
 
 def open_model(path: str, device: torch.device, use_ema: str = "auto") -> Model:
@@ -183,7 +182,7 @@ def open_model(path: str, device: torch.device, use_ema: str = "auto") -> Model:
         return open_timm(path, device)
     if not path.endswith((".onnx", ".pt2")):
         network, card, _ = network_from_checkpoint(path, use_ema)
-        return run_network(network, card, device, "checkpoint")
+        return run_network(network, card, device)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; pass a model that export.py wrote")
     return open_onnx(path, device) if path.endswith(".onnx") else open_pt2(path, device)
@@ -226,7 +225,7 @@ def open_timm(folder: str, device: torch.device) -> Model:
     fed |= {"mean": list(data["mean"]), "std": list(data["std"])}
     temperature = config.get("temperature", 1.0)
     card = ModelCard(architecture, classes, data["input_size"][-1], **fed, temperature=temperature)
-    return run_network(network, card, device, "timm")
+    return run_network(network, card, device)
 
 
 def open_pt2(path: str, device: torch.device) -> Model:
@@ -240,7 +239,7 @@ def open_pt2(path: str, device: torch.device) -> Model:
         if device.type != "cpu":
             program = move_to_device_pass(program, device)
         network = program.module()
-    return Model(ModelCard.from_json(inside[CARD] or "{}", path), network, device, "pt2")
+    return Model(ModelCard.from_json(inside[CARD] or "{}", path), network, device)
 
 
 def import_onnxruntime() -> ModuleType:
@@ -290,4 +289,4 @@ def open_onnx(path: str, device: torch.device) -> Model:
         array = np.ascontiguousarray(images.cpu().numpy())
         return torch.from_numpy(session.run(None, {name: array})[0])
 
-    return Model(ModelCard.from_json(card, path), run, device, "onnx")
+    return Model(ModelCard.from_json(card, path), run, device)
