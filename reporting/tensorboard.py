@@ -44,8 +44,6 @@ class Board:
 
         TensorBoard has seven colors, one per writer.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         if curve not in self.writers:
             folder = self.folder / curve
             self.writers[curve] = SummaryWriter(str(folder), purge_step=self.first)
