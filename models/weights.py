@@ -125,7 +125,7 @@ def _as_named_by(
         )
         if rename is not None and not (is_whole and same_size):
             try:
-                inside, fits = rename(dict(inside), model), True
+                inside = rename(dict(inside), model)
             except Exception as error:  # written for one family's files, it fails on others
                 note = f" (timm could not rename the weights: {type(error).__name__})"
             fits = needed <= inside.keys()

@@ -125,11 +125,8 @@ def command(flags: str, folder: Path, output: Path, processes: int = 1) -> list[
 
 def interrupt_and_resume(tree: Path, flags: str, folder: Path, output: Path) -> None:
     """Stop with SIGTERM inside the second epoch, then run the same command to its end."""
-    known = [tree / name for name in ("arguments/flags.py", "flags.py")]
-    if any(file.exists() and "print_seconds" in file.read_text() for file in known):
-        flags = f"{flags} --print_seconds 0"  # earlier versions print every ten steps
     process = subprocess.Popen(
-        command(flags, folder, output),
+        command(f"{flags} --print_seconds 0", folder, output),
         cwd=tree,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
