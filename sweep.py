@@ -171,6 +171,12 @@ def commands(
         if name not in runs:
             check_run(name, flags)
         runs[name] = argv
+    idle = [flag for flag in varied if flag in OF_TEACHER]
+    if idle and not any(recipe_of(argv).get("kd") for argv in runs.values()):
+        raise UserError(
+            f"--vary {idle[0]}={','.join(varied[idle[0]])}: has no effect without --kd true; add "
+            "that to the flags after --, or --vary kd=false,true"
+        )
     return runs
 
 
@@ -240,7 +246,7 @@ def read_record(out: Path) -> dict[str, list[str]]:
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
         return {name: list(argv) for name, argv in record.items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(

@@ -401,6 +401,7 @@ BAD_SWEEPS = {
     "--vary seed=0,1 --epochs 1": "unrecognized arguments: --epochs 1; flags of main.py follow "
     "after --",
     "--vary lr=1e-3,abc": "--vary lr=1e-3,abc: --lr: 'abc' is not a number (commas separate",
+    "--vary kd_alpha=0.5,0.9 --vary seed=0,1": "kd_alpha=0.5,0.9: has no effect without --kd true",
     "--vary kd=false,true": "run kd=true: --kd true needs --teacher_path and --teacher_arch",
     "--vary kd_alpha=0.5,0,9 -- KD": "kd_alpha=0.5,0,9: --kd_alpha 9.0: must lie in 0…1 (commas "
     "separate values; decimals take a point",
