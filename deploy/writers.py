@@ -52,8 +52,7 @@ def temporary_folder(out: Path) -> tempfile.TemporaryDirectory:
     """A folder beside --out, so that its content can be renamed; removed at the end."""
     with flags_for(folder="--out"):
         make_folder(out.parent)
-    prefix = f".{out.name}."
-    return tempfile.TemporaryDirectory(None, prefix, out.parent, ignore_cleanup_errors=True)
+    return tempfile.TemporaryDirectory(None, ".export.", out.parent, ignore_cleanup_errors=True)
 
 
 def publish(path: Path, out: Path, card: str) -> None:

@@ -287,6 +287,12 @@ def test_a_full_disk_is_one_line_and_leaves_no_file(checkpoint, run_export, monk
     assert tree(exported.parent) == []
 
 
+def test_a_name_that_is_too_long_is_one_line_and_leaves_no_file(checkpoint, run_export):
+    code, _, err, exported = run_export(checkpoint("cifar_resnet8"), "pt2", name=f"{'x' * 252}.pt2")
+    assert code == 2 and err.count("\n") == 1 and "File name too long" in err
+    assert tree(exported.parent) == []
+
+
 def test_an_export_that_exists_is_left_as_it_is(checkpoint, run_export):
     path = checkpoint("cifar_resnet8")
     assert run_export(path, "pt2")[0] == 0
