@@ -26,7 +26,7 @@ from .own import make_network, own_cfg
 def check_architecture(arch: str) -> None:
     """Raise UserError, with similar names, for an architecture or a tag that timm does not know."""
     if ":" in arch:
-        return  # found out when it is fetched or imported
+        return  # known once it is fetched or imported
     if not timm.is_model(arch):
         name, known = arch.split(".")[0], timm.list_models()
         similar = [other for other in known if other.endswith(f"_{name}")][:2]
@@ -82,14 +82,14 @@ def pretrained_cfg(arch: str) -> PretrainedCfg:
 @cache
 def _config_of_address(arch: str) -> PretrainedCfg:
     with fetching(arch):
-        found: Any = timm.create_model(arch)
+        network: Any = timm.create_model(arch)
     names = {field.name for field in dataclasses.fields(PretrainedCfg)}
-    return PretrainedCfg(**{n: v for n, v in found.pretrained_cfg.items() if n in names})
+    return PretrainedCfg(**{n: v for n, v in network.pretrained_cfg.items() if n in names})
 
 
 @contextmanager
 def fetching(arch: str) -> Iterator[None]:
-    """Report that timm may fetch a model, which can take a minute; UserError where it cannot."""
+    """Report that timm may fetch a model, which can take a minute; UserError if that fails."""
     if not arch.startswith("local-dir:"):
         log(f"Loading {arch} from timm's copy on this machine, else from the network")
     # Its retries without a network would be twelve lines.
@@ -136,7 +136,7 @@ def create_model(
         arch: a name of timm's, with or without a tag, or hf-hub:NAME or local-dir:FOLDER; or
             MODULE:FACTORY, see own.make_network.
         pretrained: start from timm's weights, with position embeddings resampled for `input_size`,
-            and with a new classifier where they have another number of classes.
+            and with a new classifier if they have another number of classes.
     Returns: the network in training mode, for images (B, 3, input_size, input_size).
     Raises: UserError for an architecture that is not known, that takes no stochastic depth although
         `drop_path` asks for it, or that cannot take images of `input_size` pixels; and for weights

@@ -18,7 +18,7 @@ from safetensors.torch import load_file  # comes with timm
 
 from utils import FOLDER_WEIGHTS, UserError, few, is_url, lock, missing_file
 
-# Of the checkpoints of a run; raised where the same seed begins to show other images. Older files,
+# Of the checkpoints of a run; raised if the same seed begins to show different images. Older files,
 # and those from before the number, are read as well.
 FORMAT = 2
 # What a file may hold besides tensors and plain types: argparse.Namespace, which timm, DeiT and
@@ -89,11 +89,11 @@ def read_checkpoint(path: str) -> "Checkpoint":
 def _of_folder(state: dict[str, torch.Tensor], config: Path) -> dict[str, Any]:
     """A folder in timm's format as the checkpoint of a run; a bare state_dict if it says less."""
     try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        cfg, classes = told["pretrained_cfg"], told["label_names"]
+        values = json.loads(config.read_text(encoding="utf-8"))
+        cfg, classes = values["pretrained_cfg"], values["label_names"]
         data = {name: cfg[name] for name in ("mean", "std", "crop_pct", "interpolation")}
         data |= {"input_size": cfg["input_size"][-1], "crop_mode": cfg.get("crop_mode", "center")}
-        args = {"model": told["architecture"], "input_size": data["input_size"]}
+        args = {"model": values["architecture"], "input_size": data["input_size"]}
     except (OSError, ValueError, KeyError, TypeError):  # of another library, or without names
         return state
     return {"model": state, "data": data | {"classes": classes}, "args": args}
@@ -152,7 +152,7 @@ def _refused_names(path: str, error: pickle.UnpicklingError) -> list[str]:
         with torch.serialization.safe_globals(SAFE):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # not one of torch's zip files, or damaged
-        # Old files have no list of names; torch's message is the only place that tells them.
+        # Old files have no list of names; only torch's message holds them.
         return re.findall(r"GLOBAL (\S+)", str(error))
 
 

@@ -27,11 +27,11 @@ def match_classes(wanted: list[str], known: list[str]) -> list[int] | None:
 
 
 def names_of_weights(arch: str, classes: Sequence[str]) -> list[str] | None:
-    """The names of the outputs of timm's weights, in the spelling of the data where they are meant.
+    """The names of the outputs of timm's weights, in the data's spelling if the data has them.
 
     Those in the configuration of the weights, else ImageNet's: WordNet ids, or the names of a
     class, the first or all of them.
-    Returns: None where the weights do not know all classes of the data.
+    Returns: None if the weights do not know all classes of the data.
     """
     wanted = {_normalized(name): name for name in classes}
     for names in _namings(arch):
@@ -43,19 +43,19 @@ def names_of_weights(arch: str, classes: Sequence[str]) -> list[str] | None:
 def _namings(arch: str) -> list[list[str]]:
     """The ways in which the outputs of timm's weights are named."""
     cfg = models.pretrained_cfg(arch)
-    found = [list(cfg.label_names or [])]
+    namings = [list(cfg.label_names or [])]
     if subset := infer_imagenet_subset({"num_classes": cfg.num_classes}):
         info = ImageNetInfo(subset)
         descriptions = info.label_descriptions()
-        found += [info.label_names(), [text.split(",")[0] for text in descriptions]]
-        found += [list(descriptions)]
-    return [names for names in found if names]
+        namings += [info.label_names(), [text.split(",")[0] for text in descriptions]]
+        namings += [list(descriptions)]
+    return [names for names in namings if names]
 
 
 def pretrained_classes(arch: str, classes: Sequence[str]) -> list[str]:
     """`names_of_weights`, for a teacher; prints what ImageNet calls classes with a short name.
 
-    Raises: UserError where the data has other classes, or where there is no classifier.
+    Raises: UserError if the data has other classes, or if there is no classifier.
     """
     outputs = models.pretrained_cfg(arch).num_classes
     if not outputs:

@@ -40,7 +40,7 @@ def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
     device = next(network.parameters()).device
     single = torch.randn(1, 3, input_size, input_size, device=device)
     single = single.to(memory_format=torch.channels_last)
-    # Attention is counted only where it is computed step by step.
+    # Attention is counted only if it is computed step by step.
     plain_attention = sdpa_kernel(SDPBackend.MATH)
     with torch.inference_mode(), plain_attention, FlopCounterMode(display=False) as counter:
         network.forward(single)  # what is compiled or hooked does not count

@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 def fuse_layers(network: nn.Module, size: int) -> nn.Module:
     """Fuse BatchNorms into the convolutions before them, and parallel branches into one layer.
 
-    Parallel branches become one convolution where timm knows how (RepVGG, Ding et al. 2021; FastViT
+    Parallel branches become one convolution if timm knows how (RepVGG, Ding et al. 2021; FastViT
     and others). In evaluation a BatchNorm scales and shifts each channel by constants, which fit
     into the weights and bias of the convolution before it (Jacob et al. 2018, section 3.2).
 
@@ -21,7 +21,7 @@ def fuse_layers(network: nn.Module, size: int) -> nn.Module:
 
     Args:
         network: in eval mode, for images (B, 3, size, size).
-    Returns: a fused copy; the network itself where there is nothing to fuse, or where fusing would
+    Returns: a fused copy; the network itself if there is nothing to fuse, or if fusing would
         change its output, as when the output of a convolution is also used elsewhere.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):

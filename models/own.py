@@ -26,10 +26,10 @@ def make_network(arch: str, keywords: dict[str, Any]) -> nn.Module:
     try:
         network = factory(**keywords)
     except Exception as error:  # the user's own code
-        where = f"{type(error).__name__}: {first_line(error)}"
-        told = ", ".join(f"{name}={value}" for name, value in keywords.items())
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        passed = ", ".join(f"{name}={value}" for name, value in keywords.items())
         raise UserError(
-            f"{arch}: the factory failed when it was called with {told} ({where}); it must take "
+            f"{arch}: the factory failed when it was called with {passed} ({cause}); it must take "
             "num_classes and return a torch.nn.Module",
             "architecture",
         ) from error
@@ -57,9 +57,9 @@ def _factory(arch: str) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         own = [n for n, value in vars(module).items() if inspect.isfunction(value)]
-        found = f"its functions are {few(own, most=8)}" if own else "it has no function"
+        others = f"its functions are {few(own, most=8)}" if own else "it has no function"
         raise UserError(
-            f"{arch}: {getattr(module, '__file__', name)} has no function {attribute}; {found}",
+            f"{arch}: {getattr(module, '__file__', name)} has no function {attribute}; {others}",
             "architecture",
         )
     return factory
@@ -75,8 +75,8 @@ def own_cfg(arch: str) -> dict[str, Any]:
     """What a network's pretrained_cfg or default_cfg says: any of mean, std and input_size."""
     network = make_network(arch, {"num_classes": 10})
     cfg = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
-    told = dataclasses.asdict(cfg) if isinstance(cfg, PretrainedCfg) else dict(cfg)
-    found: dict[str, Any] = {n: list(told[n]) for n in ("mean", "std") if told.get(n)}
-    if size := told.get("input_size"):
-        found["input_size"] = size if isinstance(size, int) else size[-1]
-    return found
+    values = dataclasses.asdict(cfg) if isinstance(cfg, PretrainedCfg) else dict(cfg)
+    config: dict[str, Any] = {n: list(values[n]) for n in ("mean", "std") if values.get(n)}
+    if size := values.get("input_size"):
+        config["input_size"] = size if isinstance(size, int) else size[-1]
+    return config

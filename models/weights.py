@@ -197,17 +197,17 @@ def _torchvision_remedy(model: nn.Module, state: dict[str, torch.Tensor]) -> str
     return ""
 
 
-def describe_mismatch(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
+def describe_mismatch(wanted: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> str:
     """How two state_dicts differ, with a few names of each kind; '' if they fit."""
     parts = []
-    if missing := wanted.keys() - found.keys():
+    if missing := wanted.keys() - state.keys():
         parts.append(f"{len(missing)} weights missing ({few(sorted(missing))})")
-    if unexpected := found.keys() - wanted.keys():
+    if unexpected := state.keys() - wanted.keys():
         parts.append(f"{len(unexpected)} unexpected ({few(sorted(unexpected))})")
     shapes = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
+        f"{name} {tuple(state[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted
-        if name in found and wanted[name].shape != found[name].shape
+        if name in state and wanted[name].shape != state[name].shape
     ]
     if shapes:
         parts.append(f"{len(shapes)} of another shape ({few(shapes)})")

@@ -50,7 +50,7 @@ def join(batches: Sequence[Answers], shared: bool) -> Answers:
 
 
 def ranks_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """How many classes come before the right one: 0 exactly where argmax takes the right one.
+    """How many classes come before the right one: 0 exactly if argmax takes the right one.
 
     Of equal logits the first class comes first, as in argmax; topk takes any of them, and bfloat16
     gives equal logits for about one image in a hundred.
@@ -90,7 +90,7 @@ def fit_temperature(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float,
     Guo et al. 2017, section 4.2. The cross-entropy is convex in b = 1/T, and its slope is the mean
     of sum_c p_c(b) z_c - z_y; bisection finds the zero of the slope, in float64. If every image is
     right, the slope has no zero: the cross-entropy falls to 0 with T, whatever the network is worth
-    on other images.
+    on different images.
 
     Args:
         logits: (N, C).

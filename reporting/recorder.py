@@ -38,7 +38,7 @@ def scores_of(record: Mapping[str, float]) -> dict[str, float]:
 
 
 class Recorder:
-    """Tells terminal, `log.txt` and TensorBoard what a run does; without files, only the terminal.
+    """Reports a run to terminal, `log.txt` and TensorBoard; without files, only to the terminal.
 
     Args:
         terminal: shows lines; None for a terminal with defaults.
@@ -120,7 +120,7 @@ class Recorder:
         opt: dict[str, float],
         rate: float,
     ) -> None:
-        """Tell about the optimizer steps since the last look.
+        """Report the optimizer steps since the last look.
 
         Args:
             done, updates: steps of the epoch that are done, and all of them.

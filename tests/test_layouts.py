@@ -480,7 +480,7 @@ def test_labels_train_resume_and_evaluate_as_they_were_trained(run_main, flat, t
     assert scored.code == 2 and "line 2: wasp is not one of the classes" in scored.err
     train.write_text("\n".join(lines(range(6))).replace("a0.jpg,ant", "a0.jpg,cat"))
     val.write_text("a7.jpg,ant\n")
-    told = "was trained on other images (as many, but not the same)"
+    told = "was trained on different images (equally many)"
     other = run_main(*flags, "--epochs", 2, output_dir=tmp_path / "t")
     assert other.code == 2 and told in other.err
     other = run_main(*flags, *kd, *cache)

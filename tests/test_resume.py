@@ -109,8 +109,8 @@ OTHER_RUNS = {
     "--imagenet_default_mean_and_std false": "was trained with mean [0.485",
     "--model cifar_resnet20": "was trained with --model cifar_resnet8, but this run uses cifar_res",
     "--opt sgd": "was trained with --opt adamw, but this run uses sgd",
-    "--train_samples 66": "was trained on other images (64 images, now 66)",
-    "--seed 1": "was trained on other images (as many, but not the same)",
+    "--train_samples 66": "was trained on different images (64 images, now 66)",
+    "--seed 1": "was trained on different images (equally many)",
     "--input_size 16": "was trained with input_size 8, but this run uses 16",
 }
 
@@ -138,7 +138,7 @@ def test_classes_of_another_folder_are_refused(run_main, imnet, tmp_path):
     write_images(tmp_path / "b" / "val", ["ant", "bee", "yak"])
     flags = [*FOLDER, "--data_path", tmp_path / "b", "--epochs", 2]
     run = run_main(*flags, output_dir=tmp_path / "out")
-    assert run.code == 2 and "was trained on other classes (cat, yak)" in run.err
+    assert run.code == 2 and "was trained on different classes (cat, yak)" in run.err
 
 
 def test_images_that_were_replaced_under_their_names_are_refused(run_main, imnet, tmp_path):
@@ -150,7 +150,7 @@ def test_images_that_were_replaced_under_their_names_are_refused(run_main, imnet
     write_images(tmp_path / "other", ["bee"], size=(48, 32))
     shutil.copyfile(tmp_path / "other" / "bee" / "3.jpg", imnet / "train" / "bee" / "3.jpg")
     run = run_main(*flags, 3)
-    assert run.code == 2 and "(the same names and labels, but other contents)" in run.err
+    assert run.code == 2 and "(the same names and labels, but different contents)" in run.err
 
 
 def test_fewer_epochs_than_are_done_do_not_make_a_finished_run(run_main, short, tmp_path):

@@ -155,7 +155,7 @@ def test_cached_and_interrupted_runs_end_as_the_run_that_asks_the_teacher(run_ma
     assert rest.log == online.log[1:]
     assert is_same(rest.checkpoint(1)["model"], online.checkpoint(1)["model"])
     other = run_main(*flags[2:4], *flags[4:], "--train_samples", 40, output_dir=tmp_path / "online")
-    assert other.code == 2 and "was trained on other images" in other.err
+    assert other.code == 2 and "was trained on different images" in other.err
     scored = run_main("--eval", "true", "--resume", tmp_path / "online" / "checkpoint-1.pth")
     assert f"test_acc1 {online.log[1]['test_acc1']:.4f}" in scored.out, scored.err
 

@@ -33,17 +33,17 @@ INSIDE_EPOCH = "checkpoint-step.pth"
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write `state` so that `path` is always either the old file or the whole new one.
 
-    Raises: UserError where the file system refuses; every older file is left as it was.
+    Raises: UserError if the file system refuses; every older file is left as it was.
     """
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
 
 
 def link_checkpoint(existing: Path, path: Path) -> None:
-    """Give a checkpoint a second name, or copy it where the file system has no links.
+    """Give a checkpoint a second name, or copy it if the file system has no links.
 
     A checkpoint is never changed, only replaced, so names that share a file stay apart.
-    Raises: UserError where the file system refuses; every older file is left as it was.
+    Raises: UserError if the file system refuses; every older file is left as it was.
     """
     with replacing(path) as temporary:
         try:
@@ -55,12 +55,12 @@ def link_checkpoint(existing: Path, path: Path) -> None:
 def files_of_run(folder: Path) -> list[Path]:
     """The checkpoints and the records of a run in a folder."""
     names = ("log.txt", "args.json", "environment.json", "summary.json", "tb")
-    found = [*sorted(folder.glob("checkpoint-*.pth*")), *(folder / name for name in names)]
-    return [path for path in found if path.exists()]
+    paths = [*sorted(folder.glob("checkpoint-*.pth*")), *(folder / name for name in names)]
+    return [path for path in paths if path.exists()]
 
 
 def move_aside(folder: Path) -> None:
-    """Move the files of an earlier run, where there are any, into a new folder `earlier-<n>`."""
+    """Move the files of an earlier run, if there are any, into a new folder `earlier-<n>`."""
     if not (files := files_of_run(folder)):
         return
     number = 1
@@ -104,8 +104,8 @@ def claim_output_dir(args: argparse.Namespace) -> FileIO | None:
 
 def epoch_checkpoints(folder: Path) -> list[Path]:
     """The `checkpoint-<epoch>.pth` files of a folder, newest epoch first."""
-    found = [p for p in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", p.stem)]
-    return sorted(found, key=_epoch_of, reverse=True)
+    paths = [p for p in folder.glob("checkpoint-*.pth") if re.fullmatch(r"checkpoint-\d+", p.stem)]
+    return sorted(paths, key=_epoch_of, reverse=True)
 
 
 def _epoch_of(path: Path) -> int:
@@ -142,8 +142,9 @@ def check_resumable(checkpoint: Checkpoint) -> int:
 
 def list_changes(changes: "Changes") -> str:
     """'--lr 0.001 → 0.002, --seed 0 → 1'"""
-    told = ((name, as_typed(old), as_typed(new)) for name, (old, new) in changes.items())
-    return ", ".join(f"--{name} {old} → {new}" for name, old, new in told)
+    return ", ".join(
+        f"--{name} {as_typed(old)} → {as_typed(new)}" for name, (old, new) in changes.items()
+    )
 
 
 Changes = Mapping[str, tuple[Any, Any]]  # name -> (old, new), see utils.changes
@@ -159,20 +160,20 @@ def _differences(data: Changes, args: Changes, images: Changes, recipe: Changes)
     """
     if "classes" in data:
         old, new = data["classes"]
-        yield f"on other classes ({few(sorted(set(old) ^ set(new)) or new)})"
+        yield f"on different classes ({few(sorted(set(old) ^ set(new)) or new)})"
     typed = {name: args[name] for name in ("model", "kd", "opt", "linear_probe") if name in args}
     changed = {f"--{name}": (as_typed(old), as_typed(new)) for name, (old, new) in typed.items()}
     for name, (old, new) in {**data, **changed}.items():
         yield f"with {name} {old}, but this run uses {new}"
     if images:
         old, new = images.get("images", ("", ""))
-        how = f"{old} images, now {new}" if old != new else "as many, but not the same"
+        how = f"{old} images, now {new}" if old != new else "equally many"
         if images.keys() <= {"image_sizes", "pixels"}:
-            how = "the same names and labels, but other contents"
+            how = "the same names and labels, but different contents"
         elif images.keys() == {"held_out"}:
-            how = "other images were held out"
+            how = "different images were held out"
         flags = f"; these flags differ: {list_changes(recipe)}" if recipe else ""
-        yield f"on other images ({how}){flags}"
+        yield f"on different images ({how}){flags}"
     if None not in args.get("val_images", (None,)):
         yield "with different validation images, to which its best accuracy belongs"
 
@@ -183,7 +184,7 @@ class RunState:
     Args:
         args: the arguments of the run, plain values only, so that `weights_only=True` reads them.
         data_config: what the student is shown (see transforms.data_config), and the class names.
-        images: what tells the training images from others (ImageSource.identity).
+        images: what identifies the training images (ImageSource.identity).
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class RunState:
         self.epoch = -1  # the last finished epoch
         self.best: dict[str, float] = {}  # checkpoint name -> accuracy it was saved with
         self.scores: dict[str, float] = {}  # of the last evaluated epoch
-        self.progress: Progress | None = None  # of the epoch after it, where that has begun
+        self.progress: Progress | None = None  # of the epoch after it, if that has begun
         saves = args.get("output_dir") and args.get("save_ckpt", True)
         self.folder = Path(args["output_dir"]) if saves else None  # None: nothing is saved
         self.global_batch = args.get("batch_size", 0) * args.get("update_freq", 1) * world_size()
@@ -211,7 +212,7 @@ class RunState:
     def resume(self, path: str, start_epoch: int) -> int:
         """Restore from a checkpoint; for '' nothing is restored.
 
-        Sets `progress` where that checkpoint was written inside an epoch.
+        Sets `progress` if that checkpoint was written inside an epoch.
         Returns: the epoch to start with.
         """
         if path and not is_url(path) and not os.path.exists(path):
@@ -252,8 +253,8 @@ class RunState:
             self._note(list_changes(self.changes))
         if checkpoint.format < FORMAT:
             log(
-                f"Warning: {path}: written by an earlier version, which showed images in another "
-                "order; the resumed run will not match an uninterrupted one"
+                f"Warning: {path}: written by an earlier version, which showed images in a "
+                "different order; the resumed run will not match an uninterrupted one"
             )
         self._check_global_batch(saved.get("global_batch"), path)
         if saved.get("world_size", world_size()) != world_size():
@@ -363,8 +364,12 @@ class RunState:
         return improved
 
     def save(self, improved: list[str], is_due: bool, keep: int) -> None:
-        """Write checkpoint-best[-ema].pth where improved and checkpoint-<epoch>.pth where due; then
-        remove the oldest epoch checkpoints above `keep`. Rank 0 writes.
+        """Write the checkpoints of an epoch on rank 0; then remove the oldest ones above `keep`.
+
+        Args:
+            improved: which of 'best' and 'best-ema' the epoch improved.
+            is_due: whether checkpoint-<epoch>.pth is written too.
+            keep: number of these.
         """
         if self.folder is None or not is_main_process() or not (improved or is_due):
             return
@@ -424,8 +429,8 @@ def lock_folder(folder: Path) -> FileIO | None:
     The lock is the kernel's (fcntl): it ends with its process, however that ends, and holds on a
     network file system with a lock service too. The file names its holder for others to report.
 
-    Returns: the open file, to be kept; None where there are no such locks.
-    Raises: UserError where another run holds the folder.
+    Returns: the open file, to be kept; None if there are no such locks.
+    Raises: UserError if another run holds the folder.
     """
     if os.name != "posix":
         return None
