@@ -241,6 +241,7 @@ def test_the_end_says_which_images_and_which_time_and_the_best_file(run_main, sh
 def test_rows_say_what_the_run_has_and_no_more(run_main, short, kd, tmp_path):
     plain = run_main(*short, "--print_seconds", 0, output_dir=tmp_path)
     assert " kd " not in plain.out and "acc5" not in plain.out and "[4/4]" in plain.out
+    assert "train_kd" not in plain.log[0] and plain.log[0]["train_ce"] > 0
     lines = plain.out.splitlines()
     head = next(line for line in lines if line.startswith("epoch"))
     rows = [line for line in lines if line[:5].strip().isdigit() and ":" in line]

@@ -15,6 +15,7 @@ from torch import nn
 
 import engine
 import main
+import test_kd
 import utils
 from arguments.parsing import parse_args
 from distillation import DistillationLoss, StudentWithDistillation
@@ -53,14 +54,6 @@ def test_the_log_has_one_line_an_epoch_with_the_promised_keys(run_main, short, k
         *("test_acc1", "test_acc5", "test_loss", "test_acc1_ema"),
     } <= run.log[0].keys()
     assert run.log[0]["n_parameters"] == 78042
-
-
-def test_a_plain_run_has_no_distillation_column(run_main, short, kd, tmp_path):
-    plain = run_main(*short, output_dir=tmp_path / "plain")
-    assert " kd " not in plain.out and "Model cifar_resnet8: 78,042 parameters" in plain.out
-    assert "train_kd" not in plain.log[0] and plain.log[0]["train_ce"] > 0
-    distilled = run_main(*short, *kd, output_dir=tmp_path / "distilled")
-    assert " ce " in distilled.out and " kd " in distilled.out
 
 
 def test_checkpoints_hold_plain_values_and_no_teacher(run_main, short, kd, tmp_path):
@@ -258,8 +251,6 @@ def test_eval_gives_the_score_that_training_logged(run_main, short, tmp_path):
 
 
 def test_the_student_is_finetuned_from_a_file_of_other_classes(run_main, short, tmp_path):
-    import timm
-
     model = timm.create_model("cifar_resnet8", num_classes=100)
     torch.save(
         {"model": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "f.pth"
@@ -457,11 +448,6 @@ def test_log_lines_are_json_and_a_cut_line_is_dropped(tmp_path):
 
 def train_with_a_fault(scaled, fault, faulty=(2,), init_scale=2.0**16):
     """Six optimizer steps of which the third has the fault; returns (result, student)."""
-
-    import test_kd
-
-    pass  # MOVED
-
     torch.manual_seed(0)
     student = timm.create_model("cifar_resnet8", num_classes=10)
     model = StudentWithDistillation(student, None)
