@@ -140,14 +140,14 @@ def _not_indexable(args: argparse.Namespace) -> UserError:
 def is_flat(args: argparse.Namespace) -> bool:
     """Whether --data_path is a folder of images without labels, which --kd_alpha 1 does not need.
 
-    Such a folder holds images that are not in class folders.
+    Such a folder holds images that are not in class folders. --labels also says which are used.
     """
-    if not teachers_of(args) or args.kd_alpha < 1 or args.data_set not in ("IMNET", *FROM_FILES):
+    if not teachers_of(args) or args.kd_alpha < 1 or args.labels:
         return False
     if args.data_set == "tars":
         with flags_for(folder="--data_path"):
-            return not args.labels and not tars.have_classes(_place(args, True)[1])
-    if not os.path.isdir(args.data_path):
+            return not tars.have_classes(_place(args, True)[1])
+    if args.data_set not in ("IMNET", "image_folder") or not os.path.isdir(args.data_path):
         return False
     is_split = args.data_set == "IMNET" and os.path.isdir(os.path.join(args.data_path, "train"))
     names = (entry.name for entry in os.scandir(args.data_path) if entry.is_file())

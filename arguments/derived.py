@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from typing import NamedTuple
 
 from utils import is_hidden
@@ -66,7 +67,7 @@ def holds_class_folders(path: str | None) -> bool:
 
 def names_tars(path: str | None) -> bool:
     """Whether this is a path, glob or list of tar files, compressed ones included."""
-    return (path or "").endswith((".tar", ".tar.gz", ".tgz"))
+    return bool(re.search(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", path or ""))
 
 
 def has_val_folder(path: str | None) -> bool:

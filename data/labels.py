@@ -108,7 +108,7 @@ class _Layout(NamedTuple):
         cells = _cells(file, number, line, separator)
         headings: list[str] = []
         odd = ""
-        has_headings = not any(_names_image(cell, folder) for cell in cells)
+        has_headings = not any(_likeness(cell, folder) for cell in cells)
         if has_headings:
             headings = [re.sub(r"[\W_]", "", cell.lower()) for cell in cells]
             is_usual = (PATH_HEADINGS | CLASS_HEADINGS) & {*headings}
@@ -121,20 +121,19 @@ class _Layout(NamedTuple):
         if len(headings) != len(cells):  # none, or headings of several words between blanks
             headings = [""] * len(cells)
         columns = range(len(cells))
-        files = [column for column in columns if _find(cells[column], folder) is not None]
-        named = [column for column in files or columns if headings[column] in PATH_HEADINGS]
-        path = (named or files or [0])[0]
-        others = [column for column in columns if column != path]
-        classes = [column for column in others if headings[column] in CLASS_HEADINGS]
-        if len(others) > 1 and not classes:
-            # A column of numbers counts the lines, as in a table of pandas.
-            is_index = [cells[c].isdecimal() and headings[c] in INDEX_HEADINGS for c in columns]
-            classes = [column for column in others if not is_index[column]]
-        if len(classes or others) > 1:
+        is_name = [heading in PATH_HEADINGS for heading in headings]
+        likeness = [_likeness(cell, folder) for cell in cells]
+        path = max(columns, key=lambda c: (likeness[c] == 3, is_name[c], likeness[c]))
+        classes = [column for column in columns if column != path]
+        if len(classes) > 1:
+            # Left out are other names of the image, and a column that counts the lines or is empty.
+            counts = [c for c in classes if (cells[c] or "0").isdecimal()]
+            counts = [c for c in counts if headings[c] in INDEX_HEADINGS]
+            classes = [c for c in classes if not is_name[c] and c not in counts]
+        if len(classes) != 1:
             raise _wrong_columns(file, number, len(cells))
         ending = _find(cells[path], folder) or ""
-        name = (classes or others)[0]
-        return cls(folder, separator, has_headings, len(cells), path, name, ending, odd)
+        return cls(folder, separator, has_headings, len(cells), path, classes[0], ending, odd)
 
     def file(self, path: str) -> str:
         """A path of the file as it is on this machine, below the folder."""
@@ -146,10 +145,11 @@ class _Layout(NamedTuple):
         return os.path.normpath(path)
 
 
-def _names_image(cell: str, folder: Folder) -> bool:
-    """Whether a cell is the path of an image, which may be missing."""
-    is_path = "/" in cell or "\\" in cell or has_file_allowed_extension(cell, IMG_EXTENSIONS)
-    return is_path or _find(cell, folder) is not None
+def _likeness(cell: str, folder: Folder) -> int:
+    """3 for the path of a file, 2 for one that lacks its ending, 1 for any other path, else 0."""
+    if (ending := _find(cell, folder)) is not None:
+        return 2 if ending else 3
+    return "/" in cell or "\\" in cell or has_file_allowed_extension(cell, IMG_EXTENSIONS)
 
 
 def _find(cell: str, folder: Folder) -> str | None:

@@ -164,19 +164,20 @@ class _Listing:
         folders, files = [], []
         try:
             with os.scandir(folder) as entries:
-                inside = list(entries)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be listed ({error.strerror})", "folder") from error
-        for entry in inside:
-            is_folder = entry.is_dir()
-            if is_hidden(entry.name):
-                self.left_out["hidden folder" if is_folder else "hidden file"] += 1
-            elif not is_folder:
-                files.append(entry.name)
-            elif entry.is_symlink() and _identity(entry.path) in above:
-                self.left_out["link to a folder that holds it"] += 1
-            else:
-                folders.append(entry.name)
+                for entry in entries:
+                    is_folder = entry.is_dir()
+                    if is_hidden(entry.name):
+                        self.left_out["hidden folder" if is_folder else "hidden file"] += 1
+                    elif not is_folder:
+                        files.append(entry.name)
+                    elif entry.is_symlink() and _identity(entry.path) in above:
+                        self.left_out["link to a folder that holds it"] += 1
+                    else:
+                        folders.append(entry.name)
+        except OSError as error:  # of the folder, or of a link in it
+            where = error.filename or folder
+            what = f"{where}: cannot be listed ({error.strerror}); repair it or remove it"
+            raise UserError(what, "folder") from error
         return folders, files
 
 

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 
-from arguments.derived import SPLIT_NAMES
+from arguments.derived import SPLIT_NAMES, names_tars
 from data.checks import with_progress
 from data.content import THREADS
 from data.labels import Folder, read_labels, sort_classes
@@ -29,8 +29,9 @@ from runtime import distributed
 from runtime.distributed import log
 from utils import UserError, few, first_line, is_hidden, replacing
 
-FORMAT = 1  # of the index
+FORMAT = 2  # of the index; rises when an earlier one may be wrong
 LABEL = ".cls"  # ends the name of WebDataset's file of a class, beside the image
+UNUSED = f"{LABEL} without an image"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 PADDING = 2**20  # bytes of zeros at the end of a tar file that are usual: 10 KiB, or a few blocks
 LIMIT = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1  # -1: none, or not known
@@ -117,29 +118,38 @@ def find_shards(tars: str) -> list[Shard]:
     shards = set[str]()
     for part in [tars] if os.path.exists(tars) else tars.split(","):
         part = os.path.expanduser(part.strip())
-        patterns = [part]
         if os.path.isdir(part):
-            folder = glob.escape(part)
-            patterns = [os.path.join(folder, name) for name in ("*.tar", "*.tar.*", "*.tgz")]
-        found = [part] if os.path.isfile(part) else next(filter(None, map(glob.glob, patterns)), [])
-        if not found:
-            raise UserError(
-                f"{part}: no tar file; pass a folder of tar files, a glob in quotes "
-                "('shards/*.tar'), or several of both with commas",
-                "folder",
-            )
-        if os.path.isdir(part):
-            file_names = " ".join(map(os.path.basename, found)).lower()
-            words = {*re.split("[^a-z]+", file_names)}
-            if all(words & {*names} for names in SPLIT_NAMES.values()):
+            files = glob.glob(os.path.join(glob.escape(part), "*"))
+            found = [path for path in files if names_tars(path)]
+            words = re.split("[^a-z]+", " ".join(map(os.path.basename, found)).lower())
+            if _name_both_splits({*words}):
                 raise UserError(
                     f"{part}: names of tar files in it say both training and validation; pass each "
                     "with a glob in quotes (--data_path 'shards/*train*.tar', --eval_data_path)",
                     "folder",
                 )
+        elif os.path.isfile(part):
+            found = [part]
+        else:  # a glob, which may also find the index
+            found = [path for path in glob.glob(part) if not path.endswith(".npz")]
+        if not found:
+            raise UserError(
+                f"{part or tars}: no tar file; pass a folder of tar files, a glob in quotes "
+                "('shards/*.tar'), or several of both with commas",
+                "folder",
+            )
         shards.update(found)
-    stats = ((path, os.stat(path)) for path in sorted(shards))
+    try:
+        stats = [(path, os.stat(path)) for path in sorted(shards)]
+    except OSError as error:  # a link to nothing
+        what = f"{error.filename}: cannot be read ({error.strerror}); copy it again, or remove it"
+        raise UserError(what, "folder") from error
     return [Shard(path, status.st_size, status.st_mtime_ns) for path, status in stats]
+
+
+def _name_both_splits(words: set[str]) -> bool:
+    """Whether some words name training, and others validation."""
+    return not any(words.isdisjoint(names) for names in SPLIT_NAMES.values())
 
 
 def open_index(tars: str, shards: Sequence[Shard]) -> Index:
@@ -198,7 +208,8 @@ def _make_index(tars: str, shards: Sequence[Shard]) -> Index:
             left_out.update(found.left_out)
     if not names:
         raise UserError(f"{tars}: no image in them (left out: {left_out}); {ENDINGS}", "folder")
-    if not (has_labels := bool(classes)):
+    has_labels = bool(classes) or UNUSED in left_out
+    if not has_labels:
         for index, name in enumerate(names):
             folder, slash, _ = name.partition("/")
             targets[index] = classes.setdefault(folder, len(classes)) if slash else -1
@@ -244,17 +255,18 @@ def _scan(shard: Shard) -> _Found:
                 tar.members.clear()  # type: ignore[attr-defined]  # else all headers are kept
                 name = posixpath.normpath(member.name).lstrip("/")
                 stem, ending = posixpath.splitext(name)
+                is_label = ending.lower() == LABEL
                 if member.isdir():
                     continue
                 if any(map(is_hidden, name.split("/"))):
                     found.left_out["hidden file"] += 1
-                elif ending != LABEL and not found.left_out.is_image(name):
+                elif not is_label and not found.left_out.is_image(name):
                     continue
                 elif not member.isreg() or member.issparse():
                     remedy = "GNU tar: --dereference --hard-dereference, without --sparse"
                     what = f"{name} is a link, or stored in parts; write the file again ({remedy})"
                     raise _unusable(shard, what)
-                elif ending == LABEL:
+                elif is_label:
                     content = os.pread(file.fileno(), min(member.size, 2**12), member.offset_data)
                     labels[stem] = _class_in(shard, name, content)
                 else:
@@ -272,8 +284,13 @@ def _scan(shard: Shard) -> _Found:
         raise _unusable(shard, what) from error
     stems = [posixpath.splitext(name)[0] for name in found.names]
     found.classes.extend(labels.get(stem, "") for stem in stems)
+    last = dict(zip(stems, found.names, strict=True))
+    for stem, name in zip(stems, found.names, strict=True):
+        if stem in labels and name != last[stem]:
+            what = f"{name} and {last[stem]} share {stem}{LABEL}"
+            raise _unusable(shard, f"{what}; write it again with one image for each {LABEL}")
     if unused := labels.keys() - stems:
-        found.left_out[f"{LABEL} without an image"] += len(unused)
+        found.left_out[UNUSED] += len(unused)
     return found
 
 
@@ -338,8 +355,15 @@ def images_in_tars(
         if without := int((kept < 0).sum()):
             raise UserError(
                 f"{tars}: {without} of {len(kept)} images have no class ({index.first_of(-1)}); "
-                f"each needs a file {LABEL} of its name beside it, or else all must lie in class "
-                "folders within the tar files",
+                f"each needs a file {LABEL} of its name beside it, or if there is none at all, all "
+                "must lie in class folders within the tar files",
+                "folder",
+            )
+        if not index.has_labels and _name_both_splits({*map(str.lower, index.classes)}):
+            raise UserError(
+                f"{tars}: the first folders within the tar files, {few(sorted(index.classes))}, "
+                "look like splits, not classes; write tar files of each that begin with class "
+                "folders (tar -C train -cf train.tar .)",
                 "folder",
             )
         names = sort_classes({*index.classes}) if index.has_labels else sorted(index.classes)

@@ -1007,6 +1007,9 @@ def test_hidden_names_and_links_to_a_parent_are_left_out_and_counted(imnet, tmp_
     for kind in ("hidden folder 2", "hidden file 1", "link to a folder that holds it 2"):
         assert kind in out, out
     assert f"{train}: 5 file(s) or folder(s) left out (" in out
+    (train / "cat" / "self").symlink_to("self")
+    with pytest.raises(UserError, match="cat/self: cannot be listed .*; repair it or remove it"):
+        image_folder(str(train))
 
 
 def test_16_bit_images_that_hold_12_bits_are_reported(tmp_path, capsys):

@@ -391,6 +391,28 @@ def test_a_file_of_labels_gives_each_image_its_class(form, end, flat, tmp_path, 
     assert (odd in out) == (form == "without endings")
 
 
+def test_a_class_with_the_name_of_a_file_is_no_path(flat, tmp_path):
+    """Nor is the column that counts the lines, if 0.jpg exists; an empty column says nothing."""
+    shutil.copy(flat / "a0.jpg", flat / "0.jpg")
+    for text in (
+        "b0,a0.jpg\nb1,a1.jpg\n",
+        "0,a0.jpg,b0\n1,a1.jpg,b1\n",
+        "a0.jpg,b0,\na1.jpg,b1,\n",
+    ):
+        (tmp_path / "labels.csv").write_text(text)
+        source = labeled_images(str(tmp_path / "labels.csv"), str(flat))
+        assert (names_of(source), source.classes) == (["a0.jpg", "a1.jpg"], ["b0", "b1"])
+
+
+def test_labels_choose_the_images_of_a_teacher_alone(flat, tmp_path):
+    (tmp_path / "train.csv").write_text("a0.jpg,ant\nb0.jpg,bee\n")
+    (tmp_path / "val.csv").write_text("a1.jpg,ant\n")
+    flags = ["--kd_alpha", 1, "--data_path", flat, "--labels", tmp_path / "train.csv"]
+    args = parsed(*teacher_flags(__file__), *flags, "--eval_labels", tmp_path / "val.csv")
+    train, val, _ = datasets.open_splits(args)
+    assert (names_of(train), names_of(val)) == (["a0.jpg", "b0.jpg"], ["a1.jpg"])
+
+
 def test_numbers_are_sorted_as_numbers(flat, tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("a0.jpg 10\na1.jpg 2\na2.jpg 0\n")
@@ -406,6 +428,7 @@ WRONG = {
     "a0.jpg,ant\na1.jpg,bee, the": "line 2: has 3 column(s), not a path and a class; leave other "
     "columns out, and put a name",
     "path,a,b\na0.jpg,ant,bee": "line 2: has 3 column(s)",
+    "path,label,split\na0.jpg,ant,test": "line 2: has 3 column(s)",
     "none.jpg,ant\na1.jpg,bee": "line 1: DATA/none.jpg is not a file",
     "none,ant\na1.jpg,bee\na2,bee": "line 3: DATA/a2 is not a file",
     "a0.jpg ant\nb 0.jpg ant": "line 2: has 3 column(s)",

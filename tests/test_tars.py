@@ -52,7 +52,9 @@ def pack_folder(folder: Path, shards: Path, count: int = 3, with_cls: bool = Fal
         for name, content in files[number::count]:
             members[f"./{name}"] = content
             if with_cls:
-                members[f"./{name[:-4]}.cls"] = name.split("/")[0].encode() + b"\n"
+                members[f"./{name[:-4]}.{'CLS' if number else 'cls'}"] = (
+                    name.split("/")[0].encode() + b"\n"
+                )
         pack(shards / f"{number:02}.tar", members)
 
 
@@ -165,6 +167,7 @@ def test_an_index_is_made_once_and_again_for_tar_files_that_changed(tmp_path, mo
 
     assert read() == [b"one", b"two", b"3"] and sorted(scanned) == shards
     assert read() == [b"one", b"two", b"3"] and not scanned
+    assert len(tars.find_shards(str(tmp_path / "s" / "*"))) == 2  # without the index
     assert capsys.readouterr().out.count("left out (.txt 1)") == 2
     (index,) = (tmp_path / "s").glob("index-*.npz")
     index.write_bytes(index.read_bytes()[:-100])
@@ -257,6 +260,18 @@ BAD = {
     "00.tar: 1.cls is not a class: a number or a name, as text": packed(
         {"1.jpg": b"", "1.cls": b"\x80\x04K\x01."}
     ),
+    "2 of 2 images have no class (a/1.x.jpg); each needs a file .cls": packed(
+        {"a/1.x.jpg": b"", "a/1.cls": b"0", "b/2.x.jpg": b"", "b/2.cls": b"1"}
+    ),
+    "00.tar: 1.jpg and 1.png share 1.cls; write it again with one": packed(
+        {"1.jpg": b"", "1.png": b"", "1.cls": b"0"}
+    ),
+    "first folders within the tar files, Train, val, look like splits": packed(
+        {"Train/a/1.jpg": b"1", "val/a/2.jpg": b"1"}
+    ),
+    "0.tar: cannot be read (No such file or directory); copy it": lambda path: path.symlink_to(
+        "no"
+    ),
     "has a single class (a), so nothing can be learned": packed({"a/1.jpg": b"1"}),
 }
 
@@ -276,6 +291,10 @@ def test_a_folder_of_training_and_validation_tars_is_not_trained_on_as_a_whole(t
     run = run_main("--data_set", "tars", "--data_path", tmp_path)
     assert run.code == 2 and "say both training and validation; pass each" in run.err
     assert len(tars.images_in_tars(f"{tmp_path}/*-train-*.tar")) == 2
+    (tmp_path / "set-validation-0.tar").unlink()
+    compress(tmp_path / "set-train-1.tgz")  # beside others it is not left out
+    run = run_main("--data_set", "tars", "--data_path", tmp_path)
+    assert run.code == 2 and "set-train-1.tgz: is compressed (gzip)" in run.err
 
 
 def test_classes_of_validation_that_training_does_not_know_are_refused(tmp_path, run_main):
