@@ -170,7 +170,7 @@ def could_not_write(path: Path, error: Exception, subject: Subject = "output") -
     free = shutil.disk_usage(path.parent).free / 2**20
     return UserError(
         f"{path}: could not be written ({first_line(error)}; {free:.1f} MiB free); free some space "
-        "or choose another folder, then run the same command: older checkpoints are complete",
+        "or choose another folder, then run the same command: what was written before is complete",
         subject,
     )
 
@@ -200,7 +200,8 @@ def replacing(path: Path, subject: Subject = "output") -> Iterator[Path]:
             finally:
                 os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as the latter
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise could_not_write(path, error, subject) from error
 
 

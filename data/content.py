@@ -112,4 +112,5 @@ class ContentIndex:
                 with replacing(self.path, "cache") as temporary, open(temporary, "wb") as file:
                     np.save(file, np.concatenate(self.rows))
             except UserError as error:
-                log(f"Warning: {error}; the next run reads the images again")
+                what = f"Warning: {self.path}: could not be written ({error.__cause__})"
+                log(f"{what}; the next run reads the images again")

@@ -82,16 +82,16 @@ class RowFormat:
     def encode(self, *parts: torch.Tensor) -> np.ndarray:
         """The parts that `shorten` returned -> (N,) rows. Raises: UserError beyond the range."""
         arrays = [part.cpu().numpy() for part in parts]
-        values = rows = arrays[0]
-        if self.topk:
-            rows = np.empty(len(values), self.dtype)
-            rows["values"], rows["classes"], rows["rest"] = arrays
-        if not np.isfinite(values).all():
+        if not all(np.isfinite(array).all() for array in arrays):
             raise UserError(
                 f"the teacher's logits are not finite, or too large for {self.value}, the data "
                 "type of the teacher cache; these logits were not stored. Try float32, and look at "
                 "the teacher's score"
             )
+        if not self.topk:
+            return arrays[0]
+        rows = np.empty(len(arrays[0]), self.dtype)
+        rows["values"], rows["classes"], rows["rest"] = arrays
         return rows
 
     def decode(self, rows: np.ndarray, device: torch.device = CPU) -> torch.Tensor:
@@ -226,33 +226,30 @@ class LogitFile:
 
         Raises: UserError if the file system refuses.
         """
-        try:
-            self._write(places, rows)
-        except OSError as error:
-            raise cache_not_written(self.stem, error) from error
-
-    def _write(self, places: np.ndarray, rows: np.ndarray) -> None:
         order = np.argsort(places, kind="stable")
-        with (
-            open(self.stem.with_suffix(".sums"), "r+b", buffering=0) as marks,
-            open(self.stem.with_suffix(".logits"), "r+b", buffering=0) as file,
-        ):
-            utils.lock(marks)
-            utils.lock(file)  # too: NFS writes whole pages of a file that is not locked
-            order = order[self.sums[places[order]] == 0]
-            if not len(order):
-                return  # another process stored them first
-            places, rows = places[order], rows[order]
-            sums = self._checksums(rows, places)
-            starts = np.flatnonzero(np.diff(places, prepend=-2) != 1)  # of runs without a gap
-            runs = list(zip(starts, [*starts[1:], len(places)], strict=True))
-            for first, last in runs:
-                # Not copied: that would stop all threads of this process for many milliseconds.
-                content = rows[first:last].view(np.uint8).reshape(-1).data
-                self._write_at(file, places[first] * rows[0].nbytes, content)
-            os.fsync(file.fileno())
-            for first, last in runs:
-                self._write_at(marks, places[first] * sums.itemsize, sums[first:last].tobytes())
+        try:
+            with (
+                open(self.stem.with_suffix(".sums"), "r+b", buffering=0) as marks,
+                open(self.stem.with_suffix(".logits"), "r+b", buffering=0) as file,
+            ):
+                utils.lock(marks)
+                utils.lock(file)  # too: NFS writes whole pages of a file that is not locked
+                order = order[self.sums[places[order]] == 0]
+                if not len(order):
+                    return  # another process stored them first
+                places, rows = places[order], rows[order]
+                sums = self._checksums(rows, places)
+                starts = np.flatnonzero(np.diff(places, prepend=-2) != 1)  # of runs without a gap
+                runs = list(zip(starts, [*starts[1:], len(places)], strict=True))
+                for first, last in runs:
+                    # Not copied: that would stop all threads of this process for milliseconds.
+                    content = rows[first:last].view(np.uint8).reshape(-1).data
+                    self._write_at(file, places[first] * rows[0].nbytes, content)
+                os.fsync(file.fileno())
+                for first, last in runs:
+                    self._write_at(marks, places[first] * sums.itemsize, sums[first:last].tobytes())
+        except OSError as error:
+            raise utils.could_not_write(self.stem, error, "cache") from error
 
     def _write_at(self, file: FileIO, position: int, content: bytes | memoryview) -> None:
         file.seek(int(position))
@@ -302,14 +299,6 @@ def _remedy(stem: Path) -> str:
     )
 
 
-def cache_not_written(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path}: {error}; free some space or choose another folder, then run the same command: "
-        "everything cached so far is complete",
-        "cache",
-    )
-
-
 def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
     """Map `count` items of a file into memory, read-only; an empty or absent file grows first."""
     size = count * dtype.itemsize
@@ -318,7 +307,7 @@ def _map(path: Path, count: int, dtype: np.dtype) -> np.ndarray:
             with open(path, "ab") as file:  # never shortens what another process has begun
                 file.truncate(size)
         except OSError as error:
-            raise cache_not_written(path, error) from error
+            raise utils.could_not_write(path, error, "cache") from error
     try:
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)

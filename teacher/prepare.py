@@ -83,7 +83,7 @@ class RunTeacher:
             )
 
 
-@flags_for(cache="--teacher_cache")
+@flags_for(cache="--teacher_cache", folder="--teacher_cache")
 def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data) -> RunTeacher:
     """Make, score and cache the teacher, as far as this run needs it. Collective.
 
@@ -146,7 +146,7 @@ def _check_space(store: LogitStore, views: range) -> int:
     """Print how much these views take on disk and how much of that is cached.
 
     Returns: how many of their rows are missing.
-    Raises: UserError if the disk is too small for them, or a file has a different length.
+    Raises: UserError if they cannot be written, and if a file has a different length.
     """
     missing, total = store.missing(views), len(views) * store.needed
     size, free = store.format.dtype.itemsize, shutil.disk_usage(store.folder).free
@@ -161,6 +161,8 @@ def _check_space(store: LogitStore, views: range) -> int:
             "are free; pass fewer --teacher_views, a small --teacher_cache_topk, or another folder",
             "cache",
         )
+    if missing:
+        utils.make_folder(store.folder)
     return missing
 
 

@@ -34,7 +34,8 @@ class Cache:
     @property
     def names(self) -> list[str]:
         """Of its files, without their endings: the views in order, then the validation images."""
-        stems = {path.stem for path in self.folder.glob("v*-*.sums") if path.stat().st_size}
+        sums = (p for p in self.folder.glob("*.sums") if packing.MEMBER.fullmatch(p.name))
+        stems = [path.stem for path in sums if path.stat().st_size]
         return sorted(stems, key=lambda name: (name.startswith("val-"), len(name), name))
 
     @property
@@ -178,7 +179,7 @@ def merge(sources: Sequence[Cache], destination: Path) -> Cache:
     first, *others = sources
     if (destination / MANIFEST).exists():
         others.append(open_cache(destination))
-    elif destination.exists() and not all(utils.is_hidden(p.name) for p in destination.iterdir()):
+    elif destination.is_file() or any(not utils.is_hidden(p.name) for p in destination.glob("*")):
         raise UserError(f"{destination}: is neither empty nor a teacher cache; pass another folder")
     for other in others:
         _check_alike(first, other)
@@ -263,6 +264,7 @@ def pack(cache: Cache, destination: Path) -> int:
         raise UserError(f"{destination}: exists already; pass another name, or remove it")
     if destination.suffix != ".tar":
         raise UserError(f"{destination}: a pack is a tar file; pass a name that ends in .tar")
+    utils.make_folder(destination.parent)
     require_sound(cache)
     names = [name for name in cache.names if cache.open(name) is not None]
     # Checksums before their rows, since a run may be adding some: no sum is without its row.

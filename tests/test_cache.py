@@ -272,8 +272,14 @@ def test_flags_and_folders_that_are_wrong_are_refused(tmp_path, command):
         (["pack", folder, tmp_path / "c.zip"], "ends in .tar"),
         (["pack", folder, folder], "exists already"),
         (["merge", folder, tmp_path], "is neither empty nor a teacher cache"),
+        (["merge", folder, folder / "manifest.json"], "is neither empty nor a teacher cache"),
+        (["pack", folder, folder / "manifest.json" / "c.tar"], "cannot write there"),
     ):
         code, _, err = command(*argv)
         assert code == 2 and message in err
     with pytest.raises(UserError, match="is neither empty"):
         upkeep.merge([upkeep.open_cache(folder)], tmp_path)
+    for end in (".sums", ".logits"):  # the name that a file manager gives to a copy
+        shutil.copy(folder / f"view-00000{end}", folder / f"view-00000 (1){end}")
+    assert command("info", folder)[0] == command("verify", folder)[0] == 0
+    assert command("pack", folder, tmp_path / "new" / "c.tar")[0] == 0

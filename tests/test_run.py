@@ -379,10 +379,16 @@ def test_a_full_disk_keeps_the_older_checkpoint_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints.torch, "save", no_space)
-    with pytest.raises(utils.UserError, match="No space left.*older checkpoints are complete"):
+    with pytest.raises(utils.UserError, match="No space left.*what was written before is complete"):
         checkpoints.save_checkpoint({"model": torch.zeros(3)}, path)
     assert torch.equal(torch.load(path, weights_only=True)["model"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-0.pth"]
+
+
+def test_a_temporary_file_that_cannot_be_removed_is_a_user_error(tmp_path):
+    (tmp_path / ".log.tmp").mkdir()
+    with pytest.raises(utils.UserError, match="log: could not be written"):
+        utils.write_whole(tmp_path / "log", "")
 
 
 def test_the_schedule_warms_up_and_ends_at_the_minimum():

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -574,6 +575,22 @@ def test_a_disk_too_small_is_told_before_anything_is_computed(run_main, kd, tmp_
     assert "Teacher cifar_resnet8" not in run.out
 
 
+def test_an_incomplete_cache_on_a_read_only_disk_ends_before_training(
+    run_main, kd, tmp_path, monkeypatch
+):
+    cache = ["--teacher_cache", tmp_path / "cache", "--teacher_views"]
+    assert run_main(*SHORT, *kd, *cache, 1).code == 0
+
+    def refuse(**keywords):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert run_main(*SHORT, *kd, *cache, 1).code == 0
+    run = run_main(*SHORT, *kd, *cache, 2)
+    assert run.code == 2 and f"--teacher_cache {tmp_path / 'cache'}: cannot write there" in run.err
+    assert "Teacher cifar_resnet8" not in run.out
+
+
 def test_a_disk_full_in_the_middle_keeps_what_is_whole(run_main, kd, tmp_path, monkeypatch):
     cache = ["--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32"]
     real = LogitFile._write_at
@@ -653,10 +670,11 @@ def test_as_many_largest_as_classes_are_the_full_rows():
 def test_logits_that_do_not_fit_are_refused(bad):
     logits = LOGITS.clone()
     logits[3, 2] = bad
-    for topk in (None, 4):
+    rest = torch.full((1, 30), -float("inf")).index_fill(1, torch.arange(4), 0.0)
+    for topk, refused in ((None, logits), (4, logits), (4, rest)):
         with pytest.raises(UserError, match="not finite, or too large.*float16"):
             row_format = RowFormat(30, "float16", topk)
-            row_format.encode(*row_format.shorten(logits))
+            row_format.encode(*row_format.shorten(refused))
 
 
 def row_of(places: range) -> torch.Tensor:
@@ -744,7 +762,7 @@ def test_no_step_waits_for_the_disk_and_rows_are_there_before_their_marks(tmp_pa
     assert torch.equal(store.file_of(0).read(range(16)), row_of(range(16)))
     assert len(threads) == 2 and threading.get_ident() not in threads
     monkeypatch.setattr(LogitFile, "_write_at", lambda *_: (_ for _ in ()).throw(OSError(28, "x")))
-    with pytest.raises(UserError, match="everything cached so far is complete"):
+    with pytest.raises(UserError, match="what was written before is complete"):
         for first in range(16, 64, 8):  # at a later step, at the end at the latest
             store.put(0, range(first, first + 8), row_of(range(8)))
         store.flush()
