@@ -149,10 +149,11 @@ def is_flat(args: argparse.Namespace) -> bool:
             return not tars.have_classes(_place(args, True)[1])
     if args.data_set not in ("IMNET", "image_folder") or not os.path.isdir(args.data_path):
         return False
-    is_split = args.data_set == "IMNET" and os.path.isdir(os.path.join(args.data_path, "train"))
-    names = (entry.name for entry in os.scandir(args.data_path) if entry.is_file())
-    names = (name for name in names if not is_hidden(name))
-    return not is_split and any(has_file_allowed_extension(name, IMG_EXTENSIONS) for name in names)
+    if args.data_set == "IMNET" and os.path.isdir(os.path.join(args.data_path, "train")):
+        return False
+    names = [name for name in os.listdir(args.data_path) if not is_hidden(name)]
+    images = (name for name in names if has_file_allowed_extension(name, IMG_EXTENSIONS))
+    return any(os.path.isfile(os.path.join(args.data_path, name)) for name in images)
 
 
 class Splits(NamedTuple):

@@ -28,8 +28,9 @@ METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # wher
 
 def unreadable(name: object, error: Exception) -> UserError:
     """The error for an image that a library cannot read."""
-    # torchvision's begin with the function and the line of its own source.
-    reason = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", first_line(error))
+    # torchvision's begin with the function and the line of its own source; Pillow's end with the
+    # address of bytes that are no file.
+    reason = re.sub(r"^\w+, \S+\.cpp:\d+, | <_io.BytesIO .*>$", "", first_line(error))
     return UserError(f"{CANNOT_READ}{name} ({reason}){REMEDY}")
 
 

@@ -49,11 +49,7 @@ class Shard(NamedTuple):
 @lru_cache(MOST_OPEN)
 def _opened(shard: Shard) -> io.FileIO:
     """A shard, open to be read at any place by any process: pread moves no common position."""
-    file = io.FileIO(shard.path)
-    status = os.fstat(file.fileno())
-    if (status.st_size, status.st_mtime_ns) != shard[1:]:
-        raise OSError(f"{shard.path} was changed while the run read it; run the command again")
-    return file
+    return io.FileIO(shard.path)
 
 
 class TarSource(FileSource):
@@ -82,7 +78,11 @@ class TarSource(FileSource):
         return os.path.join(self.shards[self.shard_of[index]].path, super().path(index))
 
     def open(self, index: int) -> IO[bytes]:
-        file, size = _opened(self.shards[self.shard_of[index]]), int(self.sizes[index])
+        shard, size = self.shards[self.shard_of[index]], int(self.sizes[index])
+        file = _opened(shard)
+        status = os.fstat(file.fileno())  # also of one that was open before it was written anew
+        if (status.st_size, status.st_mtime_ns) != shard[1:]:
+            raise OSError(f"{shard.path} was changed while the run read it; run the command again")
         content = os.pread(file.fileno(), size, int(self.begins[index]))
         if len(content) < size:
             raise OSError("the tar file ends within it")

@@ -187,8 +187,11 @@ def test_an_index_is_made_once_and_again_for_tar_files_that_changed(tmp_path, mo
 
 
 def test_a_tar_file_that_changes_during_a_run_is_not_read(tmp_path):
+    """Also if it is open by then."""
     path = pack(tmp_path / "s.tar", {"a/1.jpg": b"1", "b/2.jpg": b"2"})
     source = tars.images_in_tars(str(path))
+    with pytest.raises(UserError, match=r"s.tar/b/2.jpg \(cannot identify image file\);"):
+        source.load(1)
     pack(path, {"a/0.jpg": b"0", "a/1.jpg": b"1", "b/2.jpg": b"2"})
     with pytest.raises(UserError, match="s.tar/b/2.jpg .*s.tar was changed while the run read it"):
         source.load(1)
