@@ -163,8 +163,8 @@ def could_not_write(path: Path, error: Exception, subject: Subject = "output") -
     """The error for a file of the run that the file system refuses."""
     if not path.parent.is_dir():
         return UserError(
-            f"{path}: could not be written, because its folder was removed; run the same command "
-            "again, which starts from the beginning",
+            f"{path}: could not be written, because its folder was removed, or is not on this "
+            "machine; run the same command again, which starts from the beginning",
             subject,
         )
     free = shutil.disk_usage(path.parent).free / 2**20

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -33,12 +33,14 @@ def stamps(source: Encoded, positions: np.ndarray) -> np.ndarray:
     def look(positions: np.ndarray) -> list[tuple[int, int]]:
         return [source.stamp(index) for index in positions.tolist()]
 
-    return np.array(_in_threads(look, positions), np.int64).reshape(-1, 2)
+    return np.array(in_threads(look, positions), np.int64).reshape(-1, 2)
 
 
-def _in_threads(look: Callable[[np.ndarray], list[Any]], positions: np.ndarray) -> list[Any]:
+def in_threads(look: Callable[[Any], list[Any]], items: Sequence[Any] | np.ndarray) -> list[Any]:
+    """What `look` returns of successive parts of the items, joined in order."""
+    size = -(-len(items) // THREADS) or 1
     with ThreadPoolExecutor(THREADS) as pool:
-        parts = pool.map(look, np.array_split(positions, THREADS))
+        parts = pool.map(look, (items[at : at + size] for at in range(0, len(items), size)))
         return [item for part in parts for item in part]
 
 
@@ -98,7 +100,7 @@ class ContentIndex:
                     ) from error
             return found
 
-        found = b"".join(_in_threads(digests, positions[unknown]))
+        found = b"".join(in_threads(digests, positions[unknown]))
         rows["hash"][unknown] = np.frombuffer(found, "<u8").reshape(-1, 2)
         differs = (before["hash"] != rows["hash"][: len(before)]).any(axis=1)
         self.changed += [source.path(index) for index in positions[: len(before)][differs].tolist()]

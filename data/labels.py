@@ -5,12 +5,11 @@ import itertools
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from data.content import THREADS
+from data.content import in_threads
 from runtime.distributed import log
 from utils import UserError, few, first_line
 
@@ -20,7 +19,6 @@ PATH_HEADINGS |= {"imageid", "id", "name"}
 PATH_HEADINGS |= {f"{name}s" for name in PATH_HEADINGS}
 CLASS_HEADINGS = {"label", "class", "classname", "category", "target", "labels", "classes"}
 INDEX_HEADINGS = {"", "index", "id", "unnamed0", "nr", "no", "number"}
-FILES_AT_ONCE = 1024  # that a thread looks for
 
 
 class Folder(NamedTuple):
@@ -210,12 +208,7 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
 def _check_existence(
     file: str, folder: Folder, paths: Sequence[str], lines_of: dict[str, tuple[str, int]]
 ) -> None:
-    def missing(some: Sequence[str]) -> list[str]:
-        return [path for path in some if not folder.holds(path)]
-
-    parts = [paths[at : at + FILES_AT_ONCE] for at in range(0, len(paths), FILES_AT_ONCE)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        lost = [path for part in pool.map(missing, parts) for path in part]
+    lost = in_threads(lambda some: [path for path in some if not folder.holds(path)], paths)
     if lost:
         first = min(lost, key=lambda path: lines_of[path][1])
         others = f" (nor are those of {len(lost) - 1} other lines)" if len(lost) > 1 else ""
