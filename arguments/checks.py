@@ -20,6 +20,7 @@ from arguments.derived import (
     is_own_module,
     is_split_name,
     must_hold_out,
+    name_both_splits,
     names_tars,
     teachers_of,
     views_of,
@@ -168,7 +169,9 @@ def check_folders(args: argparse.Namespace) -> None:
     splits = [name for name in names if is_split_name(name)]
     if teachers_of(args) and args.kd_alpha == 1 and not splits:
         return  # images without labels may lie there in any way
-    if args.data_set == "image_folder" and must_hold_out(args) and splits and not args.labels:
+    is_likely = name_both_splits(names) and not args.eval and not args.holdout
+    are_classes = args.data_set == "image_folder" and not args.labels
+    if are_classes and splits and (is_likely or must_hold_out(args)):
         raise UserError(
             f"--data_path {path}: holds {' and '.join(splits)}, which look like splits, not "
             "classes; pass --data_set IMNET for a folder with train and val, or --eval_data_path "

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from utils import is_hidden
@@ -57,6 +58,12 @@ def folders_in(path: str | None) -> list[str]:
 def is_split_name(name: str) -> bool:
     """Whether this is what a folder of training or validation images is usually called."""
     return any(name.lower() in names for names in SPLIT_NAMES.values())
+
+
+def name_both_splits(names: Iterable[str]) -> bool:
+    """Whether some of these names say training, and others validation."""
+    words = {name.lower() for name in names}
+    return not any(words.isdisjoint(of_split) for of_split in SPLIT_NAMES.values())
 
 
 def holds_class_folders(path: str | None) -> bool:

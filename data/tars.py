@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import torch
 
-from arguments.derived import SPLIT_NAMES, names_tars
+from arguments.derived import name_both_splits, names_tars
 from data.checks import with_progress
 from data.content import THREADS
 from data.labels import Folder, read_labels, sort_classes
@@ -121,8 +121,7 @@ def find_shards(tars: str) -> list[Shard]:
         if os.path.isdir(part):
             files = glob.glob(os.path.join(glob.escape(part), "*"))
             found = [path for path in files if names_tars(path)]
-            words = re.split("[^a-z]+", " ".join(map(os.path.basename, found)).lower())
-            if _name_both_splits({*words}):
+            if name_both_splits(re.split("[^a-zA-Z]+", " ".join(map(os.path.basename, found)))):
                 raise UserError(
                     f"{part}: names of tar files in it say both training and validation; pass each "
                     "with a glob in quotes (--data_path 'shards/*train*.tar', --eval_data_path)",
@@ -145,11 +144,6 @@ def find_shards(tars: str) -> list[Shard]:
         what = f"{error.filename}: cannot be read ({error.strerror}); copy it again, or remove it"
         raise UserError(what, "folder") from error
     return [Shard(path, status.st_size, status.st_mtime_ns) for path, status in stats]
-
-
-def _name_both_splits(words: set[str]) -> bool:
-    """Whether some words name training, and others validation."""
-    return not any(words.isdisjoint(names) for names in SPLIT_NAMES.values())
 
 
 def open_index(tars: str, shards: Sequence[Shard]) -> Index:
@@ -359,7 +353,7 @@ def images_in_tars(
                 "must lie in class folders within the tar files",
                 "folder",
             )
-        if not index.has_labels and _name_both_splits({*map(str.lower, index.classes)}):
+        if not index.has_labels and name_both_splits(index.classes):
             raise UserError(
                 f"{tars}: the first folders within the tar files, {few(sorted(index.classes))}, "
                 "look like splits, not classes; write tar files of each that begin with class "

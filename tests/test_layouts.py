@@ -151,6 +151,8 @@ LAYOUTS = {
     "railway": ("car train", "", "if train and car are classes, pass --data_set image_folder"),
     "capital": ("Train Val", "", "no folder train, but Train; rename Train to train"),
     "explicit": ("train val", "--data_set image_folder", "holds train and val, which look like"),
+    "not evaluated": ("train/a val/a", "--data_set image_folder --disable_eval true",
+    "holds train and val, which look like splits, not classes; pass --data_set IMNET"),
     "one": ("photos", "", "has a single class (photos), so nothing can be learned"),
     "one of two": ("train/a val/a", "", "has a single class (a), so nothing can be learned"),
 }  # fmt: skip
