@@ -26,7 +26,7 @@ from pipeline.commands import Command, Commands
 from pipeline.images import look
 from pipeline.plan import Network, Plan, label_of
 from pipeline.planning import describe, make_plan
-from pipeline.report import write_report
+from pipeline.report import NOTHING, write_report
 from reporting.runs import SCORE, read_run
 from training.checkpoints import newest_checkpoint
 from utils import UserError, exit_code, make_folder, write_whole
@@ -205,7 +205,10 @@ def anything_to_move(
     line += "beside the student alone: "
     if is_above:
         return line + "there is something to move", True
-    return line + "nothing to move, so the student alone is handed over", False
+    line += "nothing to move, so the student alone is handed over"
+    if teacher > alone:
+        line += "; more labeled images could show that this teacher knows more"
+    return line, False
 
 
 def train_teacher(plan: Plan, commands: Commands, network: Network, kind: str) -> str:
@@ -303,7 +306,7 @@ def last_words(
             f"{plan.images.test:,} images that chose nothing"
         )
     else:
-        lines.append("Nothing to move: no teacher at hand knows more than the student alone")
+        lines.append(f"{NOTHING} of {plan.images.chosen_by:,} images")
     which = "distilled" if "kd=true" in student else "trained alone"
     lines.append(f"Handed over: the student {which}, seed 0: {', '.join(exported)}")
     lines.append(f"Use it: python predict.py {exported[0]} PHOTO")

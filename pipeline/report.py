@@ -31,6 +31,7 @@ MOST_IN_MATRIX = 20  # classes; of more, the page has what the terminal shows
 MOST_MISTAKES = 12  # images
 SIDE, TINY = 160, 64  # pixels of the images on the page, and below which they become squares
 TONES = {"helps": "good", "hurts": "bad"}
+NOTHING = "Nothing to move: no teacher is better than the student alone by more than the noise"
 
 Reports = Mapping[str, dict[str, Any]]  # of 'alone', 'distilled' and 'teacher'
 Answers = Mapping[str, list[tuple[str, float]]]  # class and probability, per image
@@ -164,7 +165,7 @@ def headline(verdict: Mapping[str, Any]) -> str:
     """The verdict as a title."""
     words = verdict["verdict"]
     if "mean" not in verdict:
-        return "Nothing to move: no teacher at hand knows more than the student alone"
+        return f"{NOTHING} of the images that choose"
     if verdict["half_width"] is None:
         return f"Distillation: {words}"
     gain = f"{verdict['mean']:+.1f} ± {verdict['half_width']:.1f} points"
