@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -249,13 +250,12 @@ def free_memory() -> int | None:
     """
     limits = []
     try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
         limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-        group = "/sys/fs/cgroup/memory"
-        with open(f"{group}.max") as most, open(f"{group}.current") as used:
-            if (limit := most.read().strip()) != "max":
-                limits.append(int(limit) - int(used.read()))
+        group = Path("/sys/fs/cgroup")
+        if (limit := (group / "memory.max").read_text().strip()) != "max":
+            limits.append(int(limit) - int((group / "memory.current").read_text()))
     except (OSError, KeyError, ValueError):
         pass  # not Linux, or no control group of version 2
     return min(limits, default=None)
