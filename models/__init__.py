@@ -74,8 +74,7 @@ def pretrained_cfg(arch: str) -> PretrainedCfg:
         return _config_of_address(arch)
     check_architecture(arch)
     cfg = timm.models.get_pretrained_cfg(arch)
-    if cfg is None:
-        raise UserError(f"{arch}: timm has no description of this architecture", "architecture")
+    assert cfg is not None  # every architecture of timm's has one
     return cfg
 
 

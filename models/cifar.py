@@ -96,16 +96,13 @@ class CifarResNet(CifarNet):
     """
 
     def __init__(self, depth: int, widths: Sequence[int] = (16, 16, 32, 64), **kwargs: Any) -> None:
-        if (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n + 2, got {depth}")
         super().__init__(widths[-1], **kwargs)
-        self.conv1 = nn.Conv2d(self.in_chans, widths[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.conv1, self.bn1 = _conv(self.in_chans, widths[0], 3), nn.BatchNorm2d(widths[0])
         self.act1 = nn.ReLU(inplace=True)
         blocks = (depth - 2) // 6
-        self.layer1 = _stage(widths[0], widths[1], blocks, stride=1)
-        self.layer2 = _stage(widths[1], widths[2], blocks, stride=2)
-        self.layer3 = _stage(widths[2], widths[3], blocks, stride=2)
+        self.layer1 = _blocks(_basic_block, widths[0], widths[1], 1, blocks)
+        self.layer2 = _blocks(_basic_block, widths[1], widths[2], 2, blocks)
+        self.layer3 = _blocks(_basic_block, widths[2], widths[3], 2, blocks)
         self.add_classifier()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,12 +111,10 @@ class CifarResNet(CifarNet):
         return self.layer3(self.layer2(self.layer1(x)))
 
 
-def _stage(in_width: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-    downsample = None
-    if stride != 1 or in_width != width:
-        downsample = downsample_conv(in_width, width, kernel_size=1, stride=stride)
-    first = BasicBlock(in_width, width, stride, downsample)
-    return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
+def _basic_block(inputs: int, width: int, stride: int) -> nn.Module:
+    is_equal = stride == 1 and inputs == width
+    shortcut = None if is_equal else downsample_conv(inputs, width, kernel_size=1, stride=stride)
+    return BasicBlock(inputs, width, stride, shortcut)
 
 
 def _conv(inputs: int, outputs: int, size: int = 1, stride: int = 1, groups: int = 1) -> nn.Conv2d:
