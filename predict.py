@@ -30,11 +30,12 @@ from tqdm import tqdm
 from arguments.defaults import cores_per_process
 from arguments.kinds import number, script_parser
 from data import pictures
+from data.readers import Listing
 from data.transforms import eval_transform
 from deploy.model import Model, open_model
 from runtime import signals
 from runtime.device import default_device, find_device
-from utils import UserError, exit_code, few, flags_for, is_hidden, make_folder
+from utils import UserError, exit_code, few, flags_for, make_folder
 
 LONG = 256  # images for which starting loader workers pays
 UNKNOWN = "unknown"  # the answer for an image whose best class is below --threshold
@@ -163,21 +164,15 @@ def find_images(words: Sequence[str]) -> list[str]:
 
 
 def images_below(folder: str) -> list[str]:
-    """The image files of a folder and of those below it, sorted; hidden ones are left out."""
-    paths, visited, others = [], set(), 0
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(parent)) in visited:
-            folders.clear()  # a link that leads back
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        files = [name for name in files if not is_hidden(name)]
-        images = [name for name in files if has_file_allowed_extension(name, IMG_EXTENSIONS)]
-        others += len(files) - len(images)
-        paths += [os.path.join(parent, name) for name in sorted(images)]
-    if others and paths:
-        print(f"{folder}: left out {others} files without an image ending", file=sys.stderr)
-    return paths
+    """The images of a folder and of those below it, as training finds them.
+
+    Raises: UserError for a folder that cannot be listed.
+    """
+    listing = Listing(folder)
+    images = listing.images(folder)
+    if images and listing.left_out:
+        print(f"{folder}: left out: {listing.left_out}", file=sys.stderr)
+    return images
 
 
 class ImageFiles(Dataset):

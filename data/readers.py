@@ -61,7 +61,7 @@ def image_folder(folder: str) -> ImageSource:
     Raises: UserError if it does not exist or holds no images.
     """
     folder = _existing(folder, "one folder of images per class")
-    listing = _Listing(folder)
+    listing = Listing(folder)
     if not (classes := listing.classes()):
         raise _no_images(folder, "it holds no folder")
     empty: list[str] = []
@@ -94,7 +94,7 @@ def images_without_label(folder: str, classes: Sequence[str]) -> ImageSource:
     folder = _existing(folder, "images")
 
     def list_all() -> list[np.ndarray]:
-        listing = _Listing(folder)
+        listing = Listing(folder)
         paths = listing.images(folder)
         if not paths:
             raise UserError(f"{folder}: holds no image at any depth; {ENDINGS}", "folder")
@@ -130,7 +130,7 @@ class LeftOut(Counter[str]):
             log(f"{place}: {self.total()} file(s) or folder(s) left out ({self}); {ENDINGS}")
 
 
-class _Listing:
+class Listing:
     """Lists the images below a folder, and counts what is left out.
 
     Left out are files with other endings, what programs write for themselves (utils.is_hidden), and

@@ -92,7 +92,8 @@ def test_broken_images_are_named_and_the_others_predicted(student, run_predict, 
     assert code == 1
     named = [Path(row[0]).name for row in csv.reader(io.StringIO(out))]
     assert named == ["image", "0.png", "1.png", "2.png"]
-    assert "3 of 6 images could not be read" in err and "left out 1 files" in err
+    assert "3 of 6 images could not be read" in err
+    assert f"{folder}: left out: " in err and ".txt 1" in err and "hidden file 1" in err
     assert all(f"cannot read the image {folder / name}" in err for name in ("torn.png", "gone.png"))
     code, out, err = run_predict(student, folder / "text.jpg")
     assert code == 1 and not out and "1 of 1 images could not be read" in err
