@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from data.loaders import Batch
+from reporting.runs import read_records
 from reporting.tables import figure_of, split_name
 from reporting.tensorboard import (
     PICTURES,
@@ -169,16 +170,9 @@ class Recorder:
 
 def drop_lines_from(path: Path, epoch: int) -> None:
     """Keep only the lines of log.txt of epochs before `epoch`."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    kept = []
-    for line in text.splitlines():
-        try:
-            is_kept = json.loads(line)["epoch"] < epoch
-        except json.JSONDecodeError:
-            is_kept = False  # cut short by a kill: its epoch will be run again
-        if is_kept:
-            kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+    records = read_records(path) if path.exists() else []
+    lines = [json.dumps(record) + "\n" for record in records if record["epoch"] < epoch]
+    write_whole(path, "".join(lines))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
