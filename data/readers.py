@@ -144,7 +144,10 @@ class Listing:
 
     def classes(self) -> list[str]:
         """The names of the class folders, sorted."""
-        return sorted(self._look(self.folder, self.above)[0])
+        folders, files = self._look(self.folder, self.above)
+        if loose := sum(has_file_allowed_extension(name, IMG_EXTENSIONS) for name in files):
+            self.left_out["image in no class folder"] += loose
+        return sorted(folders)
 
     def images(self, folder: str) -> list[str]:
         """Paths of the images below a folder, in the order of torchvision's ImageFolder."""

@@ -193,13 +193,14 @@ def _make_index(tars: str, shards: Sequence[Shard]) -> Index:
     left_out = LeftOut()
     with ThreadPoolExecutor(THREADS) as pool:
         scans = with_progress(pool.map(_scan, shards), len(shards), "the headers of tar files")
-        for number, found in enumerate(scans):
-            names += found.names
-            targets.extend(classes.setdefault(c, len(classes)) if c else -1 for c in found.classes)
-            shard_of.extend([number] * len(found.names))
-            begins += found.begins
-            sizes += found.sizes
-            left_out.update(found.left_out)
+        for number, (images, others) in enumerate(scans):
+            left_out.update(others)
+            for name, label, begin, size in images:
+                names.append(name)
+                targets.append(classes.setdefault(label, len(classes)) if label else -1)
+                shard_of.append(number)
+                begins.append(begin)
+                sizes.append(size)
     if not names:
         raise UserError(f"{tars}: no image in them (left out: {left_out}); {ENDINGS}", "folder")
     has_labels = bool(classes) or UNUSED in left_out
@@ -223,24 +224,20 @@ def _make_index(tars: str, shards: Sequence[Shard]) -> Index:
     return Index(arrays, list(classes), has_labels, left_out)
 
 
-class _Found(NamedTuple):
-    """The images in one tar file."""
+def _scan(shard: Shard) -> tuple[list[tuple[str, str, int, int]], LeftOut]:
+    """Read the headers of a tar file.
 
-    names: list[str]
-    classes: list[str]  # '' without a file .cls
-    begins: "array[int]"
-    sizes: "array[int]"
-    left_out: LeftOut
-
-
-def _scan(shard: Shard) -> _Found:
-    """Read the headers of a tar file. Raises: UserError if it cannot be read at random."""
-    found = _Found([], [], array("q"), array("q"), LeftOut())
+    Returns: (name, class or '', where its bytes begin, their number) of each image; what is left
+        out.
+    Raises: UserError if the file cannot be read at random.
+    """
+    images: list[tuple[str, str, int, int]] = []  # stems in place of classes
+    left_out = LeftOut()
     labels: dict[str, str] = {}
     try:
         with open(shard.path, "rb") as file:
-            begin = file.read(8)
-            if kind := next((k for magic, k in COMPRESSED.items() if begin.startswith(magic)), ""):
+            magic = file.read(8)
+            if kind := next((k for m, k in COMPRESSED.items() if magic.startswith(m)), ""):
                 what = f"is compressed ({kind}), so no image can be read without those before it"
                 raise _unusable(shard, f"{what}; uncompress it, which JPEGs hardly need")
             file.seek(0)
@@ -253,8 +250,8 @@ def _scan(shard: Shard) -> _Found:
                 if member.isdir():
                     continue
                 if any(map(is_hidden, name.split("/"))):
-                    found.left_out["hidden file"] += 1
-                elif not is_label and not found.left_out.is_image(name):
+                    left_out["hidden file"] += 1
+                elif not is_label and not left_out.is_image(name):
                     continue
                 elif not member.isreg() or member.issparse():
                     remedy = "GNU tar: --dereference --hard-dereference, without --sparse"
@@ -264,9 +261,7 @@ def _scan(shard: Shard) -> _Found:
                     content = os.pread(file.fileno(), min(member.size, 2**12), member.offset_data)
                     labels[stem] = _class_in(shard, name, content)
                 else:
-                    found.names.append(name)
-                    found.begins.append(member.offset_data)
-                    found.sizes.append(member.size)
+                    images.append((name, stem, member.offset_data, member.size))
             # tarfile takes a damaged header for the end.
             rest = os.pread(file.fileno(), PADDING + 1, tar.offset)
             if not rest or len(rest) > PADDING or any(rest):
@@ -276,16 +271,15 @@ def _scan(shard: Shard) -> _Found:
     except Exception as error:  # tarfile passes on what its parts raise
         what = f"is not one whole tar file ({first_line(error)}); copy or write it again"
         raise _unusable(shard, what) from error
-    stems = [posixpath.splitext(name)[0] for name in found.names]
-    found.classes.extend(labels.get(stem, "") for stem in stems)
-    last = dict(zip(stems, found.names, strict=True))
-    for stem, name in zip(stems, found.names, strict=True):
+    last = {stem: name for name, stem, *_ in images}
+    for name, stem, *_ in images:
         if stem in labels and name != last[stem]:
             what = f"{name} and {last[stem]} share {stem}{LABEL}"
             raise _unusable(shard, f"{what}; write it again with one image for each {LABEL}")
-    if unused := labels.keys() - stems:
-        found.left_out[UNUSED] += len(unused)
-    return found
+    if unused := labels.keys() - last.keys():
+        left_out[UNUSED] += len(unused)
+    found = [(name, labels.get(stem, ""), begin, size) for name, stem, begin, size in images]
+    return found, left_out
 
 
 def _class_in(shard: Shard, name: str, content: bytes) -> str:
