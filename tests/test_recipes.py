@@ -141,18 +141,3 @@ def test_a_resumed_step_schedule_ends_with_the_same_bits(run_main, short, tmp_pa
     assert "Resumed from" in resumed.out
     assert is_same(resumed.checkpoint(2)["model"], whole["model"])
     assert is_same(resumed.checkpoint(2)["optimizer"], whole["optimizer"])
-
-
-BAD_STEPS = {
-    "--sched step": "--sched step: needs the epochs after which the learning rate is lowered",
-    "--sched step --decay_epochs 3 3 --epochs 9": "pass each epoch once, in ascending order",
-    "--sched step --decay_epochs 3 9 --epochs 9": "9 is not below the number of epochs (9)",
-    "--decay_epochs 3": "--decay_epochs 3 has no effect without --sched step",
-    "--decay_rate 0.2": "--decay_rate 0.2 has no effect without --sched step",
-}
-
-
-@pytest.mark.parametrize("flags", BAD_STEPS)
-def test_steps_that_would_not_lower_the_learning_rate_are_refused(flags):
-    with pytest.raises(UserError, match=re.escape(BAD_STEPS[flags])):
-        parse(flags.split())

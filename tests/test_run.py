@@ -591,25 +591,10 @@ def test_a_run_trains_with_the_loss_that_is_asked_for(run_main, kd, short, tmp_p
         assert first["train_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-LOSS_ERRORS = {
-    "--kd_loss dkd": "--kd_loss dkd: needs one class per image, and mixup and cutmix mix them; "
-    "pass --mixup 0 --cutmix 0",
-    "--kd_loss dkd --mixup 0 --cutmix 0 --unlabeled rest": "--unlabeled adds images without one",
-    "--kd_loss dpk": "invalid choice: 'dpk'",
-    "--kd_weight 0": "--kd_weight 0.0: must be above 0",
-    "--ce_weight -1": "--ce_weight -1.0: must be 0 or more",
-    "--dkd_beta 2": "no effect without --kd_loss dkd",
-    "--loss bce --unlabeled rest": "--loss bce: needs a label for every image",
-    "--loss bce --class_weights balanced": "weighs --loss ce",
-    "--kd_warmup_epochs 99": "longer than the run",
-}
-
-
-@pytest.mark.parametrize("flags", LOSS_ERRORS)
-def test_a_loss_that_does_not_fit_the_labels_is_refused(run_main, kd, short, flags):
-    run = run_main(*short, *kd, *flags.split())
-    assert run.code == 2 and LOSS_ERRORS[flags] in run.err, run.err
-    assert run.err.count("\n") <= 2
+def test_a_loss_that_does_not_fit_the_labels_is_refused(run_main, kd, short):
+    run = run_main(*short, *kd, "--loss", "bce", "--unlabeled", "rest")
+    assert run.code == 2 and "--loss bce: needs a label for every image" in run.err, run.err
+    assert run.err.count("\n") == 1
 
 
 def test_bce_on_labels_is_timms():

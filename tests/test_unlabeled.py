@@ -210,18 +210,6 @@ def test_a_flat_folder_has_the_classes_of_its_teacher_or_of_the_validation_image
     assert run.code == 2 and "does not name its classes; name each of its outputs" in run.err
 
 
-FAULTS = {
-    "--unlabeled rest": "--unlabeled rest: means the images that --train_samples leaves out",
-    "--unlabeled nowhere": "--unlabeled nowhere: is not a folder",
-}
-
-
-@pytest.mark.parametrize("flags", FAULTS)
-def test_what_names_no_images_is_refused(run_main, kd, flags):
-    run = run_main(*kd, *flags.split())
-    assert run.code == 2 and FAULTS[flags] in run.err
-
-
 def test_without_a_teacher_such_images_are_refused_or_reported_and_left_out(run_main, kd, short):
     run = run_main(*short, "--unlabeled", "rest")
     assert run.code == 2 and "--unlabeled rest has no effect without --kd true" in run.err
