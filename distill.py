@@ -22,7 +22,7 @@ import models
 from arguments.kinds import script_parser
 from arguments.parsing import given_flags
 from deploy.model import ONNX_PACKAGES, network_from_checkpoint
-from pipeline.commands import Command, Commands
+from pipeline.commands import HAND_OVER, Command, Commands
 from pipeline.images import look
 from pipeline.plan import Network, Plan, label_of
 from pipeline.planning import describe, make_plan
@@ -52,6 +52,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, metavar="N", help="trainings of each student (default: 4, or fewer)")
     add("--budget", default="2h", metavar="TIME", help="time for everything, such as 30m or 2h")
     add("--recipe", metavar="FILE", help="file of flags for the distilled students")
+    switch("--always_distill", help=
+        "distill even if no teacher is better than the student alone by more than the noise")
     switch("--plan", help="print the plan and stop")
     # fmt: on
     return parser
@@ -90,7 +92,7 @@ def distill(argv: Sequence[str] | None) -> None:
     line, is_above = anything_to_move(plan, scores, (teacher, kind))
     print(f"\n{line}", flush=True)
     file = ""
-    if is_above:
+    if is_above or args.always_distill:
         file = train_teacher(plan, commands, teacher, kind)
         verdict = train_students(plan, commands, teacher, file)
     else:
@@ -207,8 +209,8 @@ def anything_to_move(
         return line + "there is something to move", True
     line += "nothing to move, so the student alone is handed over"
     if teacher > alone:
-        line += "; more labeled images could show that this teacher knows more"
-    return line, False
+        line += " (more labeled images could show that this teacher knows more)"
+    return f"{line}; --always_distill true distills all the same", False
 
 
 def train_teacher(plan: Plan, commands: Commands, network: Network, kind: str) -> str:
@@ -266,7 +268,7 @@ def calibrate(plan: Plan, commands: Commands, student: str) -> float:
     """
     checkpoint = newest_checkpoint(commands.out / student)
     flags = ["--eval", "true", "--resume", checkpoint, "--calibrate", "true"]
-    commands.run("export and report", "calibrate", "main.py", [*flags, *plan.images.flags()])
+    commands.run(HAND_OVER, "calibrate", "main.py", [*flags, *plan.images.flags()])
     return network_from_checkpoint(checkpoint, "auto")[1].temperature
 
 
@@ -285,7 +287,7 @@ def export(plan: Plan, commands: Commands, student: str) -> list[str]:
     for kind, name in formats.items():
         flags = [checkpoint, "--format", kind, "--out", str(commands.out / name)]
         flags += ["--with_preprocessing", "true"] if kind == "onnx" else []
-        commands.run("export and report", f"export {kind}", "export.py", flags)
+        commands.run(HAND_OVER, f"export {kind}", "export.py", flags)
     return [str(commands.out / name) for name in formats.values()]
 
 

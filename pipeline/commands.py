@@ -18,6 +18,7 @@ from utils import UserError, make_folder, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "commands.json"  # the finished commands, by their names
+HAND_OVER = "export and report"  # the stage that is cheap, and made anew for another student
 QUIET = 60  # seconds between two lines if nobody watches
 
 
@@ -73,9 +74,9 @@ class Commands:
         After a signal or an error, the other running commands save their state and end.
 
         Raises: UserError if a command ends with an error, with the end of what it printed; and if a
-            finished command of that name was a different one.
+            finished training of that name was a different one.
         """
-        waiting = [command for command in commands if not self._is_finished(command)]
+        waiting = [command for command in commands if not self._is_finished(command, stage)]
         running: list[tuple[Command, subprocess.Popen]] = []
         stopped: list[int] = []
 
@@ -111,13 +112,15 @@ class Commands:
         if stopped:
             raise KeyboardInterrupt
 
-    def _is_finished(self, command: Command) -> bool:
+    def _is_finished(self, command: Command, stage: str) -> bool:
         known = self.finished.get(command.name)
-        if known is not None and known != [command.script, *command.flags]:
-            raise UserError(
-                f"--out {self.out}: {command.name} was made by another command; pass another --out"
-            )
-        return known is not None
+        if known in (None, [command.script, *command.flags]):
+            return known is not None
+        if stage == HAND_OVER:  # of a different student than before
+            return False
+        raise UserError(
+            f"--out {self.out}: {command.name} was made by another command; pass another --out"
+        )
 
     def _start(self, command: Command, stage: str) -> subprocess.Popen:
         self._print(self._line(stage, command.name))

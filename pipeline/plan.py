@@ -11,6 +11,7 @@ from arguments.derived import is_own_module
 from data.sources import hash_of
 from models.checkpoint import read_checkpoint
 from pipeline import rules
+from pipeline.commands import HAND_OVER
 from pipeline.images import Images
 from utils import UserError, flags_for
 
@@ -202,7 +203,7 @@ class Plan:
             "choose": images.folds * sum(of_fold) / self.jobs,
             "teacher": 0 if images.folds == 1 else teacher,
             "students": scale.seeds * (2 * alone + answers) / self.jobs,
-            "export and report": 30,
+            HAND_OVER: 30,
         }
 
     def _seconds(self, network: Network, kind: str, shown: int, scored: int) -> float:

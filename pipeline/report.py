@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from data.pictures import decode
 from deploy.comparison import size_of
-from pipeline.commands import Command, Commands
+from pipeline.commands import HAND_OVER, Command, Commands
 from pipeline.images import Images
 from pipeline.plan import KINDS, Plan, label_of
 from reporting import metrics, page
@@ -115,7 +115,7 @@ def ask(commands: Commands, files: Mapping[str, str], folder: Path) -> Answers:
     """What each network answers for the images of a folder, in the order of their names."""
     flags = [str(folder), "--format", "jsonl", "--top_k", "1"]
     jobs = {name: Command(f"answers/{name}", "predict.py", [files[name], *flags]) for name in files}
-    commands.run_all("export and report", list(jobs.values()))
+    commands.run_all(HAND_OVER, list(jobs.values()))
     answers = {}
     for name, job in jobs.items():
         lines = commands.log_of(job.name).read_text(encoding="utf-8").splitlines()

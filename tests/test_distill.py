@@ -67,9 +67,14 @@ def quick(monkeypatch):
 def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
     quick, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(distill, "anything_to_move", lambda *args: ("go on", True))
+    monkeypatch.setattr(distill, "anything_to_move", lambda *args: ("too little", False))
     folder, out = write_images(tmp_path / "images", 60), tmp_path / "out"
     argv = [str(folder), "--out", str(out), "--student", "cifar_resnet8", "--seeds", "2"]
+    assert distill.main(argv) == 0
+    assert "Nothing to move: no teacher is better than the" in capsys.readouterr().out
+    assert "too little" in (out / "report.html").read_text()
+    assert [folder.name for folder in (out / "students").iterdir()] == ["kd=false,seed=0"]
+    argv += ["--always_distill", "true"]  # which keeps what there is
     assert distill.main(argv) == 0
     printed = capsys.readouterr().out
     assert "48 labeled to train on, 0 without labels; 12 judge; 2 classes" in printed
@@ -88,7 +93,8 @@ def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
     assert "12 images" in (out / "report.html").read_text()
     trained = Forked.started.count("main")
     assert distill.main(argv) == 0
-    once = {"measured": 2, "choosing": 2, "judged": 4, "calibrated": 1}
+    is_new = result["verdict"]["mean"] > 0  # the student that is handed over, so calibrated
+    once = {"measured": 2, "choosing": 2, "judged": 4, "calibrated": 1 + is_new}
     assert Forked.started.count("main") == trained == sum(once.values())
     assert distill.main([*argv, "--", "--lr", "1e-3"]) == 2
     assert "was begun with different flags" in capsys.readouterr().err
