@@ -63,11 +63,11 @@ def read_labels(
     for line, path, name in _rows(file, layout, itertools.chain(begin, lines)):
         if allowed is not None and name not in allowed:
             what = f"{name} is not one of the classes, which are {few(known or ())}"
-            raise _problem(file, line, what)
+            raise _problem(file, line, f"{what}; repair the name or remove the line")
         before = lines_of.setdefault(path, (name, line))
         if before[0] != name:
             what = f"{path} is of class {name}, but of class {before[0]} in line {before[1]}"
-            raise _problem(file, line, what)
+            raise _problem(file, line, f"{what}; remove one of these lines")
         repeated += before[1] != line
     if not lines_of:
         raise UserError(f"{file}: names no image; it needs a path and a class per line", "labels")
@@ -184,7 +184,9 @@ def _rows(
             raise _wrong_columns(file, number, len(cells))
         path, name = cells[layout.path], cells[layout.name]
         if not path or not name:
-            raise _problem(file, number, f"has no {'class' if path else 'path'}")
+            raise _problem(
+                file, number, f"has no {'class' if path else 'path'}; add it or remove the line"
+            )
         yield number, layout.file(path), name
 
 
@@ -194,11 +196,12 @@ def _lines(file: str) -> Iterator[tuple[int, str]]:
         with open(file, encoding="utf-8-sig") as text:  # a spreadsheet may write a mark in front
             for number, line in enumerate(text, start=1):
                 if "\0" in line:
-                    raise UserError(f"{file}: is not text (line {number} holds a zero)", "labels")
+                    raise _problem(file, number, "is not text: it holds a zero; save it as UTF-8")
                 if line.strip():
                     yield number, line.strip("\r\n")
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({first_line(error)})", "labels") from error
+        what = f"{file}: cannot be read ({first_line(error)}); pass a text file"
+        raise UserError(what, "labels") from error
     except UnicodeDecodeError as error:
         raise UserError(
             f"{file}: is not text in UTF-8 ({first_line(error)}); save it as UTF-8", "labels"

@@ -360,7 +360,7 @@ def images_in_tars(
             if name not in classes:
                 raise UserError(
                     f"{tars}: {name}, the class of {index.first_of(number)}, is not one of the "
-                    f"classes, which are {few(classes)}",
+                    f"classes, which are {few(classes)}; give it one of them, or leave it out",
                     "folder",
                 )
         targets = np.array([classes[name] for name in index.classes])[kept]

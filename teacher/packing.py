@@ -136,7 +136,7 @@ def _unpack(pack: str, folder: Path) -> str:
         return f"was damaged: its {CONTENTS} cannot be read; download or copy the pack again"
     (folder / CONTENTS).unlink()
     if found != FORMAT:
-        return f"is a pack of format {found}, but this version reads {FORMAT}"
+        return f"is a pack of format {found}, but this version reads {FORMAT}; pack the cache again"
     if wrong := [name for name in packed | hashes if packed.get(name) != hashes.get(name)]:
         return f"was damaged: {wrong[0]} is not what was packed; download or copy the pack again"
     return ""

@@ -438,7 +438,7 @@ WRONG = {
     "line 1",
     'a0.jpg,ant\na1.jpg,"bee': "line 2: cannot be read (unexpected end of data)",
     "path,label\n": "names no image",
-    "a0.jpg,ant\na1.jpg,b\0e": "is not text (line 2 holds a zero)",
+    "a0.jpg,ant\na1.jpg,b\0e": "line 2: is not text: it holds a zero",
     "a0.jpg,ant\ndeep,ant": "line 2: DATA/deep is not a file",
 }
 
