@@ -135,7 +135,7 @@ def read_lines(path: str) -> list[str]:
     Raises: UserError for a file that cannot be read as text.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # an editor may write a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: cannot read this file ({error}); pass a text file", "text"

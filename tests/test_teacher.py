@@ -243,9 +243,9 @@ def test_classes_in_another_order_are_matched_by_name(tmp_path):
 
 
 def test_a_teacher_of_more_classes_is_mapped_by_a_file_of_names(run_main, imnet, tmp_path):
-    names = ["dog", "cat", "wasp", "ant", "bee"]
+    names = ["cat", "dog", "wasp", "ant", "bee"]
     torch.save(network(num_classes=5).state_dict(), tmp_path / "t.pth")
-    (tmp_path / "names.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n", "utf-8-sig")
     flags = ["--data_path", imnet, "--input_size", 32, "--epochs", 1, "--batch_size", 8]
     flags += teacher_flags(tmp_path / "t.pth")
     assert "classifier has 5 outputs, but 3 classes are expected" in run_main(*flags).err
