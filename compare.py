@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments.flags import DATA_FLAGS, OF_TEACHER
-from arguments.kinds import as_typed
+from arguments.kinds import as_typed, script_parser
 from reporting import tables
 from reporting.plots import Grid, check_picture, plot
 from reporting.runs import (
@@ -218,17 +218,12 @@ def grid_of(groups: Sequence[Group]) -> Grid | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the runs of a command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    parser.add_argument(
-        "--cost",
-        action="store_true",
-        help="also show parameters, multiply-adds and latency of student and teacher",
-    )
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the curves to FILE, e.g. curves.png"
-    )
+    parser, _ = script_parser("compare.py", "RUNS... [--cost] [--json] [--plot FILE]", __doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="folders of finished runs")
+    add("--cost", action="store_true", help="also show parameters, multiply-adds and latency")
+    add("--json", action="store_true", help="print everything as JSON")
+    add("--plot", type=Path, metavar="FILE", help="draw the curves to FILE, e.g. curves.png")
     return exit_code("compare.py", partial(compare, parser.parse_args(argv)))
 
 

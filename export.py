@@ -20,7 +20,7 @@ import torch
 import datasets
 import models
 from arguments.derived import is_own_module
-from arguments.kinds import script_parser
+from arguments.kinds import script_parser, whole
 from data import pictures
 from data.sources import ImageSource, Source, evenly
 from data.transforms import eval_transform
@@ -61,14 +61,14 @@ def get_parser() -> argparse.ArgumentParser:
     switch("--int8", help=
         "quantize weights and activations to 8 bits with onnxruntime, calibrated on training "
         "images; onnx")
-    add("--opset", type=int, metavar="N", default=writers.OPSET, help=
+    add("--opset", type=whole, metavar="N", default=writers.OPSET, help=
         f"version of the ONNX operators, at least {writers.OPSET}; onnx")
     add("--push_to_hub", metavar="NAME", help=
         "after the comparison, upload the folder to the Hugging Face hub as NAME; timm")
     add("--data_set", help="data set to compare on (default: that of the checkpoint)")
     add("--data_path", help="folder of the images to compare on (default: that of the checkpoint)")
     add("--eval_data_path", help="folder of validation images, as for main.py (default: none)")
-    add("--compare_images", type=int, default=512, help=
+    add("--compare_images", type=whole, metavar="N", default=512, help=
         "maximum number of validation images to compare on, spread evenly over all")
     # fmt: on
     return parser

@@ -28,7 +28,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from tqdm import tqdm
 
 from arguments.defaults import cores_per_process
-from arguments.kinds import number, script_parser
+from arguments.kinds import number, script_parser, whole
 from data import pictures
 from data.readers import Listing
 from data.transforms import eval_transform
@@ -52,18 +52,19 @@ def get_parser() -> argparse.ArgumentParser:
     add("images", nargs="+", help="files, folders (searched recursively) and globs")
     add("--format", default="table", choices=tuple(FORMATS), help=
         "output format: an aligned table, CSV, or one JSON object per line")
-    add("--top_k", type=int, default=5, help="classes to print per image, most probable first")
+    add("--top_k", type=whole, metavar="N", default=5, help=
+        "classes to print per image, most probable first")
     add("--threshold", type=number, default=0, metavar="P", help=
         f"answer '{UNKNOWN}' if the most probable class has a probability below P, in 0…1")
     add("--sort_into", metavar="FOLDER", help=
         "copy each image into FOLDER/CLASS; never over a file, whose name is then numbered")
-    add("--batch_size", type=int, default=32, help="images per batch")
+    add("--batch_size", type=whole, metavar="N", default=32, help="images per batch")
     add("--device", help=
         "device: cpu, cuda, cuda:1 or mps (default: a GPU if there is one; cpu for .onnx)")
     add("--use_ema", default="auto", choices=("auto", "true", "false"), help=
         "weights of a checkpoint: those with the better recorded accuracy, else the EMA (auto), "
         "the EMA (true) or the raw weights (false)")
-    add("--num_workers", type=int, help=
+    add("--num_workers", type=whole, metavar="N", help=
         f"image-loading processes (default: 0 for up to {LONG} images, else one per core)")
     # fmt: on
     return parser

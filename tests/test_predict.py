@@ -272,6 +272,12 @@ def test_commands_that_cannot_work_are_one_line(
     assert code == 2 and not out and err.count("\n") == 1 and message in err
 
 
+def test_a_number_that_is_none_is_named_with_its_flag(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(["model.pth", "photo.png", "--top_k", "2.5"])
+    assert "--top_k: '2.5' is not a whole number\n" in capsys.readouterr().err
+
+
 def test_models_that_are_none_are_one_line(run_predict, photos, tmp_path):
     photo = photos / "val" / "bee" / "0.png"
     (tmp_path / "folder").mkdir()
