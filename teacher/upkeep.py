@@ -98,8 +98,9 @@ def describe(cache: Cache, path: str) -> list[str]:
         f"teacher     {manifest['teacher_arch']}, {', '.join(manifest['teacher_path'])}",
         f"logits      {kept}, {manifest['teacher_cache_dtype']}; {size:,} bytes per image and view",
     ]
-    for count, group in groupby(views, key=lambda view: view[1]):
-        numbers = [number for number, _ in group]
+    # Views in succession that hold equally many rows are on one line.
+    for (count, _), group in groupby(enumerate(views), lambda v: (v[1][1], v[1][0] - v[0])):
+        numbers = [number for _, (number, _) in group]
         which = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
         state = "whole" if count >= _shown(manifest) else "incomplete"
         lines.append(f"views       {which}: {count:,} of {images:,} rows, {state}")
@@ -108,7 +109,8 @@ def describe(cache: Cache, path: str) -> list[str]:
             lines.append(f"validation  {name}: {count:,} of {cache.length(name):,} rows")
     total = sum(path.stat().st_size for path in cache.folder.iterdir() if path.is_file())
     lines.append(f"bytes       {total:,}")
-    return [*lines, f"flags       {shlex.join(_flags_for(manifest, len(views), path))}"]
+    flags = _flags_for(manifest, views[-1][0] + 1 if views else 1, path)
+    return [*lines, f"flags       {shlex.join(flags)}"]
 
 
 def _shown(manifest: dict[str, Any]) -> int:

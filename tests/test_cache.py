@@ -108,6 +108,9 @@ def test_halves_that_are_merged_are_the_whole(tmp_path, command):
     assert "views       2: 300 of 500 rows, incomplete" in out
     ids = {json.loads((f / "manifest.json").read_text())["id"] for f in (first, second, merged)}
     assert len(ids) == 3
+    out = command("info", write_cache(tmp_path / "gap", {0: range(500), 2: range(500)}))[1]
+    assert "views       0: 500 of 500 rows, whole\nviews       2: 500" in out
+    assert "--teacher_views 3 " in out
 
 
 @pytest.mark.parametrize(
