@@ -69,10 +69,10 @@ def is_same(a: object, b: object) -> bool:
     return a == b
 
 
-def torchrun(processes: int, restarts: int = 0) -> list[str]:
+def torchrun(processes: int) -> list[str]:
     """The beginning of a command line that runs a script in several processes."""
     argv = [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone"]
-    return [*argv, f"--nproc_per_node={processes}", f"--max_restarts={restarts}"]
+    return [*argv, f"--nproc_per_node={processes}"]
 
 
 def start(argv: list[str], stderr: int = subprocess.STDOUT) -> subprocess.Popen:

@@ -2,7 +2,6 @@
 
     python tools/kill_test.py --kills 20                  # one process
     python tools/kill_test.py --kills 20 --processes 4    # torchrun
-    python tools/kill_test.py --elastic true              # torchrun restarts a killed worker itself
     python tools/kill_test.py --fill true                 # filling --teacher_cache, not training
     python tools/kill_test.py --distill true              # distill.py as a whole, killed alone
     python tools/kill_test.py --flags "--train_samples 40 --unlabeled rest --holdout 1117"
@@ -45,8 +44,8 @@ FLAGS = """--device cpu --num_workers 1 --model cifar_resnet8 --train_samples 32
 MORE_FLAGS: list[str] = []  # of --flags
 
 
-def command(processes: int, output_dir: Path, teacher: Path, restarts: int = 0) -> list[str]:
-    argv = torchrun(processes, restarts) if processes > 1 else [sys.executable]
+def command(processes: int, output_dir: Path, teacher: Path) -> list[str]:
+    argv = torchrun(processes) if processes > 1 else [sys.executable]
     argv += ["main.py", *FLAGS.split(), "--teacher_path", str(teacher), *MORE_FLAGS]
     return [*argv, "--output_dir", str(output_dir)]
 
@@ -123,15 +122,6 @@ def run_killed(
         if process.wait() != 0:
             sys.exit(f"exit code {process.returncode} after {counts[0]} kills: {' '.join(argv)}")
         return counts
-
-
-def kill_a_worker(argv: list[str], seconds: float) -> None:
-    """Kill one worker of torchrun's group after so long; the group must restart and finish."""
-    process = start(argv)
-    time.sleep(seconds)
-    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
-    if process.wait() != 0:
-        sys.exit(f"torchrun ended with {process.returncode} after one worker was killed")
 
 
 def fill_command(processes: int, cache: Path, teacher: Path) -> list[str]:
@@ -261,7 +251,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--elastic", default="false", choices=("true", "false"))
     parser.add_argument("--fill", default="false", choices=("true", "false"))
     parser.add_argument("--distill", default="false", choices=("true", "false"))
     parser.add_argument("--seed", type=int, default=0)
@@ -269,7 +258,6 @@ def main() -> None:
     args = parser.parse_args()
     MORE_FLAGS.extend(args.flags.split())
     rng = random.Random(args.seed)
-    processes = 2 if args.elastic == "true" else args.processes
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if args.distill == "true":
@@ -281,22 +269,16 @@ def main() -> None:
         if args.fill == "true":
             kill_while_filling(folder, teacher, args)
             return
-        process = start(command(processes, folder / "alone", teacher))
+        process = start(command(args.processes, folder / "alone", teacher))
         starts, began = wait_for_training(process, folder / "alone"), time.perf_counter()
         if process.wait() != 0:
             sys.exit("the run left alone failed")
         trains = time.perf_counter() - began
 
-        if args.elastic == "true":
-            argv = command(2, folder / "elastic", teacher, restarts=3)
-            kill_a_worker(argv, starts + trains / 2)
-            wrong = difference(folder / "alone", folder / "elastic")
-            print(f"one worker killed, group restarted: {wrong or 'identical'}")
-            sys.exit(bool(wrong))
         counts, runs = np.zeros(3, int), 0
         while counts[0] < args.kills:
             output = folder / f"killed-{runs}"
-            argv = command(processes, output, teacher)
+            argv = command(args.processes, output, teacher)
             counts += run_killed(argv, output, starts, trains, args.kills - counts[0], rng)
             runs += 1
             if wrong := difference(folder / "alone", output):
@@ -304,7 +286,7 @@ def main() -> None:
     kills, in_training, in_write = counts
     print(
         f"{kills} kills ({in_training} of them in training, {in_write} during a write) in {runs} "
-        f"run(s) of {processes} process(es): every run identical to the one left alone"
+        f"run(s) of {args.processes} process(es): every run identical to the one left alone"
     )
 
 
