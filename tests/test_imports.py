@@ -1,23 +1,13 @@
 """Imports run one way, between packages and inside them."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 
 from helpers import ROOT
 
-# Each line imports from its own line and those below it.
-ORDER = """main sweep compare export predict distill cache
-pipeline
-deploy
-teacher evaluation
-engine
-training
-reporting
-datasets
-data distillation
-models losses
-runtime
-arguments utils"""
+# Each line of this part of the page imports from its own line and those below it.
+ORDER = re.search(r"```\n(main .*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL)[1]
 LEVEL = {name: -level for level, line in enumerate(ORDER.splitlines()) for name in line.split()}
 TREES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
