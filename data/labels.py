@@ -40,9 +40,9 @@ def read_labels(
 
     The first two lines decide how the file is read: the separator is the first of these that the
     first line has; a first line that names no file is a line of headings; the path is in the column
-    that names a file; a third column of numbers is left out. Names that hold the separator are in
-    double quotes, as in Python's csv. Empty lines and blanks around a name are left out. Paths may
-    lack the ending of the images, and have backslashes.
+    that names a file; a third column that counts the lines is left out. Names that hold the
+    separator are in double quotes, as in Python's csv. Empty lines and blanks around a name are
+    left out. Paths may lack the ending of the images, and have backslashes.
 
     Args:
         file: the text file, in UTF-8.
@@ -124,10 +124,18 @@ class _Layout(NamedTuple):
         path = max(columns, key=lambda c: (likeness[c] == 3, is_name[c], likeness[c]))
         classes = [column for column in columns if column != path]
         if len(classes) > 1:
-            # Left out are other names of the image, and a column that counts the lines or is empty.
-            counts = [c for c in classes if (cells[c] or "0").isdecimal()]
-            counts = [c for c in counts if headings[c] in INDEX_HEADINGS]
-            classes = [c for c in classes if not is_name[c] and c not in counts]
+            # A class may be a number, so without headings only the first column counts the lines.
+            first = [_cells(file, *row, separator)[0] for row in begin[has_headings:]]
+            counts = any(headings) or first in (["0"], ["1"], ["0", "1"], ["1", "2"])
+            has_class = not CLASS_HEADINGS.isdisjoint(headings)
+
+            def is_left_out(c: int) -> bool:
+                """Whether a column is empty, counts the lines, or names the image once more."""
+                is_index = cells[c].isdecimal() and counts and (c == 0 or headings[c] != "")
+                is_index = headings[c] in INDEX_HEADINGS and (is_index or not cells[c])
+                return is_index or is_name[c] and has_class
+
+            classes = [column for column in classes if not is_left_out(column)]
         if len(classes) != 1:
             raise _wrong_columns(file, number, len(cells))
         ending = _find(cells[path], folder) or ""

@@ -431,6 +431,8 @@ WRONG = {
     "columns out, and put a name",
     "path,a,b\na0.jpg,ant,bee": "line 2: has 3 column(s)",
     "path,label,split\na0.jpg,ant,test": "line 2: has 3 column(s)",
+    "a0.jpg,1,train\na1.jpg,2,test": "line 1: has 3 column(s)",  # 1 and 2 may be the classes
+    "4,a0.jpg,train\n4,a1.jpg,test": "line 1: has 3 column(s)",
     "none.jpg,ant\na1.jpg,bee": "line 1: DATA/none.jpg is not a file",
     "none,ant\na1.jpg,bee\na2,bee": "line 3: DATA/a2 is not a file",
     "a0.jpg ant\nb 0.jpg ant": "line 2: has 3 column(s)",
