@@ -257,7 +257,13 @@ def check_names(args: argparse.Namespace) -> None:
     """
     data_set = args.data_set
     if "/" not in data_set and data_set not in (*DATA_SETS, "folder"):
-        raise UserError(f"--data_set {unknown_data_set(data_set)}")
+        similar = difflib.get_close_matches(data_set, DATA_SETS, n=2, cutoff=0.5)
+        known = f"did you mean {' or '.join(similar)}? Known are" if similar else "known are"
+        raise UserError(
+            f"--data_set {data_set}: no such data set; {known} {', '.join(DATA_SETS)} (CIFAR has "
+            "100 classes), folder (read by timm) and timm's hfds/…, hfids/…, tfds/…, wds/… and "
+            "torch/…"
+        )
     if args.aa and not AUGMENTATION_POLICY.fullmatch(args.aa):
         raise UserError(
             f"--aa {args.aa}: timm knows no such policy; pass rand, augmix, original, originalr, "
@@ -285,13 +291,3 @@ AUGMENTATION_POLICY = re.compile(
     rf"|augmix(?:-(?:(?:m|w|d|b)\d+|(?:a|mstd){_NUMBER}))*"
     rf"|(?:original|originalr|v0|v0r|3a)(?:-mstd{_NUMBER})?"
 )
-
-
-def unknown_data_set(name: str) -> str:
-    """The error for a data set that neither we nor timm know, with similar names."""
-    similar = difflib.get_close_matches(name, DATA_SETS, n=2, cutoff=0.5)
-    guess = f"did you mean {' or '.join(similar)}? " if similar else ""
-    return (
-        f"{name}: no such data set; {guess}Known are {', '.join(DATA_SETS)} (CIFAR has 100 "
-        "classes), folder (read by timm) and timm's hfds/…, hfids/…, tfds/…, wds/… and torch/…"
-    )
