@@ -36,6 +36,14 @@ def under(prefix: str, state: dict) -> dict:
 GOOD, OTHER = network(seed=1).state_dict(), network(seed=2).state_dict()
 COUNT = torch.tensor(3)
 UNDERSTOOD = {
+    "bare": GOOD,
+    "this project": {"model": GOOD, "model_ema": None, "epoch": 3, "args": {"lr": 1.0}},
+    "this project with EMA": {"model": OTHER, "model_ema": GOOD},
+    "timm": {"arch": "x", "state_dict": GOOD, "args": argparse.Namespace(lr=1.0)},
+    "timm with EMA": {"state_dict": OTHER, "state_dict_ema": GOOD},
+    "ConvNeXt script": {"model": GOOD, "epoch": "best", "args": argparse.Namespace(lr=1.0)},
+    "RepDistiller": {"epoch": 240, "model": GOOD, "best_acc": 75.6, "optimizer": {"state": {}}},
+    "compiled and distributed": {"model": under("module._orig_mod.", GOOD)},
     "an unknown prefix": {"state_dict": under("net.backbone.", GOOD)},
     "a loss beside the network": {
         "state_dict": under("model.", GOOD) | {"criterion.weight": torch.ones(10)}
@@ -64,7 +72,9 @@ def test_the_right_network_is_found_under_whatever_names(kind, tmp_path):
     torch.save(UNDERSTOOD[kind], tmp_path / "t.pth")
     teacher = load_teacher("cifar_resnet8", str(tmp_path / "t.pth"), 10, "cpu")
     student = models.create_model("cifar_resnet8", 10, 32)
-    load_finetune(student, str(tmp_path / "t.pth"), f"model_ema|{KEYS}", "", list("0123456789"))
+    keys = f"model_ema|state_dict_ema|{KEYS}"
+    load_finetune(student, str(tmp_path / "t.pth"), keys, "", list("0123456789"))
+    assert ("(EMA)" in teacher.info.origin) == ("EMA" in kind)
     with torch.no_grad():
         assert torch.equal(teacher(IMAGES), network()(IMAGES))
         assert torch.equal(student.eval()(IMAGES), network()(IMAGES))
