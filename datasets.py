@@ -21,7 +21,7 @@ from arguments.derived import (
     TORCHVISION_SETS,
     data_flag,
     follows_network,
-    has_val_folder,
+    has_validation,
     is_augmented,
     is_mixed,
     must_hold_out,
@@ -87,16 +87,6 @@ def _place(args: argparse.Namespace, is_train: bool) -> tuple[str, str]:
     part = os.path.join(args.data_path, "train" if is_train else "val")
     is_split = args.data_set == "IMNET" or args.data_set == "tars" and os.path.isdir(part)
     return "data_path", part if is_split else args.data_path
-
-
-def has_validation(args: argparse.Namespace) -> bool:
-    """Whether there are validation images, as far as this is known without opening a data set."""
-    if args.data_set == "IMNET":
-        return has_val_folder(args.data_path)
-    if args.data_set in FROM_FILES:
-        is_named = bool(args.eval_data_path or args.eval_labels)
-        return is_named or args.data_set == "tars" and has_val_folder(args.data_path)
-    return args.data_set in ("DIGITS", *TORCHVISION_SETS)
 
 
 def hold_out(source: ImageSource, count: int) -> tuple[Subset, Subset]:

@@ -77,9 +77,13 @@ def names_tars(path: str | None) -> bool:
     return bool(re.search(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", path or ""))
 
 
-def has_val_folder(path: str | None) -> bool:
-    """Whether a folder holds a folder val."""
-    return bool(path) and os.path.isdir(os.path.join(path or "", "val"))
+def has_validation(args: argparse.Namespace) -> bool:
+    """Whether there are validation images, as far as this is known without opening a data set."""
+    if args.data_set in FROM_FILES and (args.eval_data_path or args.eval_labels):
+        return True
+    if args.data_set in ("IMNET", "tars"):
+        return bool(args.data_path) and os.path.isdir(os.path.join(args.data_path, "val"))
+    return args.data_set in ("DIGITS", *TORCHVISION_SETS)
 
 
 def must_hold_out(args: argparse.Namespace) -> bool:
@@ -87,11 +91,9 @@ def must_hold_out(args: argparse.Namespace) -> bool:
 
     A fifth of the images is then held out, as by --holdout.
     """
-    has_validation = args.holdout or args.eval_data_path or args.eval_labels
-    if args.data_set == "tars":
-        has_validation = has_validation or has_val_folder(args.data_path)
     is_evaluated = args.eval or not args.disable_eval
-    return args.data_set in FROM_FILES and is_evaluated and not has_validation
+    is_told = args.holdout or has_validation(args)
+    return args.data_set in FROM_FILES and is_evaluated and not is_told
 
 
 def is_own_module(arch: str) -> bool:
