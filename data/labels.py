@@ -125,8 +125,9 @@ class _Layout(NamedTuple):
         classes = [column for column in columns if column != path]
         if len(classes) > 1:
             # A class may be a number, so without headings only the first column counts the lines.
-            first = [_cells(file, *row, separator)[0] for row in begin[has_headings:]]
-            counts = any(headings) or first in (["0"], ["1"], ["0", "1"], ["1", "2"])
+            rows = [_cells(file, *row, separator) for row in begin[has_headings:]]
+            first = "".join(cell for row in rows for cell in row[:1])
+            counts = any(headings) or first in ("0", "1", "01", "12")
             has_class = not CLASS_HEADINGS.isdisjoint(headings)
 
             def is_left_out(c: int) -> bool:

@@ -433,6 +433,7 @@ WRONG = {
     "path,label,split\na0.jpg,ant,test": "line 2: has 3 column(s)",
     "a0.jpg,1,train\na1.jpg,2,test": "line 1: has 3 column(s)",  # 1 and 2 may be the classes
     "4,a0.jpg,train\n4,a1.jpg,test": "line 1: has 3 column(s)",
+    '0 a0.jpg ant\n"" ""': "line 2: has 0 column(s)",
     "none.jpg,ant\na1.jpg,bee": "line 1: DATA/none.jpg is not a file",
     "none,ant\na1.jpg,bee\na2,bee": "line 3: DATA/a2 is not a file",
     "a0.jpg ant\nb 0.jpg ant": "line 2: has 3 column(s)",
