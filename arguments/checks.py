@@ -167,9 +167,10 @@ def check_folders(args: argparse.Namespace) -> None:
     """Raise UserError if the folders in --data_path are neither train and val nor classes."""
     path, names = args.data_path, folders_in(args.data_path)
     splits = [name for name in names if is_split_name(name)]
-    if teachers_of(args) and args.kd_alpha == 1 and not splits:
+    learns_no_label = teachers_of(args) and args.kd_alpha == 1
+    if learns_no_label and not splits:
         return  # images without labels may lie there in any way
-    is_likely = name_both_splits(names) and not args.eval and not args.holdout
+    is_likely = name_both_splits(names) and not (args.eval or args.holdout or learns_no_label)
     are_classes = args.data_set == "image_folder" and not args.labels
     if are_classes and splits and (is_likely or must_hold_out(args)):
         raise UserError(
