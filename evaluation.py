@@ -10,7 +10,13 @@ import torch.distributed
 
 import datasets
 import utils
-from arguments.derived import FROM_FILES, data_flag, must_hold_out, names_tars
+from arguments.derived import (
+    FROM_FILES,
+    data_flag,
+    has_validation,
+    must_hold_out,
+    names_tars,
+)
 from arguments.parsing import follow_checkpoint, given_flags, parse
 from data.checks import check_images
 from data.sources import Source, held_out_identity
@@ -127,7 +133,7 @@ def check_held_out(args: argparse.Namespace, checkpoint: Checkpoint, val: Source
 
 def require_other_images(args: argparse.Namespace) -> None:
     """Raise UserError if --calibrate would fit its temperature on the images that it scores."""
-    has_val = args.data_set not in FROM_FILES or datasets.has_validation(args)
+    has_val = args.data_set not in FROM_FILES or has_validation(args)
     if "holdout" in args.given or not has_val:
         flag = f"--holdout {args.holdout}" if "holdout" in args.given else data_flag(args)
         raise UserError(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from arguments.derived import has_validation
 from arguments.parsing import parse
 from data.checks import (
     check_images,
@@ -20,7 +21,7 @@ from data.checks import (
 )
 from data.readers import images_without_label
 from data.sources import FileSource, ImageSource, Joined, Subset, evenly, hash_of, stratified
-from datasets import has_validation, open_split
+from datasets import open_split
 from utils import UserError, flags_for, write_whole
 
 SIZED = 200  # images whose size is read

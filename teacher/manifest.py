@@ -41,6 +41,7 @@ from utils import UserError, few, flags_for
 
 MANIFEST = "manifest.json"
 FORMAT = 3  # of the files and of the order of their rows; rises when a program would misread others
+NEEDED = {"id", "classes", "teacher_cache_dtype", "teacher_cache_topk", "note"}
 SAME_IMAGE = 0.05  # tolerance of means of normalized pixels; rounding of processors is far below
 CONTENTS = "image_contents"  # the field of images that are known by their bytes
 REPLACED_IMAGES = {  # fields of ImageSource.fingerprint, and what a difference says
@@ -306,11 +307,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        is_whole = manifest.get("format") != FORMAT or manifest.keys() >= NEEDED
+    except (ValueError, AttributeError):  # not JSON, or no dict
+        is_whole = False
+    if not is_whole:
         raise UserError(
             f"{path}: is incomplete, perhaps cut short; remove this cache and fill it again",
             "cache",
-        ) from error
+        )
     if manifest.get("format") != FORMAT:
         raise UserError(
             f"{folder}: holds a cache of format {manifest.get('format')}, but this version reads "

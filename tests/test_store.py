@@ -547,10 +547,11 @@ def test_a_class_folder_whose_name_is_not_text_can_be_cached(run_main, photos, p
     assert run.code == 0, run.err
 
 
-def test_a_manifest_cut_short_is_refused(run_main, kd, tmp_path):
-    (tmp_path / "manifest.json").write_text('{"seed": ')
-    run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path)
-    assert run.code == 2 and "manifest.json: is incomplete" in run.err
+def test_a_damaged_manifest_is_refused(run_main, kd, tmp_path):
+    for content in (b'{"seed": ', b"[]", b"\xff", b'{"format": 3}'):
+        (tmp_path / "manifest.json").write_bytes(content)
+        run = run_main(*SHORT, *kd, "--teacher_cache", tmp_path)
+        assert run.code == 2 and "manifest.json: is incomplete" in run.err
 
 
 def test_a_disk_too_small_is_told_before_anything_is_computed(run_main, kd, tmp_path, monkeypatch):
