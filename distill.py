@@ -90,7 +90,7 @@ def distill(argv: Sequence[str] | None) -> None:
     scores = choose(plan, commands)
     teacher, kind = best_teacher(plan, scores)
     line, is_above = anything_to_move(plan, scores, (teacher, kind))
-    print(f"\n{line}", flush=True)
+    print(f"\n{line}{warning_of_chance(plan, scores['alone'])}", flush=True)
     file = ""
     if is_above or args.always_distill:
         file = train_teacher(plan, commands, teacher, kind)
@@ -211,6 +211,18 @@ def anything_to_move(
     if teacher > alone:
         line += " (more labeled images could show that this teacher knows more)"
     return f"{line}; --always_distill true distills all the same", False
+
+
+def warning_of_chance(plan: Plan, alone: float) -> str:
+    """A line if a student that answers at random would score as well, by a standard error; ''."""
+    chance = 100 / len(plan.images.classes)
+    if alone > chance + math.sqrt(chance * (100 - chance) / plan.images.chosen_by):
+        return ""
+    return (
+        f"\nWarning: the student alone is no better than chance ({chance:.1f} %), so it may learn "
+        "nothing from a teacher either; name a --student with weights (ARCH=FILE), or pass a "
+        "larger --budget"
+    )
 
 
 def train_teacher(plan: Plan, commands: Commands, network: Network, kind: str) -> str:

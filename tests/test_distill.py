@@ -221,6 +221,12 @@ def test_a_teacher_must_be_better_than_the_student_by_a_standard_error(teacher, 
     assert is_above is goes_on and ("nothing to move" in line) is not goes_on
 
 
+@pytest.mark.parametrize(("alone", "images", "warns"), [(54, 100, True), (56, 100, False)])
+def test_a_student_that_learns_nothing_is_warned_of(alone, images, warns):
+    # Two classes: 50 % by chance, with a standard error of 5 points.
+    assert bool(distill.warning_of_chance(plan_of(images, 0), alone)) is warns
+
+
 def test_the_images_that_choose_and_those_that_judge_are_different_and_complete(tmp_path, capsys):
     root = write_images(tmp_path / "images", 60)
     (root / "c").mkdir()
