@@ -33,7 +33,7 @@ from arguments.flags import (
 )
 from arguments.kinds import script_parser
 from arguments.parsing import command_words, given_flags, parse, unknown_flags, without
-from utils import UserError, exit_code, first_line, flags_for, write_whole
+from utils import UserError, exit_code, flags_for, read_map, write_whole
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RECORD = "sweep.json"  # in --out: the commands of the runs that are finished, by folder
@@ -243,16 +243,9 @@ def finished_runs(out: Path, runs: dict[str, list[str]]) -> dict[str, list[str]]
 
 def read_record(out: Path) -> dict[str, list[str]]:
     """The commands in RECORD; none without the file. Raises: UserError for a damaged file."""
-    try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        return {name: list(argv) for name, argv in record.items()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--out {out}: {RECORD} there cannot be read ({first_line(error)}); remove that file: "
-            "main.py notices which runs are finished"
-        ) from error
+    problem = f"--out {out}: {RECORD} there cannot be read"
+    remedy = "remove that file: main.py notices which runs are finished"
+    return read_map(out / RECORD, list, problem, remedy)
 
 
 def recipe_of(argv: Sequence[str]) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """Errors and small files, for every other module; imports neither torch nor timm."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,7 +10,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal, TypeVar, get_args
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------- errors
 
@@ -173,6 +176,20 @@ def could_not_write(path: Path, error: Exception, subject: Subject = "output") -
         "or choose another folder, then run the same command: what was written before is complete",
         subject,
     )
+
+
+def read_map(path: Path, convert: Callable[[Any], T], problem: str, remedy: str) -> dict[str, T]:
+    """The JSON object in a file, its values converted; {} without the file.
+
+    Raises: UserError for a damaged file, with `problem`, the reason and `remedy`.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {name: convert(value) for name, value in values.items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from models.checkpoint import Weights, local_file
 from models.weights import output_prefixes
-from utils import UserError, first_line, write_whole
+from utils import read_map, write_whole
 
 
 class Tempered(nn.Module):
@@ -52,15 +52,8 @@ def _identity(weights: Weights) -> str:
 
 def _read(path: Path) -> dict[str, float]:
     """Temperatures by the identity of their weights. Raises: UserError for a damaged file."""
-    try:
-        return {str(k): float(t) for k, t in json.loads(path.read_text("utf-8")).items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: does not hold the temperatures of a checkpoint ({first_line(error)}); remove "
-            "it, or calibrate the checkpoint again"
-        ) from error
+    problem = f"{path}: does not hold the temperatures of a checkpoint"
+    return read_map(path, float, problem, "remove it, or calibrate the checkpoint again")
 
 
 def read_temperature(weights: Weights) -> float:
