@@ -207,10 +207,10 @@ def anything_to_move(
     line += "beside the student alone: "
     if is_above:
         return line + "there is something to move", True
-    line += "nothing to move, so the student alone is handed over"
+    line += "nothing to move, so the student alone is handed over, unless --always_distill is true"
     if teacher > alone:
         line += " (more labeled images could show that this teacher knows more)"
-    return f"{line}; --always_distill true distills all the same", False
+    return line, False
 
 
 def warning_of_chance(plan: Plan, alone: float) -> str:

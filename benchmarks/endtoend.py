@@ -52,14 +52,14 @@ class Job:
     teacher_path: str
     output_dir: str
     seed: int
+    input_size: int
+    epochs: int
     model: str = "resnet10t"
     teacher: str = "resnet18"
     classes: int = 10
     alpha: float = 0.7
     temperature: float = 4.0
-    input_size: int = 0
     batch_size: int = 32
-    epochs: int = 0
     warmup_epochs: int = 0
     lr: float = 2e-3
     min_lr: float = 1e-6
@@ -157,9 +157,9 @@ def measure(rounds: int) -> dict[str, Any]:
 def against_timm(folder: Path, side: int, rounds: int) -> dict[str, Any]:
     """The distilled run of both, one after the other, on images of that side in pixels."""
     write_digits(folder / "jpegs", side)
-    job = Job(str(folder / "jpegs"), str(folder / "teacher/checkpoint-best.pth"), "", 0)
-    job.input_size, job.epochs = side, EPOCHS[side]
-    teacher = ["--model", job.teacher, "--input_size", str(side), "--epochs", str(job.epochs)]
+    weights, epochs = str(folder / "teacher/checkpoint-best.pth"), EPOCHS[side]
+    job = Job(str(folder / "jpegs"), weights, "", 0, side, epochs)
+    teacher = ["--model", job.teacher, "--input_size", str(side), "--epochs", str(epochs)]
     data = ["--data_path", job.data_path, "--hflip", "0", "--num_workers", "1", "--device", "cpu"]
     scored = run_main([*teacher, *data, *shlex.split(TEACHER)], folder / "teacher")
     results: dict[str, list[Whole]] = {OURS: [], TIMM: []}

@@ -28,8 +28,11 @@ class MixingSettings:
 
 
 class ElementMixup(Mixup):
-    """timm's mixup of each image with the one mirrored in the batch: for all images at once, and
-    without waiting for the device, to the same bits."""
+    """timm's mixup; its mode elem mixes all images at once, and without waiting for the device.
+
+    The results are the same bits. In that mode, an image is mixed with the one that mirrors its
+    place in the batch.
+    """
 
     def _mix_elem(self, x: torch.Tensor) -> torch.Tensor:
         lam, is_cut = self._params_per_elem(len(x))

@@ -68,9 +68,9 @@ def until_signal(items: Iterable[T]) -> Iterator[T]:
 def start_worker(worker_id: int) -> None:
     """Prepare a loader worker.
 
-    It ignores signals, since schedulers and terminals signal a whole group, and the trainer still
-    needs batches to finish its step. A worker that is left over ends by itself. And it keeps freed
-    memory, which the process that it was forked from does only if it trains on the CPU.
+    A worker ignores signals, since schedulers and terminals signal a whole group, and the trainer
+    still needs batches to finish its step; a worker that is left over ends by itself. A worker also
+    keeps freed memory: the process that it is forked from does so only if it trains on the CPU.
     """
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -133,9 +133,9 @@ def _settings(
         for identity, teacher in zip(identities, teachers, strict=True)
         if not names and identity not in known
     }
-    others = [o if (o := orders.get(i)) != data.classes else None for i in identities if not names]
-    if any(others):  # else absent, as in caches that knew no other order than the data's
-        fields["class_order"] = hash_of_plain(others)
+    others = {identity: order for identity, order in orders.items() if order != data.classes}
+    if any(others.values()):  # else absent, as in caches that knew no other order than the data's
+        fields["class_order"] = hash_of_plain([others.get(identity) for identity in identities])
     return fields, [i for i in identities if not names and orders.get(i) is None]
 
 

@@ -237,14 +237,13 @@ def test_no_step_waits_for_the_gpu(monkeypatch, set_up, mode):
         is_partial = "partial" in set_up
         mixup = make_mixup(mixing, CLASSES, batch_size=4, seed=0, partial_labels=is_partial)
         host = HostBatches()
-        kind = partial(PartlyLabeledLoss, labeled_share=0.5, images_per_step=4)
+        loss = partial(PartlyLabeledLoss, labeled_share=0.5, images_per_step=4)
+        loss = loss if is_partial else DistillationLoss
         loader = loaders.DeviceLoader(host.order, host, ToNetwork(config, CUDA), mixup)
         copies.waits.clear()
         engine.train_one_epoch(
             StudentWithDistillation(student, None if set_up == "plain" else teacher),
-            (kind if is_partial else DistillationLoss)(
-                SoftTargetCrossEntropy(), 0.0 if set_up == "plain" else 0.7, 4.0
-            ),
+            loss(SoftTargetCrossEntropy(), 0.0 if set_up == "plain" else 0.7, 4.0),
             loader,
             torch.optim.SGD(parameters, lr=0.1),
             torch.amp.GradScaler("cuda", enabled=False),
