@@ -1,17 +1,21 @@
 """Runs the commands of a distillation once each, and shows how far the whole is."""
 
-import ctypes
+import importlib
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from arguments.defaults import usable_cores
 from utils import UserError, make_folder, write_whole
@@ -20,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = "commands.json"  # the finished commands, by their names
 HAND_OVER = "export and report"  # the stage that is cheap, and made anew for another student
 QUIET = 60  # seconds between two lines if nobody watches
+# Linux forks each command from a process that has imported the scripts already, which takes longer
+# than a short training: on Python 3.11 only in the folder of the project, elsewhere they import.
+CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+CONTEXT.set_forkserver_preload(["main", "compare", "export"])
 
 
 class Command(NamedTuple):
@@ -51,8 +59,7 @@ class Commands:
             self.finished = json.loads(self.path.read_text(encoding="utf-8"))
         self.began = self.shown = time.monotonic()
         self.is_watched = sys.stdout.isatty()
-        threads = str(max(1, usable_cores() // jobs))
-        self.environment = os.environ | ({"OMP_NUM_THREADS": threads} if jobs > 1 else {})
+        self.threads = max(1, usable_cores() // jobs) if jobs > 1 else None
 
     def log_of(self, name: str) -> Path:
         """The file that keeps what a command prints."""
@@ -77,13 +84,13 @@ class Commands:
             finished training of that name was a different one.
         """
         waiting = [command for command in commands if not self._is_finished(command, stage)]
-        running: list[tuple[Command, subprocess.Popen]] = []
+        running: list[tuple[Command, BaseProcess]] = []
         stopped: list[int] = []
 
         def stop(number: int, frame: object = None) -> None:
             stopped.append(number)
             for _, process in running:
-                process.send_signal(signal.SIGTERM)
+                process.terminate()
 
         previous = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         failed: Command | None = None
@@ -93,9 +100,9 @@ class Commands:
                     command = waiting.pop(0)
                     running.append((command, self._start(command, stage)))
                 time.sleep(0.2)
-                for command, process in [one for one in running if one[1].poll() is not None]:
+                for command, process in [one for one in running if one[1].exitcode is not None]:
                     running.remove((command, process))
-                    if process.returncode == 0:
+                    if process.exitcode == 0:
                         self.finished[command.name] = [command.script, *command.flags]
                         write_whole(self.path, json.dumps(self.finished, indent=1))
                     elif not stopped:
@@ -122,20 +129,15 @@ class Commands:
             f"--out {self.out}: {command.name} was made by another command; pass another --out"
         )
 
-    def _start(self, command: Command, stage: str) -> subprocess.Popen:
+    def _start(self, command: Command, stage: str) -> BaseProcess:
         self._print(self._line(stage, command.name))
         self._print(f"  python {command.script} {shlex.join(command.flags)}")
         log = self.log_of(command.name)
         make_folder(log.parent)
-        with open(log, "w", encoding="utf-8") as output:
-            return subprocess.Popen(
-                [sys.executable, str(ROOT / command.script), *command.flags],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                start_new_session=True,  # Ctrl-C comes once, from here
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            )
+        log.write_bytes(b"")
+        process = CONTEXT.Process(target=run_script, args=(command, log, self.threads))
+        process.start()
+        return process
 
     def _watch(self, stage: str, running: Sequence[Command], waiting: int) -> None:
         """How far the whole is: always in a terminal, else from time to time."""
@@ -162,9 +164,31 @@ class Commands:
         return f"{place}, {spent} so far, about {_minutes(after)} after it: {detail}"
 
 
+def run_script(command: Command, log: Path, threads: int | None) -> None:
+    """What `python SCRIPT FLAGS > LOG 2>&1` does, in this process.
+
+    Args:
+        threads: of the CPU; those that torch chooses if None.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C comes once, from the parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(output, number)
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    sys.argv = [str(ROOT / command.script), *command.flags]
+    sys.exit(importlib.import_module(Path(command.script).stem).main(sys.argv[1:]))
+
+
 def _end_with_parent() -> None:
-    """Let this process get SIGTERM, at which it saves its state, if its parent is killed."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of sys/prctl.h
+    """Get SIGTERM, at which a run saves its state, if the parent has been killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _last_line(log: Path) -> str:

@@ -1,15 +1,13 @@
 """distill.py: from a folder of images to a small model with a verdict."""
 
-import importlib
 import json
 import re
-import subprocess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import Process
 from helpers import CONFIG, write_checkpoint
 from PIL import Image
 
@@ -32,40 +30,24 @@ def write_images(folder: Path, count: int, classes: str = "ab") -> Path:
     return folder
 
 
-def run_script(name: str, argv: list[str]) -> int:
-    """What `python NAME.py` does."""
-    return importlib.import_module(name).main(argv)
-
-
-class Forked:
-    """A stand-in for subprocess.Popen that forks a process which has imported main.py already."""
-
-    started: list[str] = []  # noqa: RUF012
-
-    def __init__(self, argv, stdout, env, **more: object) -> None:
-        script, flags = Path(argv[1]).stem, argv[2:]
-        self.started.append(script)
-        outputs = Path(stdout.name), Path(stdout.name)
-        self.process = Process(outputs, dict(env), run_script, (script, flags))
-
-    def poll(self) -> int | None:
-        return self.process.join(0)
-
-    returncode = property(poll)
-
-
 @pytest.fixture
-def quick(monkeypatch):
-    """Short trainings, forked, of the few seeds and images that a path needs."""
-    monkeypatch.setattr(subprocess, "Popen", Forked)
-    monkeypatch.setattr(Forked, "started", [])
+def started(monkeypatch) -> list[str]:
+    """The scripts that run; the trainings are short, of the few seeds and images a path needs."""
+    scripts, start = [], commands.Commands._start
+
+    def spy(self: commands.Commands, command: commands.Command, stage: str) -> BaseProcess:
+        scripts.append(command.script)
+        return start(self, command, stage)
+
+    monkeypatch.setattr(commands.Commands, "_start", spy)
     monkeypatch.setattr(rules, "PASSES", {"nothing": (1, 100), "weights": (1, 100)})
     monkeypatch.setattr(images, "CROSS_VALIDATED", 10)
     monkeypatch.setattr(distill, "has_onnx", lambda: False)
+    return scripts
 
 
 def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
-    quick, tmp_path, capsys, monkeypatch
+    started, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(distill, "anything_to_move", lambda *args: ("too little", False))
     folder, out = write_images(tmp_path / "images", 60), tmp_path / "out"
@@ -91,11 +73,11 @@ def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
     )
     assert (out / "model.pt2").exists() and result["files"] == [str(out / "model.pt2")]
     assert "12 images" in (out / "report.html").read_text()
-    trained = Forked.started.count("main")
+    trained = started.count("main.py")
     assert distill.main(argv) == 0
     is_new = result["verdict"]["mean"] > 0  # the student that is handed over, so calibrated
     once = {"measured": 2, "choosing": 2, "judged": 4, "calibrated": 1 + is_new}
-    assert Forked.started.count("main") == trained == sum(once.values())
+    assert started.count("main.py") == trained == sum(once.values())
     assert distill.main([*argv, "--", "--lr", "1e-3"]) == 2
     assert "was begun with different flags" in capsys.readouterr().err
     Image.new("RGB", (8, 8)).save(folder / "a" / "0.png", optimize=True, dpi=(72, 72))
@@ -117,7 +99,7 @@ class Brightness(torch.nn.Module):
 
 
 def test_a_recipe_with_an_ema_hands_over_and_calibrates_the_weights_that_are_exported(
-    quick, tmp_path, monkeypatch
+    started, tmp_path, monkeypatch
 ):
     """Here the EMA, by the accuracies in the checkpoint; it is five times as sure."""
     monkeypatch.setattr(planning, "measure", lambda *args: Speed(1, 1e-3))
@@ -150,13 +132,13 @@ def test_a_recipe_with_an_ema_hands_over_and_calibrates_the_weights_that_are_exp
     torch.testing.assert_close(exported, Brightness(2, 5)(images) / temperature)
 
 
-def test_a_command_that_fails_is_named_with_its_last_lines_and_is_run_again(quick, tmp_path):
+def test_a_command_that_fails_is_named_with_its_last_lines_and_is_run_again(started, tmp_path):
     runs = commands.Commands(tmp_path, {"choose": 0.0})
     flags = ["--epochs", "0"]
     for _ in range(2):
         with pytest.raises(UserError, match=re.escape("--epochs 0: must be 1 or more")):
             runs.run("choose", "one", "main.py", flags)
-    assert Forked.started == ["main", "main"] and not runs.finished
+    assert started == ["main.py", "main.py"] and not runs.finished
 
 
 def plan_of(labeled: int, unlabeled: int, folds: int = 5) -> Plan:
