@@ -103,6 +103,11 @@ def predict(args: argparse.Namespace) -> int:
     if args.num_workers is None:
         args.num_workers = max(1, int(cores_per_process())) if len(files) > LONG else 0
     top_k = min(args.top_k, len(model.card.classes))
+    if args.threshold and UNKNOWN in model.card.classes:
+        raise UserError(
+            f"--threshold {args.threshold:g}: answers '{UNKNOWN}', which is a class of this model; "
+            "compare the probabilities of --format csv instead"
+        )
     answers = [*model.card.classes, *([UNKNOWN] if args.threshold else ())]
     if args.sort_into:
         check_sorting(args.sort_into, answers, args.images, files)

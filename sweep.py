@@ -115,22 +115,23 @@ def varied_flags(vary: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"--vary {text}: needs a flag and its values, such as kd_alpha=0.5,0.9")
         if flag not in FLAGS:
             raise UserError(f"--vary {text}: {unknown_flags([f'--{flag}'])}")
-        if flag in varied or len(set(values)) < len(values):
+        meant = [meaning(text, FLAGS[flag], value) for value in values]
+        if flag in varied or len(set(meant)) < len(meant):
             raise UserError(
                 f"--vary {text}: a flag or a value is there twice; remove one of them{DECIMALS}"
             )
-        for value in values:
-            check_value(text, FLAGS[flag], value)
         if flag in SET_BY_SWEEP:
             raise UserError(f"--vary {text}: is not a setting of a training run; vary another flag")
         varied[flag] = values
     return varied
 
 
-def check_value(text: str, flag: Flag, value: str) -> None:
-    """Raise UserError for a value of --vary that its flag never takes."""
+def meaning(text: str, flag: Flag, value: str) -> str:
+    """A value of --vary, alike for 0.1 and 1e-1. Raises: UserError for one that never works."""
     try:
-        check_numbers(given_flags([f"--{flag.name}", value]))
+        given = given_flags([f"--{flag.name}", value])
+        check_numbers(given)
+        return repr(given)
     except UserError as error:
         raise UserError(f"--vary {text}: {error}{DECIMALS}") from error
 
@@ -150,9 +151,11 @@ def commands(
         raise UserError(f"--launcher {args.launcher}: {error}; pass one command") from error
     for flag in given_flags(common):
         is_varied = flag in varied and flag in outside_recipes  # --vary comes after recipes
-        if is_varied or flag in ("output_dir", "resume", "eval"):
-            setter = "--vary" if is_varied else "the sweep"
-            raise UserError(f"--{flag}: is set by {setter}; remove it from the flags after --")
+        if is_varied or flag in ("output_dir", "resume", "eval", "report"):
+            why = f"is set by {'--vary' if is_varied else 'the sweep'}"
+            if flag == "report":
+                why = "would be written anew by each run"
+            raise UserError(f"--{flag}: {why}; remove it from the flags after --")
     runs: dict[str, list[str]] = {}
     for values in itertools.product(*varied.values()):
         chosen, flags = dict(zip(varied, values, strict=True)), list(common)

@@ -27,7 +27,7 @@ QUIET = 60  # seconds between two lines if nobody watches
 # Linux forks each command from a process that has imported the scripts already, which takes longer
 # than a short training: on Python 3.11 only in the folder of the project, elsewhere they import.
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-CONTEXT.set_forkserver_preload(["main", "compare", "export"])
+CONTEXT.set_forkserver_preload(["main", "compare", "export", "predict"])
 
 
 class Command(NamedTuple):

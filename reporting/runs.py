@@ -123,13 +123,13 @@ def read_run(folder: Path) -> Run:
 
 
 def read_records(path: Path) -> list[dict[str, float]]:
-    """The lines of log.txt, up to one that a kill cut short."""
+    """The lines of log.txt without one that is damaged, such as the last one after a kill."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return records
 
 

@@ -394,6 +394,8 @@ BAD_SWEEPS = {
     "--vary kd_alhpa=1": "did you mean --kd_alpha or",
     "--vary seed": "needs a flag and its values",
     "--vary seed=0,0": "is there twice",
+    "--vary lr=1e-3,0.001": "is there twice",
+    "--vary seed=0 -- --report r.json": "--report: would be written anew by each run",
     "--vary output_dir=a,b": "is not a setting of a training run",
     "--vary seed=0 -- --seed 1": "--seed: is set by --vary",
     "--vary seed=0 -- --output_dir x": "--output_dir: is set by the sweep",

@@ -272,6 +272,12 @@ def test_commands_that_cannot_work_are_one_line(
     assert code == 2 and not out and err.count("\n") == 1 and message in err
 
 
+def test_a_class_of_the_name_of_no_answer_is_refused(student, run_predict, photos, monkeypatch):
+    monkeypatch.setattr(predict, "UNKNOWN", "bee")
+    code, out, err = run_predict(student, photos / "val", "--threshold", 0.5)
+    assert code == 2 and not out and "'bee', which is a class of this model" in err
+
+
 def test_a_number_that_is_none_is_named_with_its_flag(capsys):
     with pytest.raises(SystemExit, match="2"):
         predict.main(["model.pth", "photo.png", "--top_k", "2.5"])

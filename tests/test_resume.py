@@ -12,6 +12,7 @@ from helpers import QUICK, is_same, teacher_flags, write_images
 
 from deploy.model import network_from_checkpoint
 from models.checkpoint import Checkpoint
+from reporting.recorder import drop_lines_from
 from training.checkpoints import lock_folder
 
 FOLDER = ["--input_size", 32, "--batch_size", 8]
@@ -207,6 +208,13 @@ def test_a_run_that_is_resumed_by_its_file_follows_its_recipe(run_main, short, k
 def test_without_an_output_folder_the_first_line_says_that_nothing_is_kept(run_main, short):
     run = run_main(*short)
     assert run.out.startswith("No --output_dir: checkpoints and log.txt will not be saved")
+
+
+def test_a_damaged_line_of_log_txt_costs_no_other_line(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text('{"epoch": 0}\n{"epo\n{"epoch": 2}\n{"epoch": 3}\n')
+    drop_lines_from(path, 3)
+    assert path.read_text() == '{"epoch": 0}\n{"epoch": 2}\n'
 
 
 def test_starting_over_moves_the_earlier_run_aside(run_main, short, tmp_path):
