@@ -271,6 +271,8 @@ add = group("student")
 add("model", NAME, None, known_as="arch", help=
     "timm architecture to train (default: convnext_tiny; cifar_resnet20 below 64 pixels)")
 add("drop_path", SHARE, 0.0, TRAINING, STUDENT, ALL_LAYERS, help="stochastic depth rate")
+add("drop", SHARE, None, TRAINING, STUDENT, ALL_LAYERS, help=
+    "dropout rate (default: the network's own, 0 for most)")
 add("input_size", COUNT, None, cache=COMPARED, known_as="img_size", help=
     "side of the input images in pixels (default: 224; for cifar_* and mnist_* the data set's)")
 add = group("student", TRAINING, STUDENT)
@@ -288,7 +290,7 @@ add("model_prefix", NAME, "", FINETUNE, help=
     "load only the parameters of --finetune with this prefix, and strip it")
 
 add = group("exponential moving average (EMA)", TRAINING, STUDENT)
-add("model_ema", SWITCH, False, help="keep an exponential moving average of the student's weights")
+add("model_ema", SWITCH, False, help="average the student's weights over steps")
 add("model_ema_decay", SHARE_BELOW_1, 0.9999, WITH_EMA, help="EMA decay per optimizer step")
 add("model_ema_warmup", SWITCH, True, WITH_EMA, help=
     "let the EMA decay grow from 0, for short runs")

@@ -126,6 +126,7 @@ def create_model(
     num_classes: int,
     input_size: int,
     drop_path: float = 0.0,
+    drop: float | None = None,
     *,
     pretrained: bool = False,
 ) -> nn.Module:
@@ -134,16 +135,19 @@ def create_model(
     Args:
         arch: a name of timm's, with or without a tag, or hf-hub:NAME or local-dir:FOLDER; or
             MODULE:FACTORY, see own.make_network.
+        drop_path, drop: rates of stochastic depth and dropout; None is the dropout of the network.
         pretrained: start from timm's weights, with position embeddings resampled for `input_size`,
             and with a new classifier if they have another number of classes.
     Returns: the network in training mode, for images (B, 3, input_size, input_size).
-    Raises: UserError for an architecture that is not known, that takes no stochastic depth although
-        `drop_path` asks for it, or that cannot take images of `input_size` pixels; and for weights
-        that cannot be fetched.
+    Raises: UserError for an architecture that is not known, that takes no stochastic depth or
+        dropout although `drop_path` or `drop` asks for it, or that cannot take images of
+        `input_size` pixels; and for weights that cannot be fetched.
     """
     keywords: dict[str, Any] = {"num_classes": num_classes}
     if drop_path:
         keywords["drop_path_rate"] = drop_path
+    if drop is not None:
+        keywords["drop_rate"] = drop
     try:
         if is_own_module(arch):
             model = make_network(arch, keywords)
@@ -155,7 +159,7 @@ def create_model(
                 model = timm.create_model(arch, pretrained=pretrained, **keywords)
     except TypeError as error:
         raise UserError(
-            f"{arch}: does not take {', '.join(keywords)} ({error}); set drop_path to 0",
+            f"{arch}: does not take {', '.join(keywords)} ({error}); leave out drop and drop_path",
             "architecture",
         ) from error
     except (AssertionError, ValueError, RuntimeError) as error:

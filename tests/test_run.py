@@ -313,7 +313,7 @@ def test_bfloat16_autocast_trains_on_the_cpu(run_main, kd):
         "--model_ema true --model_ema_force_cpu true --model_ema_eval true --model_ema_warmup 0",
         "--save_ckpt false --start_epoch 1 --nb_classes 10 --holdout 50",
         "--kd_alpha 1 --kd_temperature 2",
-        "--model test_vit --input_size 32 --drop_path 0.1",
+        "--model test_vit --input_size 32 --drop_path 0.1 --drop 0.1",
     ],
 )
 def test_the_flags_of_the_family_run(run_main, short, kd, tmp_path, flags):

@@ -35,6 +35,7 @@ def make_student(
             len(classes),
             args.input_size,
             args.drop_path,
+            args.drop,
             pretrained=pretrained,
         )
         origin = ""
