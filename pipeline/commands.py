@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = "commands.json"  # the finished commands, by their names
 HAND_OVER = "export and report"  # the stage that is cheap, and made anew for another student
 QUIET = 60  # seconds between two lines if nobody watches
-# Linux forks each command from a process that has imported the scripts already, which takes longer
-# than a short training: on Python 3.11 only in the folder of the project, elsewhere they import.
+# Linux forks each command from a process that has imported the scripts already, since importing
+# takes longer than a short training. Outside the folder of the project, Python 3.11 imports anew.
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 CONTEXT.set_forkserver_preload(["main", "compare", "export", "predict"])
 
@@ -135,7 +135,8 @@ class Commands:
         log = self.log_of(command.name)
         make_folder(log.parent)
         log.write_bytes(b"")
-        process = CONTEXT.Process(target=run_script, args=(command, log, self.threads))
+        arguments = command, log, self.threads
+        process = CONTEXT.Process(target=run_script, args=arguments)  # type: ignore[attr-defined]
         process.start()
         return process
 
