@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import main as trainer  # noqa: F401  (first: it chooses how torch's threads wait, here and in runs)
 import models
 from arguments.kinds import script_parser
 from arguments.parsing import given_flags

@@ -6,13 +6,7 @@ import signal
 import utils
 from arguments.parsing import parse_args
 
-# Threads of torch that wait for work spin for 10,000 turns and then sleep. By default they spin 30
-# times longer, which made a small network 60 times slower on cores that other processes used too;
-# threads that sleep at once made it 3 times slower on quiet cores. Measured in docs/benchmarks.md;
-# read once, when torch is imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+utils.let_threads_sleep()  # before torch is imported
 
 if __name__ == "__main__":
     # The imports below take seconds. Ctrl-C ends them without a traceback, and --help and mistyped

@@ -81,6 +81,18 @@ def exit_code(program: str, command: Callable[[], int | None], stopped: str = "s
         return 2
 
 
+def let_threads_sleep() -> None:
+    """Let threads of torch that wait for work spin for 10,000 turns and then sleep.
+
+    By default they spin 30 times longer, which made a small network 60 times slower on cores that
+    other processes used too; threads that sleep at once made it 3 times slower on quiet cores.
+    Measured in docs/benchmarks.md. Has an effect before torch is imported, and in child processes.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def open_streams() -> None:
     """Open standard streams that the shell has closed (`>&-`); what is printed there is discarded.
 

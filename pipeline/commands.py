@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from arguments.defaults import usable_cores
-from utils import UserError, make_folder, write_whole
+from utils import UserError, let_threads_sleep, make_folder, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "commands.json"  # the finished commands, by their names
@@ -59,6 +59,7 @@ class Commands:
             self.finished = json.loads(self.path.read_text(encoding="utf-8"))
         self.began = self.shown = time.monotonic()
         self.is_watched = sys.stdout.isatty()
+        let_threads_sleep()  # those of the commands
         self.threads = max(1, usable_cores() // jobs) if jobs > 1 else None
 
     def log_of(self, name: str) -> Path:
