@@ -214,14 +214,14 @@ def anything_to_move(
 
 
 def warning_of_chance(plan: Plan, alone: float) -> str:
-    """A line if a student that answers at random would score as well, by a standard error; ''."""
-    chance = 100 / len(plan.images.classes)
+    """A line if always answering with the most common class scores as well, by a standard error."""
+    chance = plan.images.chance
     if alone > chance + math.sqrt(chance * (100 - chance) / plan.images.chosen_by):
         return ""
     return (
-        f"\nWarning: the student alone is no better than chance ({chance:.1f} %), so it may learn "
-        "nothing from a teacher either; name a --student with weights (ARCH=FILE), or pass a "
-        "larger --budget"
+        f"\nWarning: the student alone is no better than the most common class ({chance:.1f} %), "
+        "so it may learn nothing from a teacher either; name a --student with weights (ARCH=FILE), "
+        "or pass a larger --budget"
     )
 
 

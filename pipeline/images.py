@@ -37,6 +37,7 @@ class Images:
         folder: of train.csv, test.csv, and fold_K_train.csv and fold_K_val.csv.
         labeled, test, unlabeled: numbers of images.
         chosen_by: labeled images that choose, over all folds.
+        chance: share of the labeled images that are of the most common class, in %.
         side: the median of the shorter sides, in pixels.
         pile: folder of the images without labels; ''.
         identity: changes with the images and their labels.
@@ -50,6 +51,7 @@ class Images:
     unlabeled: int
     folds: int
     chosen_by: int
+    chance: float
     side: int
     pile: str
     identity: str
@@ -122,6 +124,7 @@ def look(
         len(waiting) if waiting else 0,
         len(folds),
         sum(map(len, folds)),
+        100 * np.bincount(train.targets).max() / len(train),
         _median_side(known),
         pile,
         hash_of(*(str(sorted(source.identity().items())).encode() for source in known)),

@@ -143,8 +143,8 @@ def test_a_command_that_fails_is_named_with_its_last_lines_and_is_run_again(star
 
 def plan_of(labeled: int, unlabeled: int, folds: int = 5) -> Plan:
     """A plan for images that are not there, of two networks that take 1 and 2 ms per image."""
-    of = ["a", "b"], labeled, 100, unlabeled, folds, labeled, 32, "pile" if unlabeled else "", "id"
-    some = images.Images("root", Path("folder"), *of)
+    of = ["a", "b"], labeled, 100, unlabeled, folds, labeled, 50.0, 32
+    some = images.Images("root", Path("folder"), *of, "pile" if unlabeled else "", "id")
     student = Network("cifar_resnet8", (), "", "", 32, 78_042)
     teacher = Network("cifar_resnet20", (), "", "", 32, 272_474)
     speeds = {"cifar_resnet8": Speed(5, 1e-3), "cifar_resnet20": Speed(5, 2e-3)}
@@ -227,6 +227,7 @@ def test_the_images_that_choose_and_those_that_judge_are_different_and_complete(
         assert rows[f"fold_{fold}_train"] == rows["train"] - held_out[fold]
     pile = {str(p.relative_to(found.pile)) for p in Path(found.pile).rglob("*.png")}
     assert pile == {*names[1::2], "c/without.png"} and found.unlabeled == 31
+    assert found.chance == 50
 
 
 BAD = {

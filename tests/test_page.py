@@ -77,7 +77,7 @@ def distilled(tmp_path, monkeypatch):
     monkeypatch.setattr(Commands, "run_all", answer)
     images = Images(
         root=str(root), folder=out / "images", classes=CLASSES, labeled=8, test=4, unlabeled=0,
-        folds=1, chosen_by=2, side=20, pile="", identity="0123",
+        folds=1, chosen_by=2, chance=50, side=20, pile="", identity="0123",
     )  # fmt: skip
     teacher = Network("big=w.pth", (), "", "", 32, 100)
     plan = SimpleNamespace(
