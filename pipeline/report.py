@@ -148,7 +148,7 @@ def mistakes(
         lines = [("true", truths[n])]
         for network, given in answers.items():
             who = network if network == "teacher" else "student"
-            lines.append((who, f"{given[n][0]}, {100 * given[n][1]:.0f} %"))
+            lines.append((who, f"{given[n][0]}, {100 * given[n][1]:.0f}\N{NO-BREAK SPACE}%"))
         image = Image.fromarray(np.asarray(decode(paths[n], paths[n])))
         method = Image.Resampling.BICUBIC if max(image.size) >= TINY else Image.Resampling.NEAREST
         jpeg = io.BytesIO()
