@@ -175,6 +175,7 @@ def run_script(command: Command, log: Path, threads: int | None) -> None:
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C comes once, from the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    multiprocessing.set_start_method(None, force=True)  # of loader workers: else that of CONTEXT
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)

@@ -1,6 +1,7 @@
 """distill.py: from a folder of images to a small model with a verdict."""
 
 import json
+import multiprocessing
 import re
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -139,6 +140,17 @@ def test_a_command_that_fails_is_named_with_its_last_lines_and_is_run_again(star
         with pytest.raises(UserError, match=re.escape("--epochs 0: must be 1 or more")):
             runs.run("choose", "one", "main.py", flags)
     assert started == ["main.py", "main.py"] and not runs.finished
+
+
+def test_a_command_starts_processes_as_a_program_of_its_own_does(tmp_path, monkeypatch):
+    (tmp_path / "what.py").write_text(
+        "import multiprocessing, sys\n"
+        "def main(argv):\n"
+        "    print(multiprocessing.get_start_method(), sys.argv[1:] == argv, *argv)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    log = commands.Commands(tmp_path, {"choose": 0.0}).run("choose", "one", "what.py", ["--a", "b"])
+    assert log.read_text().split() == [multiprocessing.get_start_method(), "True", "--a", "b"]
 
 
 def plan_of(labeled: int, unlabeled: int, folds: int = 5) -> Plan:
