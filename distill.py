@@ -214,14 +214,17 @@ def anything_to_move(
 
 
 def warning_of_chance(plan: Plan, alone: float) -> str:
-    """A line if always answering with the most common class scores as well, by a standard error."""
+    """A line if the student is not better than the most common class by a standard error, else ''.
+
+    That is the score of a student that always answers with the most common class.
+    """
     chance = plan.images.chance
     if alone > chance + math.sqrt(chance * (100 - chance) / plan.images.chosen_by):
         return ""
     return (
-        f"\nWarning: the student alone is no better than the most common class ({chance:.1f} %), "
-        "so it may learn nothing from a teacher either; name a --student with weights (ARCH=FILE), "
-        "or pass a larger --budget"
+        "\nWarning: always answering with the most common class scores as well as the student "
+        f"alone ({chance:.1f} %), so this student may learn nothing from a teacher either; name a "
+        "--student with weights (ARCH=FILE), or pass a larger --budget"
     )
 
 

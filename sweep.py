@@ -37,6 +37,8 @@ from utils import UserError, exit_code, flags_for, read_map, write_whole
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RECORD = "sweep.json"  # in --out: the commands of the runs that are finished, by folder
+REFUSED = dict.fromkeys(("output_dir", "resume", "eval"), "is set by the sweep")
+REFUSED["report"] = "would be written anew by each run"
 SET_BY_SWEEP = ("output_dir", "teacher_cache", "resume", "eval", "log_dir")  # or for no sweep
 DECIMALS = " (commas separate values; decimals take a point, as in 0.5)"
 
@@ -151,10 +153,7 @@ def commands(
         raise UserError(f"--launcher {args.launcher}: {error}; pass one command") from error
     for flag in given_flags(common):
         is_varied = flag in varied and flag in outside_recipes  # --vary comes after recipes
-        if is_varied or flag in ("output_dir", "resume", "eval", "report"):
-            why = f"is set by {'--vary' if is_varied else 'the sweep'}"
-            if flag == "report":
-                why = "would be written anew by each run"
+        if why := "is set by --vary" if is_varied else REFUSED.get(flag):
             raise UserError(f"--{flag}: {why}; remove it from the flags after --")
     runs: dict[str, list[str]] = {}
     for values in itertools.product(*varied.values()):

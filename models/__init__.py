@@ -159,7 +159,7 @@ def create_model(
                 model = timm.create_model(arch, pretrained=pretrained, **keywords)
     except TypeError as error:
         raise UserError(
-            f"{arch}: does not take {', '.join(keywords)} ({error}); leave out drop and drop_path",
+            f"{arch}: does not take {', '.join(keywords)} ({error}); remove --drop and --drop_path",
             "architecture",
         ) from error
     except (AssertionError, ValueError, RuntimeError) as error:

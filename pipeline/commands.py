@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from arguments.defaults import usable_cores
-from utils import UserError, let_threads_sleep, make_folder, write_whole
+from utils import UserError, let_threads_sleep, make_folder, read_map, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "commands.json"  # the finished commands, by their names
@@ -54,9 +54,9 @@ class Commands:
     def __init__(self, out: Path, seconds: Mapping[str, float], jobs: int = 1) -> None:
         self.out, self.seconds, self.jobs = out, seconds, jobs
         self.path = out / RECORD
-        self.finished: dict[str, list[str]] = {}
-        if self.path.exists():
-            self.finished = json.loads(self.path.read_text(encoding="utf-8"))
+        problem = f"--out {out}: {RECORD} there cannot be read"
+        remedy = "remove that file: main.py notices which runs are finished"
+        self.finished = read_map(self.path, list, problem, remedy)
         self.began = self.shown = time.monotonic()
         self.is_watched = sys.stdout.isatty()
         let_threads_sleep()  # those of the commands
@@ -136,8 +136,9 @@ class Commands:
         log = self.log_of(command.name)
         make_folder(log.parent)
         log.write_bytes(b"")
-        arguments = command, log, self.threads
-        process = CONTEXT.Process(target=run_script, args=arguments)  # type: ignore[attr-defined]
+        process: BaseProcess = CONTEXT.Process(  # type: ignore[attr-defined]
+            target=run_script, args=(command, log, self.threads)
+        )
         process.start()
         return process
 
