@@ -9,12 +9,12 @@ BIN := .venv/bin
 
 demo: .venv/run
 	$(BIN)/python examples/write_digits.py demo_out/digits
-	OMP_NUM_THREADS=1 $(BIN)/python main.py @recipes/digits_teacher.args \
+	OMP_NUM_THREADS=1 $(BIN)/python main.py @recipes/digits_teacher.args --device cpu \
 		--num_workers 0 --save_ckpt_freq 1000 --output_dir demo_out/teacher
 	$(BIN)/python distill.py demo_out/digits/images --labels demo_out/digits/few.csv \
 		--eval_labels demo_out/digits/test.csv --unlabeled demo_out/digits/pile \
 		--teacher cifar_resnet20=demo_out/teacher/checkpoint-59.pth \
-		--out demo_out/model --budget 3m
+		--out demo_out/model --budget 3m -- --device cpu
 
 test: .venv/dev
 	$(BIN)/ruff check .

@@ -159,7 +159,8 @@ def choose(plan: Plan, commands: Commands) -> dict[str, float]:
             name = f"choose/{network.name}-{kind}/{fold}"
             names.setdefault(label_of(network, kind), []).append(name)
             if kind == "given":
-                flags = ["--eval", "true", "--resume", network.file, *plan.images.flags(fold)]
+                flags = ["--eval", "true", "--resume", network.file]
+                flags += [*plan.device, *plan.images.flags(fold)]
                 flags += ["--report", str(commands.out / f"{name}.json")]
             else:
                 shown = plan.all_images if kind == "alone" else plan.images.labeled
@@ -282,7 +283,7 @@ def calibrate(plan: Plan, commands: Commands, student: str) -> float:
     Returns: the temperature of the weights that export.py chooses; 1 if these images allow none.
     """
     checkpoint = newest_checkpoint(commands.out / student)
-    flags = ["--eval", "true", "--resume", checkpoint, "--calibrate", "true"]
+    flags = ["--eval", "true", "--resume", checkpoint, "--calibrate", "true", *plan.device]
     commands.run(HAND_OVER, "calibrate", "main.py", [*flags, *plan.images.flags()])
     return network_from_checkpoint(checkpoint, "auto")[1].temperature
 

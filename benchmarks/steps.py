@@ -89,12 +89,14 @@ class MemoryLoader:
     def __init__(
         self, pair: Pair, steps: int, device: torch.device, layout: torch.memory_format
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         size, shape = pair.batch_size, (pair.batch_size, 3, pair.pixels, pair.pixels)
         count = min(steps, 4)
-        images = [torch.randn(shape, generator=generator).to(device) for _ in range(count)]
-        labels = torch.rand((steps, size, pair.classes), generator=generator)
-        targets = labels.softmax(dim=2).to(device)  # soft, as after mixup
+        random = {"generator": generator, "device": device}
+        images = [torch.randn(shape, **random) for _ in range(count)]
+        targets = torch.rand((steps, size, pair.classes), **random).softmax(
+            dim=2
+        )  # soft, as after mixup
         self.batches = [
             Batch(
                 images=images[step % count].to(memory_format=layout),

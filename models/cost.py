@@ -3,14 +3,16 @@
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from runtime.device import synchronize
 
+CONV_RELU = torch.ops.aten.cudnn_convolution_relu  # see models.fusion.ConvReLU
 LARGE_BATCH = 32  # images
 ROUNDS = 5  # of measurements, whose medians give a range
 MOST = 4.0  # ms of a round that repetitions may take
@@ -42,7 +44,8 @@ def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
     single = single.to(memory_format=torch.channels_last)
     # Attention is counted only if it is computed step by step.
     plain_attention = sdpa_kernel(SDPBackend.MATH)
-    with torch.inference_mode(), plain_attention, FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping={CONV_RELU: _of_conv_relu})
+    with torch.inference_mode(), plain_attention, counter:
         network.forward(single)  # what is compiled or hooked does not count
     first = _milliseconds(network, single, repeats=1)
     batches = {"ms_single": single}
@@ -61,6 +64,11 @@ def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
         medians.get("ms_large"),
         {name: (min(values), max(values)) for name, values in times.items()},
     )
+
+
+def _of_conv_relu(x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
+    """Operations of a convolution, from the shapes of its input, weight and output."""
+    return conv_flop_count(x, weight, out_shape)
 
 
 def total(costs: list[Cost]) -> Cost:

@@ -1,26 +1,31 @@
 """Layers of a network that is not trained, fused into fewer layers with the same output."""
 
+from collections import Counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from runtime.device import untried_kernels
 
-def fuse_layers(network: nn.Module, size: int) -> nn.Module:
+
+def fuse_layers(network: nn.Module, size: int, *, with_biases: bool = False) -> nn.Module:
     """Fuse BatchNorms into the convolutions before them, and parallel branches into one layer.
 
     Parallel branches become one convolution if timm knows how (RepVGG, Ding et al. 2021; FastViT
     and others). In evaluation a BatchNorm scales and shifts each channel by constants, which fit
-    into the weights and bias of the convolution before it (Jacob et al. 2018, section 3.2).
+    into the weights and bias of the convolution before it (Jacob et al. 2018, section 3.2). The
+    result is compared with the original.
 
-    One forward pass shows which convolution feeds which BatchNorm: each convolution marks its
-    output, and each BatchNorm looks for the mark on its input. Unlike torch.fx this traces nothing,
-    so it works for every timm network. The result is then compared with the original.
+    cuDNN adds the bias of a convolution in a pass of its own, which takes longer than the BatchNorm
+    that the bias came from (docs/benchmarks.md). ConvReLU and PointwiseConv need no such pass.
 
     Args:
         network: in eval mode, for images (B, 3, size, size).
+        with_biases: whether to put these two in place of the convolutions that they can stand for.
     Returns: a fused copy; the network itself if there is nothing to fuse, or if fusing would
         change its output, as when the output of a convolution is also used elsewhere.
     """
@@ -29,28 +34,94 @@ def fuse_layers(network: nn.Module, size: int) -> nn.Module:
     # timm creates the fused layers in float32, on the CPU and trainable.
     weight = next(network.parameters())
     fused = reparameterize_model(network).to(weight).requires_grad_(False).eval()
-    names = {module: name for name, module in fused.named_modules()}
-    pairs: list[tuple[Any, Any]] = []  # (convolution, the BatchNorm that takes its output)
-
-    def mark(conv: nn.Module, inputs: Any, output: Any) -> None:
-        output.made_by = conv
-
-    def pair(norm: nn.Module, inputs: Any) -> None:
-        if hasattr(inputs[0], "made_by"):
-            pairs.append((inputs[0].made_by, norm))
-
-    hooks = [m.register_forward_hook(mark) for m in names if isinstance(m, nn.Conv2d)]
-    hooks += [m.register_forward_pre_hook(pair) for m in names if isinstance(m, nn.BatchNorm2d)]
     image = torch.linspace(-2, 2, 3 * size**2).view(1, 3, size, size).to(weight)
-    with torch.no_grad():
-        fused(image)
-        for hook in hooks:
-            hook.remove()
-        for conv, norm in pairs:
+    with torch.no_grad(), untried_kernels():
+        names = {module: name for name, module in fused.named_modules()}
+        for conv, norm in find_pairs(fused, image, nn.Conv2d, nn.BatchNorm2d):
             fused.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
             # timm's BatchNormAct2d is a BatchNorm together with its activation.
             fused.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
+        if with_biases:
+            join_biases(fused, image)
         expected = network(image)
         difference = (fused(image) - expected).abs().max()
     is_same = difference <= 0.01 * expected.abs().max()  # TF32 rounds to a thousandth
     return fused if is_same else network
+
+
+def join_biases(network: nn.Module, image: torch.Tensor) -> None:
+    """Replace convolutions whose bias would take a pass of its own, see `fuse_layers`."""
+    names = {module: name for name, module in network.named_modules()}
+    relus = dict(find_pairs(network, image, nn.Conv2d, nn.ReLU))
+    for conv, name in names.items():
+        if type(conv) is not nn.Conv2d or conv.bias is None or conv.groups > 1:
+            continue
+        if conv in relus and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+            network.set_submodule(name, ConvReLU(conv))
+            network.set_submodule(names[relus[conv]], nn.Identity())
+        elif conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0):
+            network.set_submodule(name, PointwiseConv(conv))
+
+
+def find_pairs(
+    network: nn.Module, image: torch.Tensor, first: type[nn.Module], second: type[nn.Module]
+) -> list[tuple[Any, Any]]:
+    """The layers of one type whose output goes straight into a layer of a second type.
+
+    One forward pass shows them: each first layer marks its output, and each second layer looks for
+    the mark on its input. Unlike torch.fx this traces nothing, so it works for every timm network.
+    """
+    pairs, runs = [], Counter[nn.Module]()
+
+    def mark(layer: nn.Module, inputs: Any, output: Any) -> None:
+        output.made_by = layer, output._version
+
+    def pair(layer: nn.Module, inputs: Any) -> None:
+        runs[layer] += 1
+        maker, version = getattr(inputs[0], "made_by", (None, None))
+        if maker is not None and version == inputs[0]._version:  # nothing was added in place
+            pairs.append((maker, layer))
+
+    modules = list(network.modules())
+    hooks = [m.register_forward_hook(mark) for m in modules if isinstance(m, first)]
+    hooks += [m.register_forward_pre_hook(pair) for m in modules if isinstance(m, second)]
+    network(image)
+    for hook in hooks:
+        hook.remove()
+    return [(maker, layer) for maker, layer in pairs if runs[layer] == 1]
+
+
+class ConvReLU(nn.Module):
+    """A convolution with a bias and the ReLU after it; on CUDA one call of cuDNN."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, D, h, w), in autocast's dtype if it is on, else in that of x"""
+        conv: Any = self.conv
+        if not x.is_cuda or torch.compiler.is_compiling():  # the compiler fuses by itself
+            return F.relu(conv(x))
+        is_cast = torch.is_autocast_enabled("cuda")  # which does not know cuDNN's call
+        dtype = torch.get_autocast_dtype("cuda") if is_cast else x.dtype
+        x, weight, bias = x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype)
+        place = conv.stride, conv.padding, conv.dilation, conv.groups
+        return torch.cudnn_convolution_relu(x, weight, bias, *place)
+
+
+class PointwiseConv(nn.Linear):
+    """A convolution of 1 x 1 pixels as a matrix product, which adds the bias by itself.
+
+    In torch.channels_last both permutations only change how the memory is read.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(conv.in_channels, conv.out_channels, device="meta")
+        assert conv.bias is not None
+        self.weight = nn.Parameter(conv.weight.flatten(1), requires_grad=False)
+        self.bias = nn.Parameter(conv.bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, D, H, W)"""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -1,6 +1,7 @@
 """What a distillation runs, in which order, and how long that takes on this machine."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -124,6 +125,7 @@ class Plan:
     Attributes:
         teachers: (network, kind); a small budget drops those at the end.
         common: flags of every training.
+        device: those of its flags that name the device, for evaluations.
         alone, distilled: more flags of the student's trainings.
         speeds: by the name of the network.
         jobs: trainings at the same time.
@@ -133,6 +135,7 @@ class Plan:
     teachers: list[tuple[Network, str]]
     student: Network
     common: list[str]
+    device: list[str]
     alone: list[str]
     distilled: list[str]
     speeds: dict[str, Speed]
@@ -248,7 +251,8 @@ def fit(plan: Plan, budget: float, seeds: int | None) -> Scale:
         least = min(least, sum(plan.seconds().values()))
         if least <= budget:
             return scale
+    minutes, enough = math.ceil(least / 60), math.ceil(1.2 * least / 60)
     raise UserError(
-        f"--budget: the shortest plan takes about {least / 60:.0f} minutes on this machine; pass "
-        f"--budget {least / 60 + 1:.0f}m, smaller networks, or a smaller --input_size"
+        f"--budget: the shortest plan takes about {minutes} min on this machine; pass --budget "
+        f"{enough}m, smaller networks, or a smaller --input_size"
     )

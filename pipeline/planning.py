@@ -10,7 +10,7 @@ from pathlib import Path
 from arguments.defaults import usable_cores
 from arguments.derived import SMALL
 from arguments.flags import OF_TEACHER
-from arguments.parsing import command_words, without
+from arguments.parsing import command_words, given_flags, without
 from models.checkpoint import local_file
 from pipeline import rules
 from pipeline.commands import Commands
@@ -34,7 +34,8 @@ def make_plan(
     What was measured and chosen is kept in plan.json, so that the same command goes on with it.
     """
     default_teacher, default_student = rules.default_networks(images.side)
-    is_slow = default_device() == "cpu"
+    device = given_flags(more).get("device")
+    is_slow = (device or default_device()) == "cpu"
 
     def size(has_weights: bool) -> int:
         return args.input_size or rules.input_size(images.side, has_weights, is_slow)
@@ -63,7 +64,8 @@ def make_plan(
     distilled, alone = [*loss, *recipe], without(recipe, OF_TEACHER)
     teachers = [(network, kind) for network in networks for kind in network.kinds]
     everything = Scale(1, 4, len(teachers))
-    plan = Plan(images, teachers, student, common, alone, distilled, {}, everything, jobs)
+    on = ["--device", device] if device else []
+    plan = Plan(images, teachers, student, common, on, alone, distilled, {}, everything, jobs)
     identity = {
         "images": images.identity,
         "networks": [identity_of(network) for network in [student, *networks]],

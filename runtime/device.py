@@ -3,7 +3,8 @@
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -57,6 +58,23 @@ def choose_kernels(is_fast: bool) -> None:
     torch.backends.cudnn.benchmark = is_fast
     torch.backends.cudnn.deterministic = not is_fast
     torch.backends.cudnn.allow_tf32 = is_fast
+
+
+@contextmanager
+def untried_kernels() -> Iterator[None]:
+    """For passes that come once: cuDNN does not try its kernels, which takes seconds."""
+    is_tried = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = is_tried
+
+
+def may_choose_kernels(device: torch.device) -> bool:
+    """Whether cuDNN computes there, and any of its kernels may be taken, see `choose_kernels`."""
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None  # else ROCm
+    return is_nvidia and not torch.backends.cudnn.deterministic
 
 
 def has_streams(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from helpers import CONFIG, write_checkpoint
 from PIL import Image
 
 import distill
+from arguments.defaults import usable_cores
 from pipeline import commands, images, planning, rules
 from pipeline.images import look
 from pipeline.plan import Network, Plan, Scale, Speed, fit
@@ -102,14 +103,20 @@ class Brightness(torch.nn.Module):
 def test_a_recipe_with_an_ema_hands_over_and_calibrates_the_weights_that_are_exported(
     started, tmp_path, monkeypatch
 ):
-    """Here the EMA, by the accuracies in the checkpoint; it is five times as sure."""
+    """Here the EMA, by the accuracies in the checkpoint; it is five times as sure.
+
+    Beside a GPU: --device cpu decides about the plan, and reaches the evaluation.
+    """
     monkeypatch.setattr(planning, "measure", lambda *args: Speed(1, 1e-3))
+    monkeypatch.setattr(planning, "default_device", lambda: "cuda")
     folder, out = write_images(tmp_path / "images", 60), tmp_path / "out"
     (tmp_path / "ema.args").write_text("--model_ema true\n--model_ema_eval true\n")
     argv = [str(folder), "--out", str(out), "--recipe", str(tmp_path / "ema.args")]
     args = distill.get_parser().parse_args([*argv, "--student", "test_distill:Brightness"])
     args.input_size = 8
-    plan, _ = planning.make_plan(args, look(str(folder), "", "", "", out / "images"), [], 3600)
+    found, device = look(str(folder), "", "", "", out / "images"), ["--device", "cpu"]
+    plan, _ = planning.make_plan(args, found, device, 3600)
+    assert plan.jobs == min(planning.MOST_JOBS, usable_cores())
     for teacher in (None, plan.teachers[0][0]):
         assert "--model_ema true" in " ".join(plan.student_flags(teacher, "teacher.pth"))
 
@@ -124,6 +131,7 @@ def test_a_recipe_with_an_ema_hands_over_and_calibrates_the_weights_that_are_exp
     torch.save(torch.load(file, weights_only=True) | weights, file)
     runs = commands.Commands(out, {"export and report": 0.0})
     temperature = distill.calibrate(plan, runs, student)
+    assert " ".join(device) in " ".join(runs.finished["calibrate"])
     kept = json.loads(file.with_name(f"{file.name}.calibration.json").read_text())
     (of_raw,) = (value for name, value in kept.items() if name.startswith("raw"))
     assert temperature == pytest.approx(5 * of_raw) and of_raw != 1
@@ -161,7 +169,7 @@ def plan_of(labeled: int, unlabeled: int, folds: int = 5) -> Plan:
     teacher = Network("cifar_resnet20", (), "", "", 32, 272_474)
     speeds = {"cifar_resnet8": Speed(5, 1e-3), "cifar_resnet20": Speed(5, 2e-3)}
     scale = Scale(1, 4, 1)
-    return Plan(some, [(teacher, "scratch")], student, [], [], [], speeds, scale, jobs=1)
+    return Plan(some, [(teacher, "scratch")], student, [], [], [], [], speeds, scale, jobs=1)
 
 
 def value_of(flags: list[str], flag: str) -> int:

@@ -19,7 +19,7 @@ import models
 from arguments.parsing import parse_args
 from data.readers import digits
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
-from models.fusion import fuse_layers
+from models.fusion import ConvReLU, fuse_layers
 from teacher.prepare import is_near_chance
 from utils import UserError
 
@@ -157,6 +157,17 @@ def test_fused_layers_change_no_answer(arch):
     assert not any(parameter.requires_grad for parameter in fused.parameters())
     assert_near(fused, model, IMAGES.double(), 1e-9)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "arch, joined", [("resnet18", 9), ("resnet50", 33), ("regnety_002", 27), ("efficientnet_b0", 0)]
+)
+def test_a_convolution_and_its_relu_become_one_layer(arch, joined):
+    """Not where a shortcut is added between them, and not before another activation."""
+    model = with_statistics(network(arch).double())
+    fused = fuse_layers(model, 64, with_biases=True)
+    assert sum(isinstance(module, ConvReLU) for module in fused.modules()) == joined
+    assert_near(fused, model, torch.cat([IMAGES, IMAGES], 3).repeat(1, 1, 2, 1).double(), 1e-9)
 
 
 def assert_near(fused, model, images, tolerance: float) -> None:
