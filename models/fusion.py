@@ -98,10 +98,15 @@ class ConvReLU(nn.Module):
         super().__init__()
         self.conv = conv
 
+    @staticmethod
+    def is_one_call(x: torch.Tensor) -> bool:
+        """Whether cuDNN computes it; the compiler fuses by itself."""
+        return x.is_cuda and not torch.compiler.is_compiling()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w), in autocast's dtype if it is on, else in that of x"""
         conv: Any = self.conv
-        if not x.is_cuda or torch.compiler.is_compiling():  # the compiler fuses by itself
+        if not self.is_one_call(x):
             return F.relu(conv(x))
         is_cast = torch.is_autocast_enabled("cuda")  # which does not know cuDNN's call
         dtype = torch.get_autocast_dtype("cuda") if is_cast else x.dtype

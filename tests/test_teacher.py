@@ -19,6 +19,7 @@ import models
 from arguments.parsing import parse_args
 from data.readers import digits
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
+from models import cost
 from models.fusion import ConvReLU, fuse_layers
 from teacher.prepare import is_near_chance
 from utils import UserError
@@ -168,6 +169,22 @@ def test_a_convolution_and_its_relu_become_one_layer(arch, joined):
     fused = fuse_layers(model, 64, with_biases=True)
     assert sum(isinstance(module, ConvReLU) for module in fused.modules()) == joined
     assert_near(fused, model, torch.cat([IMAGES, IMAGES], 3).repeat(1, 1, 2, 1).double(), 1e-9)
+
+
+def test_cudnn_gets_what_a_convolution_gets_and_its_products_are_counted(monkeypatch):
+    """Its call exists on CUDA alone, so here the CPU gets one that does the same."""
+
+    def conv_relu(x, weight, bias, *place):
+        return torch.relu(torch.nn.functional.conv2d(x, weight, bias, *place))
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("cudnn_convolution_relu", conv_relu, "CPU")
+    monkeypatch.setattr(ConvReLU, "is_one_call", lambda self, x: True)
+    model = with_statistics(network("resnet50"))
+    fused = fuse_layers(model, 32, with_biases=True)
+    assert_near(fused, model, IMAGES, 1e-3)
+    counts = [cost.cost_of(either, 32, 0).multiply_adds for either in (fused, model)]
+    assert counts[0] == counts[1]
 
 
 def assert_near(fused, model, images, tolerance: float) -> None:
