@@ -83,11 +83,12 @@ from training.optimizer import (
 )
 from training.settings import LoopSettings, loop_settings
 from training.student import ModelEma, explain_batch_norm, make_ema, make_student
-from utils import UserError, flags_for
+from utils import UserError, flags_for, freeze_imports
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    freeze_imports()
     code = 1
     try:
         run(argv)

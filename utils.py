@@ -1,5 +1,7 @@
 """Errors and small files, for every other module; imports neither torch nor timm."""
 
+import functools
+import gc
 import json
 import os
 import shutil
@@ -61,6 +63,7 @@ def exit_code(program: str, command: Callable[[], int | None], stopped: str = "s
     cannot be written, 130 after Ctrl-C, and 141 if the reader of a pipe (`| head`) has ended.
     """
     open_streams()
+    freeze_imports()
     try:
         code = command()
         print(end="", flush=True)  # here at the latest a full disk is noticed
@@ -79,6 +82,15 @@ def exit_code(program: str, command: Callable[[], int | None], stopped: str = "s
             return 141  # 128 + SIGPIPE
         print(f"{program}: error: cannot write the output ({error.strerror})", file=sys.stderr)
         return 2
+
+
+@functools.cache  # once per process
+def freeze_imports() -> None:
+    """Exempt what was imported from garbage collection.
+
+    Else Python walks through torch and timm again as the process ends, for more than a second.
+    """
+    gc.freeze()
 
 
 def let_threads_sleep() -> None:
