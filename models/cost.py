@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from runtime.device import synchronize
 
-CONV_RELU = torch.ops.aten.cudnn_convolution_relu  # see models.fusion.ConvReLU
 LARGE_BATCH = 32  # images
 ROUNDS = 5  # of measurements, whose medians give a range
 MOST = 4.0  # ms of a round that repetitions may take
@@ -44,7 +43,8 @@ def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
     single = single.to(memory_format=torch.channels_last)
     # Attention is counted only if it is computed step by step.
     plain_attention = sdpa_kernel(SDPBackend.MATH)
-    counter = FlopCounterMode(display=False, custom_mapping={CONV_RELU: _of_conv_relu})
+    calls = torch.ops.aten.cudnn_convolution_relu, torch.ops.mkldnn._convolution_pointwise
+    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(calls, _of_convolution))
     with torch.inference_mode(), plain_attention, counter:
         network.forward(single)  # what is compiled or hooked does not count
     first = _milliseconds(network, single, repeats=1)
@@ -67,8 +67,8 @@ def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
     )
 
 
-def _of_conv_relu(x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
-    """Operations of a convolution, from the shapes of its input, weight and output."""
+def _of_convolution(x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
+    """Operations of the convolutions of models.fusion, from the shapes of input, weight, output."""
     return conv_flop_count(x, weight, out_shape)
 
 

@@ -1,7 +1,7 @@
 """Layers of a network that is not trained, fused into fewer layers with the same output."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,10 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from runtime.device import untried_kernels
+from runtime.device import may_choose_kernels, untried_kernels
 
 
-def fuse_layers(network: nn.Module, size: int, *, with_biases: bool = False) -> nn.Module:
+def fuse_layers(network: nn.Module, size: int, *, for_device: bool = False) -> nn.Module:
     """Fuse BatchNorms into the convolutions before them, and parallel branches into one layer.
 
     Parallel branches become one convolution if timm knows how (RepVGG, Ding et al. 2021; FastViT
@@ -20,12 +20,10 @@ def fuse_layers(network: nn.Module, size: int, *, with_biases: bool = False) -> 
     into the weights and bias of the convolution before it (Jacob et al. 2018, section 3.2). The
     result is compared with the original.
 
-    cuDNN adds the bias of a convolution in a pass of its own, which takes longer than the BatchNorm
-    that the bias came from (docs/benchmarks.md). ConvReLU and PointwiseConv need no such pass.
-
     Args:
         network: in eval mode, for images (B, 3, size, size).
-        with_biases: whether to put these two in place of the convolutions that they can stand for.
+        for_device: whether to also put layers in place of convolutions that compute the same in
+            less time on the network's device.
     Returns: a fused copy; the network itself if there is nothing to fuse, or if fusing would
         change its output, as when the output of a convolution is also used elsewhere.
     """
@@ -41,8 +39,10 @@ def fuse_layers(network: nn.Module, size: int, *, with_biases: bool = False) -> 
             fused.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
             # timm's BatchNormAct2d is a BatchNorm together with its activation.
             fused.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
-        if with_biases:
+        if for_device and may_choose_kernels(image.device):
             join_biases(fused, image)
+        elif for_device and image.is_cpu and torch.backends.mkldnn.is_available():
+            pack_weights(fused)
         expected = network(image)
         difference = (fused(image) - expected).abs().max()
     is_same = difference <= 0.01 * expected.abs().max()  # TF32 rounds to a thousandth
@@ -50,17 +50,33 @@ def fuse_layers(network: nn.Module, size: int, *, with_biases: bool = False) -> 
 
 
 def join_biases(network: nn.Module, image: torch.Tensor) -> None:
-    """Replace convolutions whose bias would take a pass of its own, see `fuse_layers`."""
+    """Replace convolutions whose bias would take a pass of its own, for a network on CUDA.
+
+    Such a pass takes longer than the BatchNorm that the bias came from (docs/benchmarks.md).
+    """
     names = {module: name for name, module in network.named_modules()}
     relus = dict(find_pairs(network, image, nn.Conv2d, nn.ReLU))
     for conv, name in names.items():
-        if type(conv) is not nn.Conv2d or conv.bias is None or conv.groups > 1:
+        if not is_plain(conv) or conv.bias is None or conv.groups > 1:
             continue
-        if conv in relus and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        if conv in relus:
             network.set_submodule(name, ConvReLU(conv))
             network.set_submodule(names[relus[conv]], nn.Identity())
         elif conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0):
             network.set_submodule(name, PointwiseConv(conv))
+
+
+def pack_weights(network: nn.Module) -> None:
+    """Replace convolutions whose weights would be rearranged in each pass, on a CPU with oneDNN."""
+    for name, conv in list(network.named_modules()):
+        if is_plain(conv):
+            network.set_submodule(name, PackedConv(conv))
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a layer is a convolution that pads with zeros, by numbers of pixels."""
+    is_conv = type(layer) is nn.Conv2d
+    return is_conv and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def find_pairs(
@@ -130,3 +146,31 @@ class PointwiseConv(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, H, W)"""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PackedConv(nn.Module):
+    """A convolution whose weights lie in memory as oneDNN reads them.
+
+    Otherwise torch rearranges them in each pass. The output is the same, bit for bit, except for
+    batches of a few images for which torch does not use oneDNN. Single images are left to torch:
+    weights that are arranged for one image suit a batch less well.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.packed: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, D, h, w)"""
+        conv: Any = self.conv
+        is_float = x.is_cpu and x.dtype == conv.weight.dtype == torch.float32
+        is_other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        if not is_float or is_other or len(x) == 1:
+            return conv(x)
+        place = conv.padding, conv.stride, conv.dilation, conv.groups
+        if self.packed is None:
+            pack = torch.ops.mkldnn._reorder_convolution_weight
+            self.packed = pack(conv.weight, *place, x.shape)
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return convolve(x, self.packed, conv.bias, *place, "none", [], "")

@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ import models
 from arguments.parsing import parse_args
 from data.readers import digits
 from distillation import TeacherAdapter, TeacherEnsemble, load_teacher
-from models import cost
-from models.fusion import ConvReLU, fuse_layers
+from models import cost, fusion
+from models.fusion import fuse_layers
 from teacher.prepare import is_near_chance
 from utils import UserError
 
@@ -160,30 +161,50 @@ def test_fused_layers_change_no_answer(arch):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "arch, joined", [("resnet18", 9), ("resnet50", 33), ("regnety_002", 27), ("efficientnet_b0", 0)]
-)
-def test_a_convolution_and_its_relu_become_one_layer(arch, joined):
-    """Not where a shortcut is added between them, and not before another activation."""
-    model = with_statistics(network(arch).double())
-    fused = fuse_layers(model, 64, with_biases=True)
-    assert sum(isinstance(module, ConvReLU) for module in fused.modules()) == joined
-    assert_near(fused, model, torch.cat([IMAGES, IMAGES], 3).repeat(1, 1, 2, 1).double(), 1e-9)
-
-
-def test_cudnn_gets_what_a_convolution_gets_and_its_products_are_counted(monkeypatch):
-    """Its call exists on CUDA alone, so here the CPU gets one that does the same."""
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """The CPU does what CUDA would: cuDNN's call, which CUDA alone has, is made of two."""
 
     def conv_relu(x, weight, bias, *place):
         return torch.relu(torch.nn.functional.conv2d(x, weight, bias, *place))
 
     library = torch.library.Library("aten", "IMPL")
     library.impl("cudnn_convolution_relu", conv_relu, "CPU")
-    monkeypatch.setattr(ConvReLU, "is_one_call", lambda self, x: True)
-    model = with_statistics(network("resnet50"))
-    fused = fuse_layers(model, 32, with_biases=True)
-    assert_near(fused, model, IMAGES, 1e-3)
-    counts = [cost.cost_of(either, 32, 0).multiply_adds for either in (fused, model)]
+    monkeypatch.setattr(fusion, "may_choose_kernels", lambda device: True)
+    monkeypatch.setattr(fusion.ConvReLU, "is_one_call", lambda self, x: True)
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize(
+    "arch, relus, products",
+    [("resnet18", 9, 0), ("resnet50", 33, 17), ("regnety_002", 27, 26), ("efficientnet_b0", 0, 64)],
+)
+def test_no_bias_takes_a_pass_of_its_own_on_cuda(as_on_cuda, arch, relus, products):
+    """A ReLU is joined unless a shortcut is added before it; products are counted as before."""
+    model = with_statistics(network(arch))
+    fused = fuse_layers(model, 64, for_device=True)
+    kinds = Counter(type(module) for module in fused.modules())
+    assert (kinds[fusion.ConvReLU], kinds[fusion.PointwiseConv]) == (relus, products)
+    assert_near(fused, model, torch.rand(2, 3, 64, 64), 1e-3)
+    counts = [cost.cost_of(either, 64, 0).multiply_adds for either in (fused, model)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+@pytest.mark.parametrize("arch", ["resnet18", "efficientnet_b0", "regnety_002"])
+def test_weights_that_are_rearranged_once_give_the_same_bits(arch):
+    model = with_statistics(network(arch)).to(memory_format=torch.channels_last)
+    merged, packed = (fuse_layers(model, 32, for_device=how) for how in (False, True))
+    assert any(isinstance(module, fusion.PackedConv) for module in packed.modules())
+    images = torch.randn(64, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for count in (64, 16, 1):
+            assert torch.equal(packed(images[:count]), merged(images[:count]))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(packed(images), merged(images))
+    assert_near(packed.double(), merged.double(), images.double(), 1e-9)
+    counts = [cost.cost_of(either.float(), 32, 0).multiply_adds for either in (packed, model)]
     assert counts[0] == counts[1]
 
 
