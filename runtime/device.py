@@ -72,9 +72,9 @@ def untried_kernels() -> Iterator[None]:
 
 
 def may_choose_kernels(device: torch.device) -> bool:
-    """Whether cuDNN computes there, and any of its kernels may be taken, see `choose_kernels`."""
+    """Whether cuDNN computes there, and may use TF32 and any of its kernels (`choose_kernels`)."""
     is_nvidia = device.type == "cuda" and torch.version.cuda is not None  # else ROCm
-    return is_nvidia and not torch.backends.cudnn.deterministic
+    return is_nvidia and torch.get_float32_matmul_precision() != "highest"
 
 
 def has_streams(device: torch.device) -> bool:
