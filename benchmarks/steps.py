@@ -92,11 +92,10 @@ class MemoryLoader:
         generator = torch.Generator(device).manual_seed(0)
         size, shape = pair.batch_size, (pair.batch_size, 3, pair.pixels, pair.pixels)
         count = min(steps, 4)
-        random = {"generator": generator, "device": device}
+        random: dict[str, Any] = {"generator": generator, "device": device}
         images = [torch.randn(shape, **random) for _ in range(count)]
-        targets = torch.rand((steps, size, pair.classes), **random).softmax(
-            dim=2
-        )  # soft, as after mixup
+        labels = torch.rand((steps, size, pair.classes), **random)
+        targets = labels.softmax(dim=2)  # soft, as after mixup
         self.batches = [
             Batch(
                 images=images[step % count].to(memory_format=layout),

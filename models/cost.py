@@ -43,8 +43,8 @@ def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
     single = single.to(memory_format=torch.channels_last)
     # Attention is counted only if it is computed step by step.
     plain_attention = sdpa_kernel(SDPBackend.MATH)
-    calls = torch.ops.aten.cudnn_convolution_relu, torch.ops.mkldnn._convolution_pointwise
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(calls, _of_convolution))
+    unknown = {torch.ops.aten.cudnn_convolution_relu: _of_conv_relu}
+    counter = FlopCounterMode(display=False, custom_mapping=unknown)
     with torch.inference_mode(), plain_attention, counter:
         network.forward(single)  # what is compiled or hooked does not count
     first = _milliseconds(network, single, repeats=1)
@@ -67,8 +67,8 @@ def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
     )
 
 
-def _of_convolution(x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
-    """Operations of the convolutions of models.fusion, from the shapes of input, weight, output."""
+def _of_conv_relu(x: Any, weight: Any, *rest: Any, out_shape: Any, **_: Any) -> int:
+    """Operations of models.fusion.ConvReLU, from the shapes of its input, weight and output."""
     return conv_flop_count(x, weight, out_shape)
 
 
