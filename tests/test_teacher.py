@@ -178,21 +178,21 @@ def as_on_cuda(monkeypatch):
 
 @pytest.mark.parametrize(
     "arch, relus, products",
-    [("resnet18", 9, 0), ("resnet50", 33, 17), ("regnety_002", 27, 26), ("efficientnet_b0", 0, 64)],
+    [("resnet18", 9, 0), ("resnet26", 17, 9), ("efficientnet_b0", 0, 64)],
 )
 def test_no_bias_takes_a_pass_of_its_own_on_cuda(as_on_cuda, arch, relus, products):
     """A ReLU is joined unless a shortcut is added before it; products are counted as before."""
     model = with_statistics(network(arch))
-    fused = fuse_layers(model, 64, for_device=True)
+    fused = fuse_layers(model, 32, for_device=True)
     kinds = Counter(type(module) for module in fused.modules())
     assert (kinds[fusion.ConvReLU], kinds[fusion.PointwiseConv]) == (relus, products)
-    assert_near(fused, model, torch.rand(2, 3, 64, 64), 1e-3)
-    counts = [cost.cost_of(either, 64, 0).multiply_adds for either in (fused, model)]
+    assert_near(fused, model, IMAGES, 1e-3)
+    counts = [cost.cost_of(either, 32, 0).multiply_adds for either in (fused, model)]
     assert counts[0] == counts[1]
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-@pytest.mark.parametrize("arch", ["resnet18", "efficientnet_b0", "regnety_002"])
+@pytest.mark.parametrize("arch", ["resnet18", "regnety_002"])
 def test_weights_that_are_rearranged_once_give_the_same_bits(arch):
     model = with_statistics(network(arch)).to(memory_format=torch.channels_last)
     merged, packed = (fuse_layers(model, 32, for_device=how) for how in (False, True))
