@@ -128,7 +128,7 @@ def test_a_killed_process_ends_the_other_within_seconds_and_both_start_again(pai
         os.kill(second, signal.SIGKILL)
         began = time.monotonic()
         while first in children_of(launcher):
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 30
             time.sleep(0.01)
         assert group.wait() == [0], group.err
         assert group.out.count("Resumed from") == 1
