@@ -160,6 +160,15 @@ class PackedConv(nn.Module):
         super().__init__()
         self.conv = conv
         self.packed: torch.Tensor | None = None
+        self.version = 0  # of the weights when they were packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: torch can do neither with weights in oneDNN's order."""
+        return self.__dict__ | {"packed": None}
+
+    def _apply(self, *args: Any, **keywords: Any) -> "PackedConv":
+        self.packed = None  # to(), half() and the like change the weights
+        return super()._apply(*args, **keywords)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)"""
@@ -169,8 +178,9 @@ class PackedConv(nn.Module):
         if not is_float or is_other or len(x) == 1:
             return conv(x)
         place = conv.padding, conv.stride, conv.dilation, conv.groups
-        if self.packed is None:
+        version = 0 if conv.weight.is_inference() else conv.weight._version
+        if self.packed is None or self.version != version:  # new, or changed in place
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            self.packed = pack(conv.weight, *place, x.shape)
+            self.packed, self.version = pack(conv.weight, *place, x.shape), version
         convolve = torch.ops.mkldnn._convolution_pointwise
         return convolve(x, self.packed, conv.bias, *place, "none", [], "")

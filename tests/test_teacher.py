@@ -1,6 +1,7 @@
 """Any teacher, seen right: every kind of file, its input, its classes, its score."""
 
 import argparse
+import copy
 import math
 import re
 import shutil
@@ -203,6 +204,11 @@ def test_weights_that_are_rearranged_once_give_the_same_bits(arch):
             assert torch.equal(packed(images[:count]), merged(images[:count]))
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(packed(images), merged(images))
+        for either in (packed, merged):
+            either.bfloat16().float()  # rounds the weights
+            next(either.parameters()).mul_(2)
+        for other in (packed, copy.deepcopy(packed)):
+            assert torch.equal(other(images), merged(images))
     assert_near(packed.double(), merged.double(), images.double(), 1e-9)
     counts = [cost.cost_of(either.float(), 32, 0).multiply_adds for either in (packed, model)]
     assert counts[0] == counts[1]
