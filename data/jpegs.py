@@ -1,15 +1,20 @@
-"""What the header of a plain JPEG says; JPEGs with anything unusual are left to Pillow."""
+"""What the header of a JPEG says; JPEGs with anything unusual are left to Pillow."""
 
+import re
 import struct
+from collections.abc import Iterator
 
 from PIL import ExifTags, Image
 
-BEGIN = b"\xff\xd8"
-FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
+BEGIN, END = b"\xff\xd8", b"\xff\xd9"
+SEQUENTIAL = {0xC0, 0xC1}  # baseline, extended
+FRAMES = SEQUENTIAL | {0xC2}  # progressive
 SCAN = 0xDA
 SAMPLING = {b"\x11\x11\x11", b"\x21\x11\x11", b"\x22\x11\x11"}  # 4:4:4, 4:2:2, 4:2:0
 OTHERS = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, comments, what programs add
 EXIF = b"Exif\0\0"
+# Two bytes that code no pixels: neither a stuffed 0xFF nor a mark from which decoding can restart.
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def size_of_plain_jpeg(content: bytes) -> tuple[int, int] | None:
@@ -21,12 +26,8 @@ def size_of_plain_jpeg(content: bytes) -> tuple[int, int] | None:
         content: a file that begins with BEGIN.
     Returns: None if anything in the header is unusual.
     """
-    size, place = None, len(BEGIN)
-    while place + 4 <= len(content):
-        mark, marker, length = struct.unpack_from(">BBH", content, place)
-        segment = content[place + 4 : place + 2 + length]
-        if mark != 0xFF or length < 2:
-            return None
+    size = None
+    for marker, _, segment in _segments(content):
         if marker == SCAN:
             return size
         if marker in FRAMES:
@@ -41,8 +42,51 @@ def size_of_plain_jpeg(content: bytes) -> tuple[int, int] | None:
             size = width, height
         elif marker not in OTHERS or not _is_harmless(segment):
             return None
-        place += 2 + length
     return None
+
+
+def first_rows(content: bytes, rows: int) -> bytes:
+    """The JPEG with a smaller height in its header, so that decoders stop below these rows.
+
+    Their pixels are the same as in the whole picture. A decoder takes what follows for bytes that
+    it skips, which libjpeg warns of.
+
+    Returns: the content itself if its rows do not follow each other (progressive JPEGs), if its
+        end is missing, of which not every decoder would tell, or if nothing is to be left out.
+    """
+    for marker, place, segment in _segments(content):
+        if marker in SEQUENTIAL:
+            (height,) = struct.unpack_from(">H", segment, 1)
+            block = 8 * max(sampling & 15 for sampling in segment[7::3])  # rows stored together
+            kept = block * (rows // block + 1)  # the row below is weighed into the last one
+            if kept < height and content.rfind(END, place) != -1:
+                return content[: place + 1] + struct.pack(">H", kept) + content[place + 3 :]
+    return content
+
+
+def is_one_whole_scan(content: bytes) -> bool:
+    """Whether the end follows the coded pixels of the first scan, with no damaged marker before.
+
+    A decoder that stops at the first rows may not look.
+    """
+    for marker, place, _ in _segments(content):
+        if marker == SCAN:
+            found = MARKER.search(content, place)
+            return found is not None and found.group() == END
+    return False
+
+
+def _segments(content: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(marker, where the segment begins, segment), up to the first scan or anything unusual."""
+    place = len(BEGIN)
+    while place + 4 <= len(content):
+        mark, marker, length = struct.unpack_from(">BBH", content, place)
+        if mark != 0xFF or length < 2:
+            return
+        yield marker, place + 4, content[place + 4 : place + 2 + length]
+        if marker == SCAN:
+            return
+        place += 2 + length
 
 
 def _is_harmless(segment: bytes) -> bool:

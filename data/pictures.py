@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, ImageOps
 from torchvision.io import decode_jpeg
 
-from data.jpegs import BEGIN, size_of_plain_jpeg
+from data.jpegs import BEGIN, first_rows, is_one_whole_scan, size_of_plain_jpeg
 from utils import UserError, first_line
 
 try:
@@ -34,56 +34,80 @@ def unreadable(name: object, error: Exception) -> UserError:
     return UserError(f"{CANNOT_READ}{name} ({reason}){REMEDY}")
 
 
-class LargeJpeg:
-    """A JPEG of at least LARGE pixels of which only the header was read.
+class Jpeg:
+    """A JPEG of which only the header was read.
 
-    np.asarray decodes the whole photograph, as `decode` does. Both ways of decoding read the whole
-    file, so that both find one that is truncated.
+    np.asarray decodes the whole picture, as `decode` does. Every way of decoding reads the whole
+    file, so that all of them find one that is truncated.
 
     Args:
         content: the whole file.
         size: (width, height) as the file's header has them.
-        orientation: how the photograph is to be turned, 1 to 8, as in EXIF.
+        orientation: how the picture is to be turned, 1 to 8, as in EXIF.
+        is_plain: whether size_of_plain_jpeg found nothing unusual.
 
     Attributes:
-        shape: (H, W, 3) of the upright photograph.
+        shape: (H, W, 3) of the upright picture.
+        is_large: whether a part of it may be decoded at a smaller scale.
     """
 
     def __init__(
-        self, content: bytes, size: tuple[int, int], orientation: int, name: object
+        self,
+        content: bytes,
+        size: tuple[int, int],
+        name: object,
+        *,
+        orientation: int = 1,
+        is_plain: bool = False,
     ) -> None:
-        self.content, self.orientation, self.name = content, orientation, name
+        self.content, self.name = content, name
+        self.orientation, self.is_plain = orientation, is_plain
         width, height = size[::-1] if orientation in (5, 6, 7, 8) else size
         self.shape = height, width, 3
+        self.is_large = width * height >= LARGE
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         try:
-            if size_of_plain_jpeg(self.content):
+            if self.is_plain:
                 return _decode_plain_jpeg(self.content)
             with Image.open(io.BytesIO(self.content)) as image:
                 return np.array(_rgb(image))
         except Exception as error:
             raise unreadable(self.name, error) from error
 
+    def first_rows(self, rows: int) -> np.ndarray:
+        """(at least rows, W, 3) uint8: the upper part of the upright picture. Raises: UserError."""
+        # torchvision would print libjpeg's warning.
+        if simplejpeg is not None and self.is_plain and is_one_whole_scan(self.content):
+            with suppress(ValueError):
+                return simplejpeg.decode_jpeg(first_rows(self.content, rows), strict=False)
+        return np.asarray(self)
+
     def reduced(
-        self, scale: int, top: int, left: int, height: int, width: int
+        self, scale: int, box: tuple[int, int, int, int], reach: int
     ) -> tuple[Image.Image, tuple[float, float, float, float]]:
         """The upright photograph at 1/scale, and the place in it of a box of the full size.
 
         libjpeg computes only the low frequencies of each block of 8 x 8 pixels, for a third to a
-        half of the time of all frequencies.
+        half of the time of all frequencies. It stops below the box if that leaves the pixels as
+        they are.
 
         Args:
             scale: 2, 4 or 8.
-            top, left, height, width: the box, in pixels of the full size.
+            box: (top, left, height, width) in pixels of the full size.
+            reach: how many pixels around the box are needed too, where there are any.
         Returns: an RGB image, and (left, top, right, bottom) in fractions of its pixels, as
             Image.resize takes a box.
         Raises: UserError that names the file.
         """
+        top, left, height, width = box
+        # Of a tall picture, Pillow resizes the columns first, which would round other values.
+        is_cut = self.orientation == 1 and 2 * self.shape[0] <= 3 * self.shape[1]
         try:
-            with Image.open(io.BytesIO(self.content)) as image:
+            content = first_rows(self.content, top + height + reach) if is_cut else self.content
+            with Image.open(io.BytesIO(content)) as image:
                 stored = image.size
-                image.decodermaxblock = len(self.content)  # at once, not by 64 KiB
+                image.decodermaxblock = len(content)  # at once, not by 64 KiB
                 image.draft(None, (stored[0] // scale, stored[1] // scale))
                 if image.size != (-(-stored[0] // scale), -(-stored[1] // scale)):
                     raise ValueError(f"not decoded at 1/{scale} of its size")
@@ -98,7 +122,7 @@ class LargeJpeg:
         return picture, (x + left / scale, y + top / scale, right, bottom)
 
 
-Picture = np.ndarray | LargeJpeg
+Picture = np.ndarray | Jpeg
 
 
 def open_image(file: Any, name: object) -> Picture:
@@ -111,12 +135,11 @@ def open_image(file: Any, name: object) -> Picture:
             return np.array(_rgb(file))
         content = _jpeg(file)
         if content and (size := size_of_plain_jpeg(content)):
-            if size[0] * size[1] < LARGE:
-                return _decode_plain_jpeg(content)
-            return LargeJpeg(content, size, 1, name)
+            return Jpeg(content, size, name, is_plain=True)
         with Image.open(file) as image:  # reads only the header, and refuses absurd sizes
             if image.format in ("JPEG", "MPO") and image.width * image.height >= LARGE:
-                return LargeJpeg(_content(image), image.size, _orientation(image), name)
+                orientation = _orientation(image)
+                return Jpeg(_content(image), image.size, name, orientation=orientation)
             return np.array(_rgb(image))
     except Exception as error:  # the decoders raise a dozen types on damaged files
         raise unreadable(name, error) from error

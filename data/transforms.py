@@ -1,9 +1,10 @@
 """From an image to what a network sees: crops, colors, erasing, normalization, mixup, cutmix.
 
-An image is what the sources of datasets.py load: an array (H, W, 3) uint8, or a large JPEG that is
+An image is what the sources of datasets.py load: an array (H, W, 3) uint8, or a JPEG that is
 still to be decoded. It may also be a PIL image.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resiz
 
 from arguments.derived import SMALL
 from data.augment import as_pil, on_arrays
-from data.pictures import LargeJpeg, Picture
+from data.pictures import Jpeg, Picture
 from runtime.device import send
 
 # ------------------------------------------------------------- from an image to 8-bit pixels
@@ -37,8 +38,8 @@ class Sized:
         self.size, self.steps = size, Compose([as_pil, *steps])
 
     def __call__(self, image: Picture | Image.Image) -> np.ndarray:
-        if isinstance(image, np.ndarray) and image.shape[:2] == (self.size, self.size):
-            return image
+        if not isinstance(image, Image.Image) and image.shape[:2] == (self.size, self.size):
+            return np.asarray(image)
         return np.asarray(self.steps(image))
 
 
@@ -76,12 +77,15 @@ class FastResizedCrop(RandomResizedCropAndInterpolation):
         top, left, height, width = box = self.get_params(plane, self.scale, self.ratio)
         mode = self.interpolation
         mode = random.choice(mode) if isinstance(mode, (tuple, list)) else mode
-        if isinstance(image, LargeJpeg):
-            spare = min(height / self.size[0], width / self.size[1]) / 2
-            if scale := next((scale for scale in (8, 4, 2) if scale <= spare), None):
-                picture, place = image.reduced(scale, *box)
+        if isinstance(image, Jpeg):
+            ratios = height / self.size[0], width / self.size[1]
+            scales = [scale for scale in (8, 4, 2) if scale <= min(ratios) / 2]
+            if image.is_large and scales:
+                reach = math.ceil(4 * max(ratios))  # of the widest filter, and a pixel more
+                picture, place = image.reduced(scales[0], box, reach)
                 return picture.resize(self.size, Image.Resampling[mode.name], place)
-        crop = np.array(np.asarray(image)[top : top + height, left : left + width])
+            image = image.first_rows(top + height)
+        crop = np.array(image[top : top + height, left : left + width])
         # interpolate has a fast path for contiguous channels-last input; the output keeps that
         # layout.
         planes = torch.from_numpy(crop.transpose(2, 0, 1)[None])  # (1, 3, H, W)

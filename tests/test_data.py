@@ -593,6 +593,9 @@ def test_a_jpeg_shows_pillows_pixels(decoder, mode, options, tmp_path, monkeypat
     with Image.open(path) as image:
         expected = np.array(image.convert("RGB"))
     assert np.array_equal(pictures.decode(str(path), path), expected)
+    shown = pictures.open_image(str(path), path)
+    upper = shown.first_rows(70) if isinstance(shown, pictures.Jpeg) else shown
+    assert np.array_equal(upper[:70], expected[:70])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about a damaged EXIF
@@ -682,6 +685,74 @@ def test_a_large_photograph_is_cropped_where_its_full_decode_is(options, tmp_pat
                 next_draws.append(random.random())
             assert next_draws[0] == next_draws[1]
             assert 0 < np.abs(ours[0] - theirs[0]).mean() < 0.75
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(
+    "orientation, size",
+    [(1, (1701, 1203)), (3, (1701, 1203)), (6, (1701, 1203)), (1, (1203, 1803)), (1, (1001, 2001))],
+)
+def test_rows_below_a_crop_are_left_out_and_change_no_pixel(
+    orientation, size, interpolation, tmp_path, monkeypatch
+):
+    large_photograph(tmp_path / "p.jpg", size, **turned(orientation))
+    shown = pictures.open_image(str(tmp_path / "p.jpg"), "p.jpg")
+    left_out, first_rows = [], jpegs.first_rows
+
+    def crops() -> list[np.ndarray]:
+        random.seed(0)
+        scales = ((64, (0.4, 1.0)), (64, (0.2, 0.3)), (128, (0.2, 0.3)))
+        kinds = [
+            transforms.FastResizedCrop(*scale, interpolation=interpolation) for scale in scales
+        ]
+        return [np.asarray(kind(shown)) for kind in kinds for _ in range(4)]
+
+    def counted(content: bytes, rows: int) -> bytes:
+        kept = first_rows(content, rows)
+        left_out.append(kept is not content)
+        return kept
+
+    monkeypatch.setattr(pictures, "first_rows", counted)
+    found = crops()
+    is_possible = orientation == 1 and size[1] < 2000
+    assert is_possible == (4 < sum(left_out) < 12 == len(left_out))
+    monkeypatch.setattr(pictures, "first_rows", lambda content, rows: content)
+    assert all(map(np.array_equal, found, crops()))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": kind} for kind in ("4:4:4", "4:2:2", "4:2:0")]
+    + [{"restart_marker_blocks": 5}, {"optimize": True, "exif": Image.Exif().tobytes()}],
+    ids=str,
+)
+def test_the_first_rows_of_a_jpeg_are_those_of_the_whole(mode, options):
+    file = io.BytesIO()
+    photograph(0, (70, 101)).convert(mode).save(file, "JPEG", quality=90, **options)
+    content = file.getvalue()
+    whole = pixels_of_jpeg(content)
+    for rows in range(1, 102):
+        kept = pixels_of_jpeg(jpegs.first_rows(content, rows))
+        assert rows <= len(kept) <= rows + 16
+        assert np.array_equal(kept[:rows], whole[:rows])
+    assert jpegs.is_one_whole_scan(content)
+    damaged = bytearray(content)
+    damaged[-80:-78] = jpegs.END[:1] + b"\x15"
+    assert not jpegs.is_one_whole_scan(bytes(damaged))
+    assert not jpegs.is_one_whole_scan(content[:-2])
+    assert jpegs.first_rows(content[:-2], 1) == content[:-2]
+
+
+def pixels_of_jpeg(content: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image)
+
+
+def test_a_progressive_jpeg_is_left_whole():
+    file = io.BytesIO()
+    photograph(0).save(file, "JPEG", progressive=True)
+    assert jpegs.first_rows(file.getvalue(), 1) == file.getvalue()
 
 
 @pytest.mark.parametrize("size, shape", [(224, (1999, 1000)), (304, (2000, 1200)), (32, None)])
