@@ -160,7 +160,7 @@ class PackedConv(nn.Module):
         super().__init__()
         self.conv = conv
         self.packed: torch.Tensor | None = None
-        self.version = 0  # of the weights when they were packed
+        self.packed_from: tuple[int, int] | None = None  # the weights' place and version then
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: torch can do neither with weights in oneDNN's order."""
@@ -179,8 +179,9 @@ class PackedConv(nn.Module):
             return conv(x)
         place = conv.padding, conv.stride, conv.dilation, conv.groups
         version = 0 if conv.weight.is_inference() else conv.weight._version
-        if self.packed is None or self.version != version:  # new, or changed in place
+        weights = conv.weight.data_ptr(), version
+        if self.packed is None or self.packed_from != weights:  # new, changed or replaced
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            self.packed, self.version = pack(conv.weight, *place, x.shape), version
+            self.packed, self.packed_from = pack(conv.weight, *place, x.shape), weights
         convolve = torch.ops.mkldnn._convolution_pointwise
         return convolve(x, self.packed, conv.bias, *place, "none", [], "")

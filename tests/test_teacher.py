@@ -209,6 +209,10 @@ def test_weights_that_are_rearranged_once_give_the_same_bits(arch):
             next(either.parameters()).mul_(2)
         for other in (packed, copy.deepcopy(packed)):
             assert torch.equal(other(images), merged(images))
+        for either in (packed, merged):
+            first = next(either.parameters())
+            first.data = 2 * first.data  # as load_state_dict(assign=True) does
+        assert torch.equal(packed(images), merged(images))
     assert_near(packed.double(), merged.double(), images.double(), 1e-9)
     counts = [cost.cost_of(either.float(), 32, 0).multiply_adds for either in (packed, model)]
     assert counts[0] == counts[1]
