@@ -1,5 +1,6 @@
 """Train a small image classifier, alone or distilled from a large one: a run from top to bottom."""
 
+import gc
 import os
 import signal
 
@@ -14,6 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
     utils.open_streams()
     parse_args()
+    gc.disable()  # until main: imports leave nothing to collect, and looking takes half a second
 
 import argparse
 import copy

@@ -86,11 +86,12 @@ def exit_code(program: str, command: Callable[[], int | None], stopped: str = "s
 
 @functools.cache  # once per process
 def freeze_imports() -> None:
-    """Exempt what was imported from garbage collection.
+    """Exempt what was imported from garbage collection, which begins now if it was off.
 
     Else Python walks through torch and timm again as the process ends, for more than a second.
     """
     gc.freeze()
+    gc.enable()
 
 
 def let_threads_sleep() -> None:
