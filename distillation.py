@@ -21,7 +21,7 @@ from models.checkpoint import Checkpoint, read_checkpoint
 from models.classes import match_outputs, order_of_script, pretrained_classes
 from models.fusion import fuse_layers
 from models.weights import load_weights
-from runtime.device import fetch, has_streams, send
+from runtime.device import channels_last, fetch, has_streams, send
 from runtime.distributed import unwrap
 from utils import UserError, few
 
@@ -247,7 +247,7 @@ class TeacherAdapter(nn.Module):
         config = self.info.data_config
         self.parameters_before_fusing = sum(p.numel() for p in network.parameters())
         network = fuse_layers(network, config["input_size"], for_device=True)
-        network = network.to(dtype).to(memory_format=torch.channels_last)
+        network = channels_last(network.to(dtype))
         self.network = SelectClasses(network, self.info.class_index)
         self.convert = InputConversion(source, config).to(next(network.parameters()).device)
 

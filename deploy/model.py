@@ -20,7 +20,7 @@ from data.transforms import HostBatch, ToNetwork
 from models.calibration import Tempered, read_temperature
 from models.checkpoint import Checkpoint, read_checkpoint
 from models.weights import load_network
-from runtime.device import send
+from runtime.device import channels_last, send
 from utils import UserError, few, first_line
 
 CPU = torch.device("cpu")
@@ -169,8 +169,7 @@ def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCa
 
 def run_network(network: nn.Module, card: ModelCard, device: torch.device) -> Model:
     """A network in this process, run as an evaluation runs it."""
-    network = network.eval().to(device).to(memory_format=torch.channels_last)
-    return Model(card, network, device)
+    return Model(card, channels_last(network.eval().to(device)), device)
 
 
 def open_model(path: str, device: torch.device, use_ema: str = "auto") -> Model:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from runtime.device import may_choose_kernels, untried_kernels
 
@@ -32,30 +34,35 @@ def fuse_layers(network: nn.Module, size: int, *, for_device: bool = False) -> n
     # timm creates the fused layers in float32, on the CPU and trainable.
     weight = next(network.parameters())
     fused = reparameterize_model(network).to(weight).requires_grad_(False).eval()
-    image = torch.linspace(-2, 2, 3 * size**2).view(1, 3, size, size).to(weight)
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images[0] = torch.linspace(-2, 2, images[0].numel()).view_as(images[0])  # smooth, then noise
+    images = images.to(weight)
     with torch.no_grad(), untried_kernels():
         names = {module: name for name, module in fused.named_modules()}
-        for conv, norm in find_pairs(fused, image, nn.Conv2d, nn.BatchNorm2d):
+        for conv, norm in find_pairs(fused, images, nn.Conv2d, nn.BatchNorm2d):
+            # Not weights that are computed anew in each pass, nor statistics of the batch.
+            if "weight" not in conv._parameters or norm.running_mean is None:
+                continue
             fused.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
             # timm's BatchNormAct2d is a BatchNorm together with its activation.
             fused.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
-        if for_device and may_choose_kernels(image.device):
-            join_biases(fused, image)
-        elif for_device and image.is_cpu and torch.backends.mkldnn.is_available():
+        if for_device and may_choose_kernels(images.device):
+            join_biases(fused, images)
+        elif for_device and images.is_cpu and torch.backends.mkldnn.is_available():
             pack_weights(fused)
-        expected = network(image)
-        difference = (fused(image) - expected).abs().max()
+        expected = network(images)
+        difference = (fused(images) - expected).abs().max()
     is_same = difference <= 0.01 * expected.abs().max()  # TF32 rounds to a thousandth
     return fused if is_same else network
 
 
-def join_biases(network: nn.Module, image: torch.Tensor) -> None:
+def join_biases(network: nn.Module, images: torch.Tensor) -> None:
     """Replace convolutions whose bias would take a pass of its own, for a network on CUDA.
 
     Such a pass takes longer than the BatchNorm that the bias came from (docs/benchmarks.md).
     """
     names = {module: name for name, module in network.named_modules()}
-    relus = dict(find_pairs(network, image, nn.Conv2d, nn.ReLU))
+    relus = dict(find_pairs(network, images, nn.Conv2d, nn.ReLU))
     for conv, name in names.items():
         if not is_plain(conv) or conv.bias is None or conv.groups > 1:
             continue
@@ -80,39 +87,59 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def find_pairs(
-    network: nn.Module, image: torch.Tensor, first: type[nn.Module], second: type[nn.Module]
+    network: nn.Module, images: torch.Tensor, first: type[nn.Module], second: type[nn.Module]
 ) -> list[tuple[Any, Any]]:
-    """The layers of one type whose output goes straight into a layer of a second type.
+    """The layers of one type whose output goes straight into a layer of a second type, and there
+    alone.
 
-    One forward pass shows them: each first layer marks its output, and each second layer looks for
-    the mark on its input. Unlike torch.fx this traces nothing, so it works for every timm network.
+    One forward pass shows them: each first layer marks its output, each second layer looks for the
+    mark on its input, and what reads a marked tensor is counted. Unlike torch.fx this traces
+    nothing, so it works for every timm network.
     """
-    pairs, runs = [], Counter[nn.Module]()
+    pairs, runs, readings = [], Counter[nn.Module](), Counter[nn.Module]()
 
     def mark(layer: nn.Module, inputs: Any, output: Any) -> None:
         output.made_by = layer, output._version
 
+    def maker_of(value: Any) -> Any:
+        maker, version = getattr(value, "made_by", (None, None))
+        return maker if maker and version == value._version else None  # else changed in place
+
     def pair(layer: nn.Module, inputs: Any) -> None:
         runs[layer] += 1
-        maker, version = getattr(inputs[0], "made_by", (None, None))
-        if maker is not None and version == inputs[0]._version:  # nothing was added in place
+        if maker := maker_of(inputs[0]):
             pairs.append((maker, layer))
+
+    class Reading(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            makers = [maker for maker in map(maker_of, tree_leaves((args, kwargs))) if maker]
+            result = function(*args, **(kwargs or {}))
+            if any(isinstance(value, torch.Tensor) for value in tree_leaves(result)):  # not a shape
+                readings.update(makers)
+            return result
 
     modules = list(network.modules())
     hooks = [m.register_forward_hook(mark) for m in modules if isinstance(m, first)]
     hooks += [m.register_forward_pre_hook(pair) for m in modules if isinstance(m, second)]
-    network(image)
+    with Reading():
+        network(images)
     for hook in hooks:
         hook.remove()
-    return [(maker, layer) for maker, layer in pairs if runs[layer] == 1]
+    return [(maker, layer) for maker, layer in pairs if runs[layer] == readings[maker] == 1]
 
 
-class ConvReLU(nn.Module):
-    """A convolution with a bias and the ReLU after it; on CUDA one call of cuDNN."""
+class ReplacedConv(nn.Conv2d):
+    """Takes the place of a convolution, with its weights and its names."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
+        nn.Module.__init__(self)
+        self.__dict__.update(conv.__dict__)
+
+
+class ConvReLU(ReplacedConv):
+    """A convolution with a bias and the ReLU after it; on CUDA one call of cuDNN."""
 
     @staticmethod
     def is_one_call(x: torch.Tensor) -> bool:
@@ -121,13 +148,13 @@ class ConvReLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w), in autocast's dtype if it is on, else in that of x"""
-        conv: Any = self.conv
         if not self.is_one_call(x):
-            return F.relu(conv(x))
+            return F.relu(super().forward(x))
+        assert self.bias is not None
         is_cast = torch.is_autocast_enabled("cuda")  # which does not know cuDNN's call
         dtype = torch.get_autocast_dtype("cuda") if is_cast else x.dtype
-        x, weight, bias = x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype)
-        place = conv.stride, conv.padding, conv.dilation, conv.groups
+        x, weight, bias = x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+        place: Any = self.stride, self.padding, self.dilation, self.groups
         return torch.cudnn_convolution_relu(x, weight, bias, *place)
 
 
@@ -148,7 +175,7 @@ class PointwiseConv(nn.Linear):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class PackedConv(nn.Module):
+class PackedConv(ReplacedConv):
     """A convolution whose weights lie in memory as oneDNN reads them.
 
     Otherwise torch rearranges them in each pass. The output is the same, bit for bit, except for
@@ -157,8 +184,7 @@ class PackedConv(nn.Module):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
+        super().__init__(conv)
         self.packed: torch.Tensor | None = None
         self.packed_from: tuple[int, int] | None = None  # the weights' place and version then
 
@@ -172,16 +198,16 @@ class PackedConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, D, h, w)"""
-        conv: Any = self.conv
-        is_float = x.is_cpu and x.dtype == conv.weight.dtype == torch.float32
+        weight = self.weight
+        is_float = x.is_cpu and x.dtype == weight.dtype == torch.float32
+        has_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         is_other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if not is_float or is_other or len(x) == 1:
-            return conv(x)
-        place = conv.padding, conv.stride, conv.dilation, conv.groups
-        version = 0 if conv.weight.is_inference() else conv.weight._version
-        weights = conv.weight.data_ptr(), version
+        if not is_float or has_gradient or is_other or len(x) == 1:
+            return super().forward(x)
+        place = self.padding, self.stride, self.dilation, self.groups
+        weights = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if self.packed is None or self.packed_from != weights:  # new, changed or replaced
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            self.packed, self.packed_from = pack(conv.weight, *place, x.shape), weights
+            self.packed, self.packed_from = pack(weight, *place, x.shape), weights
         convolve = torch.ops.mkldnn._convolution_pointwise
-        return convolve(x, self.packed, conv.bias, *place, "none", [], "")
+        return convolve(x, self.packed, self.bias, *place, "none", [], "")

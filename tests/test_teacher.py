@@ -15,6 +15,7 @@ from helpers import evaluation_images, teacher_flags, write_images
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform
+from torch.nn.utils import parametrizations
 
 import datasets
 import models
@@ -193,7 +194,7 @@ def test_no_bias_takes_a_pass_of_its_own_on_cuda(as_on_cuda, arch, relus, produc
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-@pytest.mark.parametrize("arch", ["resnet18", "regnety_002"])
+@pytest.mark.parametrize("arch", ["resnet18", "regnety_002", "xcit_nano_12_p16_224"])
 def test_weights_that_are_rearranged_once_give_the_same_bits(arch):
     model = with_statistics(network(arch)).to(memory_format=torch.channels_last)
     merged, packed = (fuse_layers(model, 32, for_device=how) for how in (False, True))
@@ -213,6 +214,10 @@ def test_weights_that_are_rearranged_once_give_the_same_bits(arch):
             first = next(either.parameters())
             first.data = 2 * first.data  # as load_state_dict(assign=True) does
         assert torch.equal(packed(images), merged(images))
+    for either in (packed, merged):
+        either.requires_grad_()(images).sum().backward()
+    for seen, expected in zip(packed.parameters(), merged.parameters(), strict=True):
+        assert torch.equal(seen.grad, expected.grad)
     assert_near(packed.double(), merged.double(), images.double(), 1e-9)
     counts = [cost.cost_of(either.float(), 32, 0).multiply_adds for either in (packed, model)]
     assert counts[0] == counts[1]
@@ -256,9 +261,19 @@ class OutputUsedTwice(torch.nn.Module):
 
 def test_layers_that_cannot_be_fused_are_left():
     model = with_statistics(OutputUsedTwice()).eval()
-    assert fuse_layers(model, 32) is model
+    assert_left(model)
+    conv, norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+    assert_left(torch.nn.Sequential(parametrizations.weight_norm(conv), norm).eval())
+    norm = torch.nn.BatchNorm2d(8, track_running_stats=False)  # those of each batch
+    assert_left(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), norm).eval())
     model = network("vit_tiny_patch16_224", img_size=32)
     assert fuse_layers(model, 32) is model
+
+
+def assert_left(model: torch.nn.Module) -> None:
+    left = fuse_layers(model, 32)
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in left.modules())
+    assert torch.equal(left(IMAGES), model(IMAGES))
 
 
 def test_classes_in_another_order_are_matched_by_name(tmp_path):

@@ -14,7 +14,7 @@ import models
 from models.classes import names_of_weights
 from models.weights import load_finetune
 from runtime import distributed
-from runtime.device import has_streams, record_event
+from runtime.device import channels_last, has_streams, record_event
 from runtime.distributed import log
 from runtime.randomness import RandomUse, seed_rng
 from training import linear_probe
@@ -63,8 +63,7 @@ def make_student(
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters{origin}")
     if args.sync_bn and distributed.world_size() > 1:
         student = convert_sync_batchnorm(student)
-    # Never slower, and a quarter faster on convolutional networks.
-    return student.to(device).to(memory_format=torch.channels_last)
+    return channels_last(student.to(device))
 
 
 @contextmanager
