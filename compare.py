@@ -88,22 +88,8 @@ def verdict(flag: str, before: Group, after: Group, both: Mapping[str, Sequence[
     ]
     if changed := [str(run.folder) for run in before.changed + after.changed]:
         notes.append(f"* changed on the way: {few(changed)}")
-    runs = [*before.runs.values(), *after.runs.values()]
-    return Verdict(flag, before.name, after.name, gains, points_per_image(runs), notes)
-
-
-def points_per_image(runs: Sequence[Run]) -> float:
-    """What one validation image counts, in percentage points.
-
-    If the number of images is not recorded, the smallest difference between two accuracies stands
-    for one image: it is one image, or more.
-    """
-    for run in runs:
-        if run.val_images:
-            return 100 / int(run.val_images.partition(":")[0])
-    scores = sorted({score for run in runs for score in run.curve.values()})
-    steps = [high - low for low, high in itertools.pairwise(scores)]
-    return min((step for step in steps if step > 1e-6), default=0.0)  # else they are rounded
+    images = int(before.settings[VAL_IMAGES].partition(":")[0])  # the same in both
+    return Verdict(flag, before.name, after.name, gains, 100 / images, notes)
 
 
 def table(groups: Sequence[Group], width: int | None = None, with_cost: bool = False) -> str:
@@ -147,18 +133,11 @@ def columns_of(groups: Sequence[Group], with_cost: bool) -> list[str]:
 
 def notes_on(groups: Sequence[Group]) -> list[str]:
     """What a reader of the table must know besides."""
-    runs = [run for group in groups for run in group.runs.values()]
-    lines = [
+    return [
         f"* {run.folder} changed on the way: {'; '.join(map(str, run.args[CHANGES]))}"
         for group in groups
         for run in group.changed
     ]
-    if silent := [run.folder for run in runs if not run.val_images]:
-        lines.append(
-            f"{len(silent)} of {len(runs)} runs do not record their validation images (written by "
-            "an earlier version): make sure that they are the same"
-        )
-    return lines
 
 
 def teacher_costs(groups: Sequence[Group]) -> list[str]:

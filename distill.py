@@ -8,7 +8,6 @@ The same command goes on after an interruption.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import statistics
@@ -21,7 +20,7 @@ from typing import Any
 import models
 from arguments.kinds import script_parser
 from arguments.parsing import given_flags
-from deploy.model import ONNX_PACKAGES, network_from_checkpoint
+from deploy.model import ONNX_PACKAGES, missing_onnx_packages, network_from_checkpoint
 from pipeline.commands import HAND_OVER, Command, Commands
 from pipeline.images import look
 from pipeline.plan import Network, Plan, label_of
@@ -296,7 +295,7 @@ def export(plan: Plan, commands: Commands, student: str) -> list[str]:
     checkpoint = newest_checkpoint(commands.out / student)
     in_timm = models.is_in_timm(plan.student.arch)
     formats = {"timm": "model"} if in_timm else {"pt2": "model.pt2"}
-    if has_onnx():
+    if not missing_onnx_packages():
         formats["onnx"] = "model.onnx"
     else:
         print(f"No ONNX file: run {ONNX_PACKAGES}, then the same command", flush=True)
@@ -305,11 +304,6 @@ def export(plan: Plan, commands: Commands, student: str) -> list[str]:
         flags += ["--with_preprocessing", "true"] if kind == "onnx" else []
         commands.run(HAND_OVER, f"export {kind}", "export.py", flags)
     return [str(commands.out / name) for name in formats.values()]
-
-
-def has_onnx() -> bool:
-    """Whether ONNX files can be written and compared."""
-    return all(map(importlib.util.find_spec, ONNX_PACKAGES.split()[2:]))
 
 
 def last_words(

@@ -179,8 +179,7 @@ def evaluate(
         if keep_logits:
             kept[batch.places] = logits.cpu()
         answers.append(metrics.answers_of(logits, batch.targets, batch.places))
-        confidences = logits.softmax(dim=1).amax(dim=1).to(wide)
-        gaps = metrics.calibration_gaps(confidences, ranks == 0)
+        gaps = metrics.calibration_gaps(answers[-1].confidences.to(wide), ranks == 0)
         sums += torch.cat([torch.stack(totals).to(wide), gaps])
         count += len(batch.targets)
     sums = torch.cat([sums, torch.tensor([count], dtype=wide, device=device)])

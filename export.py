@@ -31,7 +31,7 @@ from evaluation import evaluation_args, open_scored
 from models.checkpoint import Checkpoint, local_file
 from reporting.tables import table
 from runtime.distributed import log
-from utils import UserError, exit_code, flags_for
+from utils import UserError, exit_code, few, flags_for
 
 ENDING = {"onnx": ".onnx", "pt2": ".pt2"}
 CALIBRATION = 256  # training images that INT8 takes the ranges of activations from
@@ -174,15 +174,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for path in (args.out, writers.sidecar(args.out)) if args.format != "timm" else (args.out,):
         if os.path.lexists(path):
             raise UserError(f"--out {args.out}: {path} exists; remove it, or pass another name")
-    if args.format == "onnx":
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                f"--format onnx: packages are missing ({error}); {model.ONNX_PACKAGES}"
-            ) from error
+    if args.format == "onnx" and (missing := model.missing_onnx_packages()):
+        raise UserError(f"--format onnx: {few(missing)} missing; {model.ONNX_PACKAGES}")
 
 
 def check_architecture(args: argparse.Namespace, card: ModelCard) -> None:

@@ -98,11 +98,8 @@ def dist(
     teacher_logits: torch.Tensor,
     targets: torch.Tensor,
     temperature: float,
-    *,
-    beta: float = 1.0,
-    gamma: float = 1.0,
 ) -> torch.Tensor:
-    """T^2 * (beta * inter + gamma * intra): Huang et al., 'DIST', NeurIPS 2022, eq. 8 to 10.
+    """T^2 * (inter + intra): Huang et al., 'DIST', NeurIPS 2022, eq. 8 to 10.
 
     1 - Pearson's correlation of the probabilities of student and teacher: inter over the classes of
     each image, intra over the images of the batch for each class. The labels are not used.
@@ -116,7 +113,7 @@ def dist(
         return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8).mean()
 
     inter, intra = distance(student, teacher), distance(student.T, teacher.T)
-    return temperature**2 * (beta * inter + gamma * intra)
+    return temperature**2 * (inter + intra)
 
 
 def hard(

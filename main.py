@@ -36,7 +36,7 @@ from torch import nn
 import models
 from arguments.checks import effects_line
 from arguments.defaults import cores_per_process
-from arguments.derived import teachers_of, views_of
+from arguments.derived import views_of
 from arguments.parsing import follow_checkpoint
 from data.checks import read_validation
 from data.loaders import Batch, Loader
@@ -84,7 +84,13 @@ from training.optimizer import (
     report_schedule,
 )
 from training.settings import LoopSettings, loop_settings
-from training.student import ModelEma, explain_batch_norm, make_ema, make_student
+from training.student import (
+    ModelEma,
+    check_architectures,
+    explain_batch_norm,
+    make_ema,
+    make_student,
+)
 from utils import UserError, flags_for, freeze_imports
 
 
@@ -136,11 +142,7 @@ def run(argv: list[str] | None) -> None:
             if not args.eval:
                 check_resumable(checkpoint)
         args = parse_args(argv, follow_checkpoint(checkpoint.run_args, args.given, args.eval))
-    with flags_for(architecture="--model"):
-        models.check_architecture(args.model)
-    with flags_for(architecture="--teacher_arch"):
-        for known in teachers_of(args):
-            models.check_architecture(known.arch)
+    check_architectures(args)
     if args.sync_bn and device.type != "cuda":
         raise UserError(f"--sync_bn true: works on CUDA only, and this run uses {device}")
     if args.report:
@@ -206,11 +208,6 @@ def open_data(args: argparse.Namespace, device: torch.device) -> Data:
     return data
 
 
-def whole(network: nn.Module) -> nn.Module:
-    """The part of a network that takes images."""
-    return network
-
-
 @dataclass
 class Training:
     """What the loop of a run works with."""
@@ -224,7 +221,7 @@ class Training:
     times: TimeSplit
     train_loader: Loader
     val_loader: Iterable[Batch] | None
-    part: Callable[[nn.Module], nn.Module]  # of a network: it takes what val_loader yields
+    part: Callable[[nn.Module], nn.Module] | None  # takes what val_loader yields; None: all
     start: int  # the first epoch
     steps: int  # optimizer steps of an epoch
     first_step: int  # of the run, since its beginning
@@ -262,7 +259,7 @@ def prepare_training(
     model: TrainedModel
     train_loader: Loader = data.train_loader
     val_loader: Iterable[Batch] | None = data.val_loader
-    part = whole
+    part = None
     if args.linear_probe:
         features = None
         if start < args.epochs:
@@ -396,7 +393,8 @@ def evaluate_all(
             network = copy.deepcopy(network).to(settings.device)
         if distributed.world_size() > 1:  # every rank scores what rank 0 will save
             distribute_bn(network, distributed.world_size())
-        part, loader = training.part(network), training.val_loader
+        part = training.part(network) if training.part else network
+        loader = training.val_loader
         loader = signals.until_signal(loader) if stops else loader
         scored = evaluate(loader, part, settings, args.dist_eval, teacher.logits)
         # Each process stops at a batch of its own, so one question per evaluation is enough.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments.checks import check_numbers
-from arguments.derived import is_own_module, teachers_of
+from arguments.derived import is_own_module
 from arguments.flags import (
     COMPARED,
     FLAGS,
@@ -33,7 +33,7 @@ from arguments.flags import (
 )
 from arguments.kinds import script_parser
 from arguments.parsing import command_words, given_flags, parse, unknown_flags, without
-from utils import UserError, exit_code, flags_for, read_map, write_whole
+from utils import UserError, exit_code, read_commands, write_whole
 
 MAIN = Path(__file__).resolve().parent / "main.py"
 RECORD = "sweep.json"  # in --out: the commands of the runs that are finished, by folder
@@ -101,7 +101,9 @@ def sweep(argv: Sequence[str] | None) -> int:
             return code
         record[name] = runs[name]
         # Of other combinations too, which an earlier command with this --out may have run.
-        write_whole(args.out / RECORD, json.dumps(read_record(args.out) | record, indent=1))
+        write_whole(
+            args.out / RECORD, json.dumps(read_commands(args.out / RECORD) | record, indent=1)
+        )
     print(f"\nAll {len(runs)} runs are finished: python compare.py {args.out}/*")
     return 0
 
@@ -187,14 +189,10 @@ def check_run(name: str, flags: Sequence[str]) -> None:
     try:
         args = parse(flags)
         # Imported here, since this takes seconds and a mistyped flag is answered without it.
-        from models import check_architecture
         from training.optimizer import check_optimizer
+        from training.student import check_architectures
 
-        with flags_for(architecture="--model"):
-            check_architecture(args.model)
-        with flags_for(architecture="--teacher_arch"):
-            for teacher in teachers_of(args):
-                check_architecture(teacher.arch)
+        check_architectures(args)
         check_optimizer(args)
     except UserError as error:
         raise UserError(f"run {name}: {error}") from error
@@ -233,7 +231,7 @@ def finished_runs(out: Path, runs: dict[str, list[str]]) -> dict[str, list[str]]
 
     Raises: UserError if the folder holds a sweep of other commands.
     """
-    record = read_record(out)
+    record = read_commands(out / RECORD)
     for name, argv in record.items():
         if name in runs and recipe_of(argv) != recipe_of(runs[name]):
             raise UserError(
@@ -241,13 +239,6 @@ def finished_runs(out: Path, runs: dict[str, list[str]]) -> dict[str, list[str]]
                 "another --out"
             )
     return {name: argv for name, argv in record.items() if name in runs}
-
-
-def read_record(out: Path) -> dict[str, list[str]]:
-    """The commands in RECORD; none without the file. Raises: UserError for a damaged file."""
-    problem = f"--out {out}: {RECORD} there cannot be read"
-    remedy = "remove that file: main.py notices which runs are finished"
-    return read_map(out / RECORD, list, problem, remedy)
 
 
 def recipe_of(argv: Sequence[str]) -> Mapping[str, Any]:

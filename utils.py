@@ -217,6 +217,13 @@ def read_map(path: Path, convert: Callable[[Any], T], problem: str, remedy: str)
         raise UserError(f"{problem} ({first_line(error)}); {remedy}") from error
 
 
+def read_commands(path: Path) -> dict[str, list[str]]:
+    """The finished commands by name that a file in --out keeps. Raises: UserError for no JSON."""
+    problem = f"--out {path.parent}: {path.name} there cannot be read"
+    remedy = "remove that file: main.py notices which runs are finished"
+    return read_map(path, list, problem, remedy)
+
+
 @contextmanager
 def replacing(path: Path, subject: Subject = "output") -> Iterator[Path]:
     """A temporary path for the new content of a file; `path` is always the old or the new file.

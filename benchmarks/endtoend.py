@@ -25,9 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import datasets
-from arguments.parsing import parse_args
-from data.sources import ImageSource
+from data.readers import digits
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = {64: 5, 128: 3, 224: 1}  # by the side of the JPEGs in pixels; the teacher has as many
@@ -95,9 +93,8 @@ class Whole:
 def write_digits(folder: Path, side: int) -> None:
     """Write digits as JPEGs of that side, with some noise, as train/CLASS/ and val/CLASS/."""
     rng = np.random.default_rng(0)
-    train, val, _ = datasets.open_splits(parse_args(["--data_set", "DIGITS"]))
-    for (split, count), source in zip(JPEGS.items(), (train, val), strict=True):
-        assert isinstance(source, ImageSource)
+    for split, count in JPEGS.items():
+        source = digits(is_train=split == "train")
         for index in range(count):
             image, target = source[index]
             large = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)

@@ -4,7 +4,8 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,11 +85,10 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, text: str, source: object) -> "ModelCard":
-        """Read a card, also of an earlier version. Raises: UserError for text that is no card."""
+        """Read a card. Raises: UserError for text that is no card."""
         try:
             values = json.loads(text)
-            names = [f.name for f in fields(cls) if f.name in values or f.default is MISSING]
-            return cls(**{name: values[name] for name in names})
+            return cls(**{field.name: values[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{source}: does not say which classes and which input this network has "
@@ -158,9 +158,8 @@ def network_from_checkpoint(path: str, use_ema: str) -> tuple[nn.Module, ModelCa
         data["mean"],
         data["std"],
         data["crop_pct"],
-        # Early versions did not record these two.
-        data.get("crop_mode", "squash" if size >= 384 else "center"),
-        data.get("interpolation", "bicubic"),
+        data["crop_mode"],
+        data.get("interpolation", "bicubic"),  # which 0.1.0 did not record
         weights="EMA" if weights.is_ema else "raw",
         temperature=temperature,
     )
@@ -239,6 +238,11 @@ def open_pt2(path: str, device: torch.device) -> Model:
             program = move_to_device_pass(program, device)
         network = program.module()
     return Model(ModelCard.from_json(inside[CARD] or "{}", path), network, device)
+
+
+def missing_onnx_packages() -> list[str]:
+    """The packages without which ONNX files cannot be written and compared, if they are missing."""
+    return [name for name in ONNX_PACKAGES.split()[2:] if find_spec(name) is None]
 
 
 def import_onnxruntime() -> ModuleType:

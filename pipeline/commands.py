@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from arguments.defaults import usable_cores
-from utils import UserError, let_threads_sleep, make_folder, read_map, write_whole
+from utils import UserError, let_threads_sleep, make_folder, read_commands, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = "commands.json"  # the finished commands, by their names
@@ -54,9 +54,7 @@ class Commands:
     def __init__(self, out: Path, seconds: Mapping[str, float], jobs: int = 1) -> None:
         self.out, self.seconds, self.jobs = out, seconds, jobs
         self.path = out / RECORD
-        problem = f"--out {out}: {RECORD} there cannot be read"
-        remedy = "remove that file: main.py notices which runs are finished"
-        self.finished = read_map(self.path, list, problem, remedy)
+        self.finished = read_commands(self.path)
         self.began = self.shown = time.monotonic()
         self.is_watched = sys.stdout.isatty()
         let_threads_sleep()  # those of the commands

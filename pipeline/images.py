@@ -21,7 +21,7 @@ from data.checks import (
 )
 from data.readers import images_without_label
 from data.sources import FileSource, ImageSource, Joined, Subset, evenly, hash_of, stratified
-from datasets import open_split
+from datasets import hold_out, open_split
 from utils import UserError, flags_for, write_whole
 
 SIZED = 200  # images whose size is read
@@ -95,9 +95,7 @@ def look(
         test = open_split(args, is_train=False, classes=train.classes)  # type: ignore[assignment]
     else:
         _require_images(train, 5)
-        positions = stratified(train.targets, max(len(train.classes), len(train) // 5), seed=0)
-        others = np.setdiff1d(np.arange(len(train)), positions)
-        train, test = Subset(train, others), Subset(train, positions)
+        train, test = hold_out(train, max(len(train.classes), len(train) // 5))
     _require_images(train, 2)
     pile, waiting = _open_pile(unlabeled, root, [train, test], folder)
     if not is_known:

@@ -33,7 +33,7 @@ class Run:
     folder: Path
     args: dict[str, Any]
     records: list[dict[str, float]]  # of log.txt, one per epoch
-    summary: dict[str, Any]  # of summary.json; empty for a run of an earlier version
+    summary: dict[str, Any]  # of summary.json; empty for a run that was killed as it ended
     device: str  # that latency was measured on
     settings: dict[str, Any] = field(default_factory=dict)  # what makes a group (see group_runs)
     latencies: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by network
@@ -44,8 +44,8 @@ class Run:
 
     @property
     def val_images(self) -> str:
-        """'360:01234567', number and hash of the validation images; '' if not recorded."""
-        count, colon, digest = (self.args.get(VAL_IMAGES) or "").partition(":")
+        """'360:01234567', number and hash of the validation images."""
+        count, colon, digest = self.args[VAL_IMAGES].partition(":")
         return count + colon + digest[:8]
 
     @property
@@ -104,7 +104,8 @@ def read_run(folder: Path) -> Run:
     try:
         args = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         records = read_records(folder / "log.txt")
-        done, epochs, _ = records[-1]["epoch"] + 1 if records else 0, args["epochs"], args["seed"]
+        epochs, _, _ = (args[name] for name in ("epochs", "seed", VAL_IMAGES))
+        done = records[-1]["epoch"] + 1 if records else 0
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(
@@ -134,7 +135,7 @@ def read_records(path: Path) -> list[dict[str, float]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that a run of an earlier version may lack; {} in that case."""
+    """A file that a run may lack if it was killed as it ended; {} in that case."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -143,15 +144,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs by their settings, in the order given. Raises: UserError if a group has a seed twice."""
-    known = {run.val_images for run in runs if run.val_images}
     for run in runs:
         skipped = (
             NOT_COMPARED | {TEACHER_HASHES, CHANGES} | (set() if run.args.get("kd") else OF_TEACHER)
         )
         run.settings = {name: value for name, value in run.args.items() if name not in skipped}
-        # A run without the record is taken for one on the only images that are known.
-        assumed = min(known, default="") if len(known) < 2 else "unknown"
-        run.settings[VAL_IMAGES] = run.val_images or assumed
+        run.settings[VAL_IMAGES] = run.val_images
     for flag in NAMED_BY_SEED:
         replace_seeds(runs, flag)
     share_latencies(runs)

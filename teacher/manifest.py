@@ -76,8 +76,7 @@ def open_teacher_cache(
             "classes; pass a smaller number, or leave the flag out"
         )
     folder = local_cache(args.teacher_cache)
-    with flags_for(folder="--teacher_cache"):
-        manifest = distributed.from_main(lambda: _claim(folder, args, data, amp_dtype))
+    manifest = distributed.from_main(lambda: _claim(folder, args, data, amp_dtype))
     return LogitStore(folder, len(data.train), order.end, row_format_of(manifest), manifest["id"])
 
 
@@ -98,16 +97,12 @@ def validation_fingerprint(folder: Path, val: ImageSource) -> dict[str, Any]:
 
 
 def _settings(
-    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None, known: Sequence[str]
-) -> tuple[dict[str, Any], list[str]]:
+    args: argparse.Namespace, data: Data, amp_dtype: torch.dtype | None
+) -> dict[str, Any]:
     """Everything but the images that the teacher's logits on them depend on, in plain values.
 
     Other flags may differ between runs that share a cache. A flag says in arguments/flags.py what
     a cache makes of it.
-
-    Args:
-        known: identities of files that name their classes; these are not read.
-    Returns: the values, and the identities of such files among those of this run.
     """
     flags = with_cache(COMPARED)
     if is_mixed(args):
@@ -124,19 +119,10 @@ def _settings(
         fields |= {name: data.config[name] for name in ("mean", "std")}
     fields["amp_dtype"] = str(amp_dtype).removeprefix("torch.")
     with flags_for(checkpoint="--teacher_path"):
-        identities = [_identity_of(teacher, args.use_ema) for teacher in teachers]
-    fields["teacher_path"] = identities
+        fields["teacher_path"] = [_identity_of(teacher, args.use_ema) for teacher in teachers]
     names = teacher_classes(args)
     fields["teacher_classes"] = names and hash_of_plain(names)
-    orders = {
-        identity: _assumed_order(teacher.path, data.classes)
-        for identity, teacher in zip(identities, teachers, strict=True)
-        if not names and identity not in known
-    }
-    others = {identity: order for identity, order in orders.items() if order != data.classes}
-    if any(others.values()):  # else absent, as in caches that knew no other order than the data's
-        fields["class_order"] = hash_of_plain([others.get(identity) for identity in identities])
-    return fields, [i for i in identities if not names and orders.get(i) is None]
+    return fields
 
 
 def _images(data: Data, index: ContentIndex | None) -> dict[str, Any]:
@@ -190,14 +176,11 @@ def _identity_of(teacher: Teacher, use_ema: str) -> str:
     return f"timm's weights, sha256 {digest.hexdigest()}"
 
 
-def _assumed_order(path: str, classes: list[str]) -> list[str] | None:
-    """The classes of a file that names none, in the order of its outputs; None for other files.
-
-    Raises: UserError if the order is unclear, see order_of_script.
-    """
-    if path == PRETRAINED or (checkpoint := read_checkpoint(path)).classes:
-        return None
-    return order_of_script(checkpoint.args, classes, path)[0] or classes
+def _require_order(args: argparse.Namespace, classes: list[str]) -> None:
+    """Raise UserError if the order of a teacher's outputs is unclear, see order_of_script."""
+    for path in [t.path for t in teachers_of(args) if t.path != PRETRAINED]:
+        if not (checkpoint := read_checkpoint(path)).classes:
+            order_of_script(checkpoint.args, classes, path)
 
 
 def _claim(
@@ -209,10 +192,11 @@ def _claim(
     Raises: UserError that names the first field that differs, both values and the remedy.
     """
     path, existing = folder / MANIFEST, read_manifest(folder)
-    known = existing.get("note", {}).get("files_with_classes", [])
-    manifest, files_with_classes = _settings(args, data, amp_dtype, known)
+    manifest = _settings(args, data, amp_dtype)
     if existing:  # compared before any image is read
         _compare(folder, manifest, {name: existing.get(name) for name in manifest})
+    elif not args.teacher_classes:
+        _require_order(args, data.classes)
     is_known = _is_by_content(existing) if existing else args.teacher_cache_identity == "content"
     index = ContentIndex(folder) if is_known else None
     manifest |= _images(data, index)
@@ -221,7 +205,6 @@ def _claim(
     device = torch.device(args.teacher_device or data.train_loader.to_network.device).type
     made_on = {"device": device} | ({"fast_cuda": args.fast_cuda} if device == "cuda" else {})
     manifest["note"] = versions | {"kd_temperature": args.kd_temperature} | made_on
-    manifest["note"]["files_with_classes"] = files_with_classes
     if not existing:  # a complete store may be on a read-only disk
         utils.make_folder(folder)
         with open(folder / ".lock", "wb") as file:
@@ -288,11 +271,6 @@ def _difference(
             "every flag is the same, but the augmented images differ: different pixels, or "
             f"versions ({existing.get('note')}; here {manifest['note']}); use the same images and "
             "versions, or another folder"
-        )
-    if field == "class_order":
-        return (
-            "was filled with the teacher's outputs in another order of classes, which an earlier "
-            "version assumed; pass another folder"
         )
     return (
         f"created with {field} {_short(existing.get(field))}, but this run uses "

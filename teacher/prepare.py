@@ -52,15 +52,14 @@ class RunTeacher:
 
     # What StudentWithDistillation asks: the network, the store in its place, or None.
     model: nn.Module | StoredTeacher | None = None
-    store: LogitStore | None = None
     scores: dict[str, float] = field(default_factory=dict)  # teacher_acc1, _loss and _ece
     # Logits on the validation images by the places of each batch.
     logits: LogitsByPlaces | None = None
 
     def flush(self) -> None:
         """Write the logits that the store still holds in memory."""
-        if self.store is not None:
-            self.store.flush()
+        if isinstance(self.model, StoredTeacher):
+            self.model.store.flush()
 
     def warn_if_smaller(self, student: nn.Module) -> None:
         """Warn if the teacher has fewer parameters than its student: they may be swapped."""
@@ -111,7 +110,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
         scores, logits = _score(args, settings, data, loader, network)
         _report_confidence(args, settings, data, network, logits)
         # The order of a stream is not promised, so its logits cannot be found again.
-        return RunTeacher(network, None, scores, logits if is_indexable else None)
+        return RunTeacher(network, scores, logits if is_indexable else None)
 
     with _asking_for_order(args, data.classes):
         store = open_teacher_cache(args, data, settings.amp_dtype)
@@ -128,7 +127,7 @@ def prepare_teacher(args: argparse.Namespace, settings: LoopSettings, data: Data
         source = make_teacher(args, settings.device, data)
     else:
         log("All teacher logits are cached; the teacher is not loaded")
-    teacher = RunTeacher(StoredTeacher(store, source if missing else None), store)
+    teacher = RunTeacher(StoredTeacher(store, source if missing else None))
     known: dict[range, torch.Tensor] = {}
     if cached is not None and loader is not None:
         if source is not None and unscored:
@@ -186,8 +185,8 @@ def make_teacher(args: argparse.Namespace, device: torch.device, data: Data) -> 
         if args.teacher_norm == "student":
             config |= {name: data.config[name] for name in ("mean", "std")}
         elif args.teacher_norm == "arch":
-            cfg = models.pretrained_cfg(arch)
-            config |= {"mean": list(cfg.mean), "std": list(cfg.std)}
+            known = models.input_config(arch)
+            config |= {name: known[name] for name in ("mean", "std") if name in known}
         classes_from = f"--teacher_classes {args.teacher_classes}:" if names else f"{path}:"
         with (
             _asking_for_order(args, data.classes),
@@ -398,7 +397,6 @@ def _report_confidence(
     loader = build_eval_loader(args, images, data.config, settings.device, shared=False)
     if not distributed.is_main_process():
         return
-    network.eval()
     with torch.compiler.set_stance("force_eager"), torch.inference_mode(), settings.autocast():
         logits = torch.cat([network(batch.images).float().cpu() for batch in loader])  # (N, C)
     probabilities = logits.softmax(dim=1)

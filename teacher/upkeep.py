@@ -16,6 +16,7 @@ import numpy as np
 
 import utils
 from arguments.flags import COMPARED, FLAGS, IF_MIXED, with_cache
+from arguments.kinds import as_typed
 from teacher import packing
 from teacher.logit_store import LogitFile, RowFormat, read_sums
 from teacher.manifest import CONTENTS, MANIFEST, differing, read_manifest, row_format_of
@@ -130,11 +131,7 @@ def _flags_for(manifest: dict[str, Any], views: int, path: str) -> list[str]:
     words = ["--teacher_cache", path, "--teacher_views", str(views), "--kd", "true"]
     for name, value in values.items():
         if value is not None and value != FLAGS[name].default:
-            several = value if isinstance(value, list) else [value]
-            words += [
-                f"--{name}",
-                *(str(v).lower() if v in (True, False) else str(v) for v in several),
-            ]
+            words += [f"--{name}", *map(as_typed, value if isinstance(value, list) else [value])]
     return [*words, "--teacher_path", "FILE"]
 
 

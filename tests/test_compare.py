@@ -177,13 +177,6 @@ def test_runs_scored_on_different_images_are_not_paired(tmp_path, capsys):
     assert f"No verdict for 1 pair(s) {line}\n" in out and "val_images=30:abcdefab" in out
 
 
-def test_runs_that_do_not_record_their_images_are_mentioned_once(tmp_path, capsys):
-    write_pairs(tmp_path, [1.0, 1.1, 1.2], val_images=None)
-    out = printed(capsys, *sorted(tmp_path.iterdir()))
-    assert "lr=0.1 → lr=0.2: helps" in out
-    assert out.count("3 of 6 runs do not record their validation images") == 1
-
-
 def test_a_run_that_changed_on_the_way_is_marked_in_table_and_verdict(tmp_path, capsys):
     write_pairs(tmp_path, [1.0, 1.1, 1.2])
     changes = ["--epochs 1 → 2 after epoch 0"]

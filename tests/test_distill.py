@@ -44,7 +44,7 @@ def started(monkeypatch) -> list[str]:
     monkeypatch.setattr(commands.Commands, "_start", spy)
     monkeypatch.setattr(rules, "PASSES", {"nothing": (1, 100), "weights": (1, 100)})
     monkeypatch.setattr(images, "CROSS_VALIDATED", 10)
-    monkeypatch.setattr(distill, "has_onnx", lambda: False)
+    monkeypatch.setattr(distill, "missing_onnx_packages", lambda: ["onnx"])
     return scripts
 
 

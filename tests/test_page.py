@@ -60,7 +60,13 @@ def distilled(tmp_path, monkeypatch):
         for seed in range(2):
             run = out / "students" / f"kd={str(kd).lower()},seed={seed}"
             run.mkdir(parents=True)
-            args = {"kd": kd, "seed": seed, "epochs": 2, "given": []}
+            args = {
+                "kd": kd,
+                "seed": seed,
+                "val_images": "100:0123456789abcdef",
+                "epochs": 2,
+                "given": [],
+            }
             (run / "args.json").write_text(json.dumps(args))
             log = [{"epoch": e, "test_acc1": base + e + seed, "test_ece": 5.0} for e in range(2)]
             (run / "log.txt").write_text("\n".join(map(json.dumps, log)))

@@ -1,7 +1,6 @@
 """Files of weights, whoever wrote them: understood, or refused with the way out."""
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -243,24 +242,6 @@ def test_an_unclear_order_is_refused_with_a_file_to_correct(run_main, in_folders
         names.unlink()
     names.write_text("\n".join(FOLDERS))
     assert run_main(*in_folders, "--teacher_classes", names).code == 0
-
-
-def test_a_cache_whose_order_of_classes_was_assumed_by_an_earlier_version_is_refused(
-    run_main, in_folders, tmp_path
-):
-    """Its manifest has no class_order; tests/earlier has a cache that is right, and is read."""
-    file = {"state_dict": network(num_classes=5).state_dict(), "args": argparse.Namespace(**TIMM)}
-    torch.save(file, tmp_path / "t.pth")
-    flags = [*in_folders, "--teacher_cache", tmp_path / "cache"]
-    assert run_main(*flags).code == 0
-    assert "the teacher is not loaded" in run_main(*flags).out
-    manifest = tmp_path / "cache" / "manifest.json"
-    values = json.loads(manifest.read_text())
-    del values["class_order"]
-    manifest.write_text(json.dumps(values))
-    run = run_main(*flags)
-    assert run.code == 2 and run.err.count("\n") == 1
-    assert f"--teacher_cache {tmp_path / 'cache'}: was filled with the teacher's outputs" in run.err
 
 
 # -------------------------------------------------------------------------- recorded accuracies

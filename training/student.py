@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import models
+from arguments.derived import teachers_of
 from models.classes import names_of_weights
 from models.weights import load_finetune
 from runtime import distributed
@@ -19,6 +20,15 @@ from runtime.distributed import log
 from runtime.randomness import RandomUse, seed_rng
 from training import linear_probe
 from utils import UserError, flags_for
+
+
+def check_architectures(args: argparse.Namespace) -> None:
+    """Raise UserError that names the flag if student or teacher are no architecture."""
+    with flags_for(architecture="--model"):
+        models.check_architecture(args.model)
+    with flags_for(architecture="--teacher_arch"):
+        for teacher in teachers_of(args):
+            models.check_architecture(teacher.arch)
 
 
 def make_student(
