@@ -406,7 +406,7 @@ def load_teacher(
     """Create a timm architecture, load a checkpoint into it strictly, and freeze it.
 
     Args:
-        arch: a timm architecture name.
+        arch: a name of timm's create_model, or MODULE:FACTORY for a network of the user's own.
         path: the file, see models.checkpoint.read_checkpoint, or its http(s) address; 'pretrained'
             for timm's weights, whose classes are ImageNet's or named by their configuration.
         num_classes: number of classes of the data.

@@ -74,7 +74,8 @@ def train_one_epoch(
         recorder: keeps what happens; None for lines in the terminal alone.
         progress: how far an interrupted run came in this epoch.
         after_update: called after each optimizer step with the history and the steps done.
-    Returns: means over the epoch's images on all processes: loss, its parts, and the last lr.
+    Returns: means over the epoch's images on all processes: loss, its parts and what else History
+        averages; the last lr; with a gradient scaler skipped_steps.
     Raises: UserError that names the step at which loss or gradient is not finite, before the epoch
         ends; with a gradient scaler such steps are left out and counted.
     """
@@ -153,9 +154,10 @@ def evaluate(
         model: images (B, 3, H, W) on the settings' device -> logits (B, C), on any device.
         shared: False if every process holds all images.
         teacher_logits: a teacher's logits (B, C) by the places of each batch.
-    Returns: the scores loss (mean cross-entropy, no smoothing), acc1, acc5 and ece (expected
-        calibration error) in percent; with teacher_logits also agreement (percent of images that
-        both give the same class) and kl (mean KL(teacher || model) at temperature 1).
+        keep_logits: whether to return the logits too.
+    Returns: an Evaluation with the scores loss (mean cross-entropy, no smoothing), acc1, acc5 and
+        ece (expected calibration error) in percent; with teacher_logits also agreement (percent of
+        images that both give the same class) and kl (mean KL(teacher || model) at temperature 1).
     Raises: UserError if the loss is not finite.
     """
     model.eval()

@@ -146,7 +146,7 @@ def bce(
 
 
 # (student_logits (B, C), teacher_logits (B, C), targets, temperature) -> () float32: a mean over
-# the batch, T^2 included.
+# the batch (of `dist` also over the classes), with T^2 for all but `hard`.
 Divergence = Callable[..., torch.Tensor]
 # By the name for --kd_loss.
 DIVERGENCES: dict[str, Divergence] = {d.__name__: d for d in (kl, dkd, dist, hard, bce)}

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Predict the images of a command line; returns the exit code."""
     args = get_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name of a file need not be text; see runtime.log
+        if hasattr(stream, "reconfigure"):  # a name of a file need not be text; see distributed.log
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     return exit_code("predict.py", lambda: predict(args))
 

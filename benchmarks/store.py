@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logit_store.PENDING_BYTES = 2**22  # so that few batches are enough for several writes
-    print("| row | check | restore | cold | cold, asked for | put, median, longest | in the step |")
+    print("| row | check | restore | cold | asked for | store, median, longest | waiting |")
     print(f"|{' --- |' * 7}")
     for num_classes, topk in ((1000, None), (1000, 100), (21841, None), (21841, 100)):
         row_format = RowFormat(num_classes, "float16", topk)

@@ -159,7 +159,7 @@ class DeviceLoader(Loader):
         order: gives the places of each batch (EpochBatches, EvalBatches, Stream).
         host_batches: yields the HostBatches in that order.
         to_network: pixels -> network input, on the device.
-        mixup: mixes images and targets, see transforms.make_mixup; None for no mixing.
+        mixup: mixes images and targets, see data.mixup.make_mixup; None for no mixing.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ try:
 except ImportError:  # optional: the same pixels in three quarters of the time
     simplejpeg = None
 
-DECODER = 3  # raised when the same file begins to give different pixels: see teacher.manifest_of
+DECODER = 3  # raised when the same file begins to give different pixels: see teacher/manifest.py
 CANNOT_READ, REMEDY = "cannot read the image ", "; repair it or remove it"
 LARGE = 2_000_000  # pixels of a JPEG from which a part of it is decoded at a smaller scale
 METADATA = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where Pillow keeps it

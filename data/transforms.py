@@ -1,6 +1,6 @@
-"""From an image to what a network sees: crops, colors, erasing, normalization, mixup, cutmix.
+"""From an image to what a network sees: crops, colors, erasing, normalization.
 
-An image is what the sources of datasets.py load: an array (H, W, 3) uint8, or a JPEG that is
+An image is what the sources of data/sources.py load: an array (H, W, 3) uint8, or a JPEG that is
 still to be decoded. It may also be a PIL image.
 """
 

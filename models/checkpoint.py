@@ -206,17 +206,17 @@ class Checkpoint:
 
     @property
     def is_ours(self) -> bool:
-        """Whether a run of this project wrote the file."""
+        """Whether the file says what its network is fed: those of this project do."""
         return isinstance(self.content.get("data"), dict)
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the network is fed, see datasets.data_config, and its classes; of ours only."""
+        """What the network is fed, see datasets.data_config, and its classes; empty without."""
         return self._dict("data")
 
     @property
     def classes(self) -> list[str] | None:
-        """The names of the network's outputs, in order; of ours only."""
+        """The names of the network's outputs, in order, if the file says."""
         return self.data.get("classes")
 
     @property
@@ -227,7 +227,7 @@ class Checkpoint:
 
     @property
     def run_args(self) -> dict[str, Any]:
-        """`args` if a run of this project wrote the file, else empty."""
+        """`args` if the file `is_ours`, else empty."""
         return self.args if self.is_ours else {}
 
     @property

@@ -46,7 +46,7 @@ class Recorder:
         path: log.txt, which holds one JSON object per epoch; None for no file.
         board: TensorBoard, or None.
         images_per_step: of an optimizer step, on all processes.
-        config: what the student is shown (see transforms.data_config), and the class names.
+        config: what the student is shown (see datasets.data_config), and the class names.
         device: whose memory is printed.
     """
 
@@ -137,16 +137,16 @@ class Recorder:
             speed = {"speed/images_per_second": rate}
             self.board.scalars("train", values | opt | speed, seen)
 
-    def write(self, record: dict[str, Any], seen: int, best: float | None, rate: float) -> None:
+    def write(self, record: dict[str, Any], steps: int, best: float | None, rate: float) -> None:
         """Print the row of an epoch and keep its record.
 
         Args:
             record: what log.txt is to hold.
-            seen: optimizer steps of the run so far.
+            steps: optimizer steps of the run so far.
             best: highest accuracy so far; None if nothing is evaluated.
             rate: images trained per second.
         """
-        self.terminal.epoch(record, best, rate, seen)
+        self.terminal.epoch(record, best, rate, steps)
         if self.path is not None:
             append_line(self.path, json.dumps(record))
         if self.board is None:
@@ -156,7 +156,7 @@ class Recorder:
             curve, score = split_name(name)
             if score != "acc5" or len(self.config["classes"]) > MANY_CLASSES:
                 curves.setdefault(curve, {})[figure_of(name).chart] = value
-        self.board.seen = seen * self.images_per_step
+        self.board.seen = steps * self.images_per_step
         for curve, values in curves.items():
             self.board.scalars(curve, values, self.board.seen)
         self.board.flush()

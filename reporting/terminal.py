@@ -83,7 +83,7 @@ class Terminal:
         self.bar.set_description_str(text)  # redraws the line
 
     def epoch(
-        self, record: Mapping[str, float], best: float | None, rate: float, seen: int
+        self, record: Mapping[str, float], best: float | None, rate: float, steps: int
     ) -> None:
         """Add the row of a finished epoch, below a header if its columns are new.
 
@@ -91,7 +91,7 @@ class Terminal:
             record: of log.txt.
             best: highest accuracy so far, this epoch included; None if nothing is evaluated.
             rate: images trained per second, over the epoch.
-            seen: optimizer steps of the run so far.
+            steps: optimizer steps of the run so far.
         """
         self.clear()
         cells = {"epoch": f"{record['epoch']:5}"} | loss_cells(record)
@@ -101,7 +101,7 @@ class Terminal:
             scores |= {"EMA": record.get("test_acc1_ema"), "agree": record.get("test_agreement")}
             scores["acc5"] = record["test_acc5"] if self.num_classes > MANY_CLASSES else None
             cells |= {name: f"{score:.2f}" for name, score in scores.items() if score is not None}
-        cells["left"] = self.time_left(seen, seen // (int(record["epoch"]) + 1))
+        cells["left"] = self.time_left(steps, steps // (int(record["epoch"]) + 1))
         cells["images/s"] = f"{rate:,.0f}"
         # An epoch that is not evaluated has fewer cells than the header.
         is_new = not cells.keys() <= self.cells.keys() or self.width != columns()

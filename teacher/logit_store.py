@@ -1,8 +1,8 @@
 """Teacher logits on disk: the first run that needs them caches them, and later runs read them.
 
 A store is a folder: `manifest.json` says what the logits were made with, `view-<n>.logits` holds a
-row for each image of view n in the order of that view (loaders.view_order), and `view-<n>.sums` a
-checksum for each row that is complete. `val-<hash>` is the same for validation images.
+row for each image of view n in the order of that view (data.order.view_order), and `view-<n>.sums`
+a checksum for each row that is complete. `val-<hash>` is the same for validation images.
 """
 
 import hashlib

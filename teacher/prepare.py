@@ -452,7 +452,7 @@ def fill_store(teacher: RunTeacher, data: Data, settings: LoopSettings, views: r
 
     Args:
         teacher: from `prepare_teacher`, with a cache.
-    Raises: runtime.Interrupted if a signal asks to stop; what was computed is stored.
+    Raises: runtime.signals.Interrupted if a signal asks to stop; what was computed is stored.
     """
     loader, order, stored = data.train_loader, data.train_loader.order, teacher.model
     assert isinstance(order, EpochBatches) and isinstance(stored, StoredTeacher)

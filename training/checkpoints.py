@@ -183,7 +183,7 @@ class RunState:
 
     Args:
         args: the arguments of the run, plain values only, so that `weights_only=True` reads them.
-        data_config: what the student is shown (see transforms.data_config), and the class names.
+        data_config: what the student is shown (see datasets.data_config), and the class names.
         images: what identifies the training images (ImageSource.identity).
     """
 
