@@ -687,7 +687,7 @@ def test_a_large_photograph_is_cropped_where_its_full_decode_is(options, tmp_pat
             assert 0 < np.abs(ours[0] - theirs[0]).mean() < 0.75
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos"])
 @pytest.mark.parametrize(
     "orientation, size",
     [(1, (1701, 1203)), (3, (1701, 1203)), (6, (1701, 1203)), (1, (1203, 1803)), (1, (1001, 2001))],
