@@ -84,6 +84,12 @@ def _place(args: argparse.Namespace, is_train: bool) -> tuple[str, str]:
     """The flag that names the training or the validation images, and their folder or tar files."""
     if args.eval_data_path and not is_train:
         return "eval_data_path", args.eval_data_path
+    if not args.data_path:
+        what = f"--data_set {args.data_set}: the training images are needed too"
+        raise UserError(f"{what}; pass --data_path FOLDER")
+    if args.data_set == "IMNET" and not os.path.isdir(os.path.expanduser(args.data_path)):
+        remedy = "pass a folder that holds train/ and val/, or class folders"
+        raise UserError(f"--data_path {args.data_path}: is not a folder; {remedy}")
     part = os.path.join(args.data_path, "train" if is_train else "val")
     is_split = args.data_set == "IMNET" or args.data_set == "tars" and os.path.isdir(part)
     return "data_path", part if is_split else args.data_path

@@ -19,8 +19,9 @@ from typing import Any
 
 import models
 from arguments.kinds import script_parser
-from arguments.parsing import given_flags
+from arguments.parsing import given_flags, parse
 from deploy.model import ONNX_PACKAGES, missing_onnx_packages, network_from_checkpoint
+from models.checkpoint import local_file
 from pipeline.commands import HAND_OVER, Command, Commands
 from pipeline.images import look
 from pipeline.plan import Network, Plan, label_of
@@ -28,7 +29,10 @@ from pipeline.planning import describe, make_plan
 from pipeline.report import NOTHING, write_report
 from reporting.runs import SCORE, read_run
 from training.checkpoints import newest_checkpoint
-from utils import UserError, exit_code, make_folder, write_whole
+from utils import UserError, exit_code, flags_for, make_folder, write_whole
+
+SET_HERE = {"kd", "teacher_path", "teacher_arch", "model", "data_path", "unlabeled", "labels"}
+SET_HERE |= {"eval_labels", "input_size", "seed", "output_dir", "resume", "eval", "teacher_cache"}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -70,12 +74,13 @@ def distill(argv: Sequence[str] | None) -> None:
     cut = words.index("--") if "--" in words else len(words)
     args = get_parser().parse_args(words[:cut])
     more = words[cut + 1 :]
-    given_flags(more)  # refuses what main.py does not know
+    check_flags(more)
     budget = seconds_of(args.budget)
     for flag, least in (("seeds", 1), ("input_size", 8)):
         value = getattr(args, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: must be at least {least}")
+    check_networks(args)
     check_out(args)
     known = (args.out / "plan.json").exists()
     files = args.labels, args.eval_labels, args.unlabeled
@@ -132,9 +137,28 @@ def seconds_of(budget: str) -> float:
     return seconds
 
 
+def check_flags(more: Sequence[str]) -> None:
+    """Raise UserError for flags of main.py that cannot work, or that this script sets."""
+    for flag in given_flags(more).keys() & SET_HERE:
+        raise UserError(f"--{flag}: is set by distill.py; remove it from the flags after --")
+    parse(more)
+
+
+def check_networks(args: argparse.Namespace) -> None:
+    """Raise UserError for a network or a file that does not exist, before anything takes time."""
+    for flag, texts in (("--student", [args.student]), ("--teacher", args.teacher or [])):
+        for arch, _, file in (text.partition("=") for text in texts if text):
+            with flags_for(architecture=flag, checkpoint=flag):
+                models.check_architecture(arch)
+                if file:
+                    local_file(file)
+
+
 def check_out(args: argparse.Namespace) -> None:
-    """Raise UserError for an output folder among the images."""
+    """Raise UserError for an output folder among the images, or of another command."""
     out = args.out.resolve()
+    if (out / "args.json").exists():
+        raise UserError(f"--out {args.out}: holds a run of main.py; pass another folder")
     for flag, name in (("IMAGES", args.images), ("--unlabeled", args.unlabeled)):
         if name and name != "rest" and out.is_relative_to(Path(name).resolve()):
             raise UserError(f"--out {args.out}: lies inside {flag} {name}; pass a folder outside")
@@ -313,8 +337,10 @@ def last_words(
     lines = []
     if "mean" in verdict:
         interval = f" ± {verdict['half_width']:.2f}" if verdict["half_width"] is not None else ""
+        words = verdict["verdict"]
+        words = f"makes {words}" if words.startswith("no difference") else words
         lines.append(
-            f"Distillation {verdict['verdict']}: {verdict['mean']:+.2f}{interval} points on "
+            f"Distillation {words}: {verdict['mean']:+.2f}{interval} points on "
             f"{plan.images.test:,} images that chose nothing"
         )
     else:

@@ -6,6 +6,10 @@ The file is loaded back and compared with the checkpoint's network on validation
 if there are none. If the two differ by more than rounding, nothing is left at --out.
 """
 
+import utils
+
+utils.let_threads_sleep()  # before torch is imported
+
 import argparse
 import os
 import signal

@@ -6,6 +6,10 @@ Images are decoded, cropped and normalized as in an evaluation. Images that cann
 at the end, and the exit code is then 1; it is 2 if the command itself cannot work.
 """
 
+import utils
+
+utils.let_threads_sleep()  # before torch is imported
+
 import argparse
 import csv
 import filecmp

@@ -104,7 +104,9 @@ def sweep(argv: Sequence[str] | None) -> int:
         write_whole(
             args.out / RECORD, json.dumps(read_commands(args.out / RECORD) | record, indent=1)
         )
-    print(f"\nAll {len(runs)} runs are finished: python compare.py {args.out}/*")
+    is_all = read_commands(args.out / RECORD).keys() <= runs.keys()
+    folders = f"{args.out}/*" if is_all else shlex.join(str(args.out / name) for name in runs)
+    print(f"\nAll {len(runs)} runs are finished: python compare.py {folders}")
     return 0
 
 

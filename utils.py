@@ -1,5 +1,6 @@
 """Errors and small files, for every other module; imports neither torch nor timm."""
 
+import errno
 import functools
 import gc
 import json
@@ -181,10 +182,17 @@ def make_folder(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             file.write(b"a full disk takes no byte")
     except OSError as error:
+        reason = error.strerror or error
         raise UserError(
-            f"{folder}: cannot write there ({error}); free some space or choose another folder",
-            "folder",
+            f"{folder}: cannot write there ({reason}); {_remedy(error)}", "folder"
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What helps if the file system refuses to write."""
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "choose a folder that you may write to"
+    return "free some space or choose another folder"
 
 
 def could_not_write(path: Path, error: Exception, subject: Subject = "output") -> UserError:
@@ -197,8 +205,8 @@ def could_not_write(path: Path, error: Exception, subject: Subject = "output") -
         )
     free = shutil.disk_usage(path.parent).free / 2**20
     return UserError(
-        f"{path}: could not be written ({first_line(error)}; {free:.1f} MiB free); free some space "
-        "or choose another folder, then run the same command: what was written before is complete",
+        f"{path}: could not be written ({first_line(error)}; {free:.1f} MiB free); {_remedy(error)}"
+        ", then run the same command: what was written before is complete",
         subject,
     )
 

@@ -152,10 +152,13 @@ def check_combinations(args: argparse.Namespace) -> None:
 def check_milestones(args: argparse.Namespace) -> None:
     """Raise UserError if the learning rate of --sched step would never or wrongly be lowered."""
     epochs = args.decay_epochs
+    if not epochs and args.epochs < 2:
+        raise UserError(f"--sched step: needs 2 or more --epochs, not {args.epochs}")
     if not epochs:
+        usual = sorted({args.epochs // 2, args.epochs * 3 // 4})
         raise UserError(
             "--sched step: needs the epochs after which the learning rate is lowered; pass "
-            f"--decay_epochs, such as {as_typed([args.epochs // 2, args.epochs * 3 // 4])}"
+            f"--decay_epochs, such as {as_typed(usual)}"
         )
     is_rising = all(a < b for a, b in itertools.pairwise(epochs))
     _require(args, "decay_epochs", is_rising, "pass each epoch once, in ascending order")

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from arguments.defaults import usable_cores
 from arguments.derived import SMALL
@@ -13,14 +14,14 @@ from arguments.flags import OF_TEACHER
 from arguments.parsing import command_words, given_flags, without
 from models.checkpoint import local_file
 from pipeline import rules
-from pipeline.commands import Commands
+from pipeline.commands import RECORD, Commands
 from pipeline.images import Images
 from pipeline.plan import KINDS, Network, Plan, Scale, Speed, batch_size, find_network, fit
 from pipeline.rules import Choice
 from reporting.tables import table
 from runtime.device import default_device
 from teacher.manifest import hash_of_file
-from utils import UserError, changes, write_whole
+from utils import UserError, changes, read_commands, write_whole
 
 MEASURED = 64  # images whose training is timed
 MOST_JOBS = 4  # trainings at the same time on a CPU
@@ -40,13 +41,10 @@ def make_plan(
     def size(has_weights: bool) -> int:
         return args.input_size or rules.input_size(images.side, has_weights, is_slow)
 
-    def size_of_teacher(has_weights: bool) -> int:  # which sees what its student sees
-        return max(size(has_weights), rules.FOR_WEIGHTS if has_weights else 0)
-
     student_name = args.student or default_student
     student = find_network(student_name, "--student", images.classes, size)
     networks = [
-        find_network(name, "--teacher", images.classes, size_of_teacher)
+        find_network(name, "--teacher", images.classes, size)
         for name in args.teacher or [default_teacher]
     ]
     for network in networks:
@@ -74,11 +72,14 @@ def make_plan(
     file = args.out / "plan.json"
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
-        if changed := changes(known, identity):
+        changed = changes(known, identity)
+        if changed and (changed.keys() & {"images"} or not only_planned(args.out)):
+            what = " and ".join(told(name, *values) for name, values in changed.items())
             raise UserError(
-                f"--out {args.out}: was begun with different {' and '.join(changed)}; pass "
-                "another --out, or the earlier command"
+                f"--out {args.out}: was begun with different {what}; pass another --out, or the "
+                "earlier command"
             )
+    if file.exists() and not changed:
         plan.speeds = {name: Speed(*speed) for name, speed in known["speeds"].items()}
         plan.scale = Scale(*known["scale"])
     else:
@@ -87,6 +88,20 @@ def make_plan(
         measured = {"speeds": plan.speeds, "scale": plan.scale}
         write_whole(file, json.dumps(identity | measured, indent=1))
     return plan, [choice, *choices]
+
+
+def only_planned(out: Path) -> bool:
+    """Whether nothing was trained in this folder beyond what was timed for a plan."""
+    return all(name.startswith("plan/") for name in read_commands(out / RECORD))
+
+
+def told(name: str, was: Any, now: Any) -> str:
+    """What changed in the identity of a plan, for an error."""
+    if name != "flags":
+        return name
+    gone = " ".join(word for word in was if word not in now)
+    new = " ".join(word for word in now if word not in was)
+    return f"flags ({gone or 'none'} became {new or 'none'})"
 
 
 def identity_of(network: Network) -> str:
@@ -99,7 +114,8 @@ def identity_of(network: Network) -> str:
 def measure(network: Network, plan: Plan, out: Path) -> Speed:
     """Train on a few images, and read how long that took."""
     count = min(MEASURED, plan.images.labeled)
-    epochs = 2 if network.size >= SMALL else 60  # a step of a small network takes a millisecond
+    is_tiny = network.size < SMALL and network.parameters < 500_000
+    epochs = 60 if is_tiny else 2  # a step of a tiny network takes a millisecond
     folder = out / "plan" / network.name
     flags = [*plan.images.flags(), *network.flags, *plan.common, "--disable_eval", "true"]
     flags += ["--train_samples", str(count), "--epochs", str(epochs), "--save_ckpt", "false"]
@@ -129,6 +145,12 @@ def describe(plan: Plan, choices: Sequence[Choice], budget: float) -> str:
     for network in dict.fromkeys([plan.student, *(network for network, _ in plan.teachers)]):
         if network.missing:
             lines.append(f"Warning: no weights of {network.arch}: {network.missing}")
+        if plan.student.size < min(network.size, images.side):
+            lines.append(
+                f"Warning: {network.arch} was trained on images of {network.size} pixels, and sees "
+                f"the student's images of {plan.student.size} pixels enlarged, of which it knows "
+                f"less than its score says; pass --input_size {network.size}"
+            )
     start = "its weights" if plan.student.weights else "random weights"
     lines.append(
         f"Student   {plan.student.arch} from {start}, {plan.student.size} pixels, "

@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_architecture_says_what_differs(run_main, teache
 
 
 def test_a_missing_data_folder(run_main, tmp_path):
-    refused(run_main("--data_path", tmp_path / "none"), "none/train: is not a folder")
+    refused(run_main("--data_path", tmp_path / "none"), f"{tmp_path / 'none'}: is not a folder")
     (tmp_path / "images.zip").touch()
     refused(run_main("--data_path", tmp_path / "images.zip"), "images.zip: is a file; pass a")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import CONFIG, write_checkpoint
 from PIL import Image
@@ -70,9 +71,7 @@ def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
     ]
     alone, other, distilled, another = (record["test_acc1"] for record in scores)
     assert result["verdict"]["mean"] == pytest.approx((distilled + another - alone - other) / 2)
-    assert (
-        f"Distillation {result['verdict']['verdict']}: {result['verdict']['mean']:+.2f}" in printed
-    )
+    assert f"{result['verdict']['verdict']}: {result['verdict']['mean']:+.2f}" in printed
     assert (out / "model.pt2").exists() and result["files"] == [str(out / "model.pt2")]
     assert "12 images" in (out / "report.html").read_text()
     trained = started.count("main.py")
@@ -81,10 +80,45 @@ def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
     once = {"measured": 2, "choosing": 2, "judged": 4, "calibrated": 1 + is_new}
     assert started.count("main.py") == trained == sum(once.values())
     assert distill.main([*argv, "--", "--lr", "1e-3"]) == 2
-    assert "was begun with different flags" in capsys.readouterr().err
+    assert "was begun with different flags (none became --lr 1e-3)" in capsys.readouterr().err
     Image.new("RGB", (8, 8)).save(folder / "a" / "0.png", optimize=True, dpi=(72, 72))
     assert distill.main(argv) == 2
     assert "was begun with different images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (["--", "--kd", "true"], "--kd: is set by distill.py"),
+        (["--", "--sched", "step"], "pass --decay_epochs, such as 150 225"),
+        (["--teacher", "resnet18=none.pth"], "--teacher none.pth: no such file"),
+        (["--student", "resnt18"], "did you mean resnet18"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_found_before_any_image_is_read(more, expected, tmp_path, capsys):
+    argv = [str(tmp_path / "none"), "--out", str(tmp_path / "out"), *more]
+    assert distill.main(argv) == 2 and expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "args.json").touch()
+    assert distill.main([*argv[:2], str(tmp_path)]) == 2
+    assert "holds a run of main.py" in capsys.readouterr().err
+
+
+def test_a_plan_may_be_changed_until_something_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "measure", lambda *args: Speed(1, 1e-3))
+    folder, out = write_images(tmp_path / "images", 60), tmp_path / "out"
+    file = tmp_path / "weights.pth"  # which sees as many pixels as its student
+    torch.save(timm.create_model("cifar_resnet20", num_classes=5).state_dict(), file)
+    argv = [str(folder), "--out", str(out), "--plan", "true", "--student", "cifar_resnet8"]
+    argv += ["--teacher", f"cifar_resnet20={file}", "--input_size", "24"]
+    for more in ([], ["--seeds", "2"]):
+        assert distill.main([*argv, *more]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("24 pixels") == 4 and f"{2 if more else 4} seeds" in printed
+    (out / commands.RECORD).write_text('{"plan/a": [], "choose/a": []}')
+    assert distill.main(argv) == 2
+    assert "flags (--seeds 2 --budget 2h became --seeds" in capsys.readouterr().err
 
 
 class Brightness(torch.nn.Module):
