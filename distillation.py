@@ -443,7 +443,9 @@ def load_teacher(
             teacher,
             weights,
             remedy=checkpoint.architecture_remedy,
-            classes_remedy=NAME_OUTPUTS if teacher_classes else OTHER_TEACHER,
+            classes_remedy=f"teacher_classes names {len(teacher_classes)}; name each of its outputs"
+            if teacher_classes
+            else OTHER_TEACHER,
         )
         description = f"{weights.description}{loaded.note}"
     _check_finite(teacher, path)
@@ -463,7 +465,6 @@ def load_teacher(
     return teacher
 
 
-NAME_OUTPUTS = "name each of its outputs in teacher_classes"
 OTHER_TEACHER = (
     "use a teacher of the same classes, name the classes of this teacher with teacher_classes, or "
     "fine-tune the teacher on this data first"

@@ -84,7 +84,9 @@ def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
     val = datasets.open_validation(args, checkpoint.classes)
     check_held_out(args, checkpoint, val)
     classes = checkpoint.classes or val.classes
-    with flags_for(classes=f"{data_flag(args)}:"):
+    is_other = args.eval_data_path and not args.holdout
+    flag = f"--eval_data_path {args.eval_data_path}" if is_other else data_flag(args)
+    with flags_for(classes=f"{flag}:"):
         positions = match_classes(val.classes, classes)
     return Scored(config, val, classes, positions)
 
