@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -90,6 +91,7 @@ def test_a_damaged_safetensors_file_is_refused_by_name_or_read(data):
     assert state is None or all(isinstance(value, torch.Tensor) for value in state.values())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow
 @MANY
 @given(data=damaged(PICTURES))
 def test_a_damaged_picture_is_refused_by_name_or_shown(data):
