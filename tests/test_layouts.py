@@ -111,8 +111,11 @@ def test_images_that_training_may_have_seen_are_not_scored_in_silence(run_main, 
     for where in ([], ["--data_path", classes]):
         run = run_main(*flags, *where)
         assert run.code == 2 and "are not the images that the training of" in run.err
-    scored = run_main(*flags, "--data_set", "image_folder", "--eval_data_path", classes)
+    flags += ["--data_set", "image_folder", "--eval_data_path", classes]
+    scored = run_main(*flags)
     assert scored.code == 0 and ": 25 images" in scored.out, scored.err
+    run = run_main(*flags, "--calibrate", "true")  # on the images that the training held out
+    assert run.code == 2 and "the training images are needed too; pass --data_path" in run.err
     run_main(
         *SMALL, "--data_path", classes, "--epochs", 1, "--disable_eval", output_dir=tmp_path / "all"
     )
