@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from arguments.flags import OF_TEACHER
 from arguments.kinds import script_parser
 from arguments.parsing import given_flags, parse
 from deploy.model import ONNX_PACKAGES, missing_onnx_packages, network_from_checkpoint
@@ -139,8 +140,11 @@ def seconds_of(budget: str) -> float:
 
 def check_flags(more: Sequence[str]) -> None:
     """Raise UserError for flags of main.py that cannot work, or that this script sets."""
-    for flag in given_flags(more).keys() & SET_HERE:
+    given = given_flags(more).keys()
+    for flag in given & SET_HERE:
         raise UserError(f"--{flag}: is set by distill.py; remove it from the flags after --")
+    for flag in given & OF_TEACHER:
+        raise UserError(f"--{flag}: is for distilled students alone; put it into --recipe FILE")
     parse(more)
 
 

@@ -91,8 +91,9 @@ def make_plan(
 
 
 def only_planned(out: Path) -> bool:
-    """Whether nothing was trained in this folder beyond what was timed for a plan."""
-    return all(name.startswith("plan/") for name in read_commands(out / RECORD))
+    """Whether nothing was begun in this folder beyond what was timed for a plan."""
+    finished = read_commands(out / RECORD)
+    return all(name.startswith("plan/") for name in finished) and not (out / "choose").exists()
 
 
 def told(name: str, was: Any, now: Any) -> str:

@@ -90,6 +90,7 @@ def test_the_whole_path_ends_with_a_verdict_and_a_model_and_is_not_run_twice(
     "more, expected",
     [
         (["--", "--kd", "true"], "--kd: is set by distill.py"),
+        (["--", "--kd_alpha", "0.5"], "--kd_alpha: is for distilled students alone; put it into"),
         (["--", "--sched", "step"], "pass --decay_epochs, such as 150 225"),
         (["--teacher", "resnet18=none.pth"], "--teacher none.pth: no such file"),
         (["--student", "resnt18"], "did you mean resnet18"),
