@@ -81,7 +81,9 @@ class ModelCard:
             input_ = f"RGB pixels (batch, {size}, {size}, 3) uint8"
         words = {"preprocessing": self.preprocessing, "input": input_}
         words["output"] = f"{self.output} (batch, {len(self.classes)}) float32"
-        return json.dumps(asdict(self) | words, indent=2, ensure_ascii=False)
+        text = json.dumps(asdict(self) | words, indent=2, ensure_ascii=False)
+        # A name need not be UTF-8; its other bytes become escapes of JSON.
+        return text.encode(errors="backslashreplace").decode()
 
     @classmethod
     def from_json(cls, text: str, source: object) -> "ModelCard":

@@ -97,7 +97,8 @@ def write_timm(
         content = json.loads(file.read_text("utf-8"))
         content.get("model_args", {}).pop("num_classes", None)
         file.write_text(json.dumps(content, indent=2), "utf-8")
-        (folder / "README.md").write_text(hub.readme(card, accuracy), "utf-8")
+        readme = hub.readme(card, accuracy)
+        (folder / "README.md").write_text(readme, "utf-8", "backslashreplace")
 
 
 class Preprocessed(nn.Module):

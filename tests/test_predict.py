@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from forked import Group, script
 from helpers import CLASSES, CONFIG, ROOT, images_of, network_of, write_checkpoint
@@ -18,6 +19,7 @@ from PIL import Image
 import export
 import predict
 from deploy.model import ModelCard
+from deploy.writers import write_timm
 from models.calibration import write_temperature
 from models.checkpoint import read_checkpoint
 
@@ -363,6 +365,15 @@ def test_a_card_says_in_words_how_images_are_prepared():
     card = ModelCard("cifar_resnet8", CLASSES, **CONFIG)
     assert "shorter side has 40 pixels (bilinear" in json.loads(card.to_json())["preprocessing"]
     assert ModelCard.from_json(card.to_json(), "a.onnx") == card
+
+
+def test_names_of_classes_need_not_be_utf_8(tmp_path):
+    card = ModelCard("cifar_resnet8", ["a", os.fsdecode(b"l\xf6")], **CONFIG)
+    assert ModelCard.from_json(card.to_json().encode().decode(), "a.onnx") == card
+    write_timm(timm.create_model("cifar_resnet8", num_classes=2), card, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["label_names"] == card.classes
+    assert "l\\udcf6" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------- the whole way
