@@ -209,7 +209,8 @@ def name_groups(groups: Sequence[Group]) -> None:
     varied += [name for name, _ in differences(distilled) if name in OF_TEACHER]
     for names in ([name for name in varied if name in typed], varied):
         for group in groups:
-            parts = [f"{n}={as_typed(group.settings[n])}" for n in names if n in group.settings]
+            known = {name: group.settings[name] for name in names if name in group.settings}
+            parts = [f"no {n}" if v is None else f"{n}={as_typed(v)}" for n, v in known.items()]
             group.name = (" ".join(parts) or "all runs") + (" *" if group.changed else "")
         if len({group.name for group in groups}) == len(groups):
             return  # else groups differ in defaults alone, and these are named too

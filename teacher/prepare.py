@@ -252,11 +252,13 @@ def _warn_if_trained_on_holdout(
     if not args.holdout or "holdout" not in trained:
         return
     count, held_out = trained["holdout"], info.images.get("held_out", now_held_out)
+    now = f"--holdout {args.holdout}"
+    now += "" if "holdout" in args.given else " (the default)"
     if (seen := _held_out_images_in(data.val, info, count)) is not None:
         if seen:
             log(
-                f"Warning: --holdout {args.holdout}: the teacher {path} was trained on {seen} of "
-                f"the {len(data.val or ())} held-out images that score it; train it with the same "
+                f"Warning: {now}: the teacher {path} was trained on {seen} of the "
+                f"{len(data.val or ())} held-out images that score it; train it with the same "
                 "--holdout"
             )
         return
@@ -268,9 +270,8 @@ def _warn_if_trained_on_holdout(
     if count == args.holdout:
         how = "as many, but different images held out"
     log(
-        f"Warning: --holdout {args.holdout}: the teacher {path} was trained on {args.data_set} "
-        f"with {how}; on the same data, it has learned images that now score it. Train it with the "
-        "same --holdout"
+        f"Warning: {now}: the teacher {path} was trained on {args.data_set} with {how}; on the "
+        "same data, it has learned images that now score it. Train it with the same --holdout"
     )
 
 
