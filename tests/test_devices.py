@@ -11,6 +11,7 @@ import torch
 import datasets
 from models.checkpoint import local_file, read_checkpoint
 from runtime.device import (
+    channels_last,
     choose_kernels,
     default_amp_dtype,
     default_device,
@@ -144,3 +145,12 @@ def test_a_teacher_computes_in_mixed_precision_as_the_run_does(flags, dtype):
     args = argparse.Namespace(**unset | flags)
     datasets.complete(args, torch.device("cpu"))
     assert args.teacher_dtype == dtype
+
+
+def test_weights_of_five_dimensions_keep_their_layout():
+    """As in timm's lambda networks, for which Module.to raises."""
+    volume, plane = channels_last(
+        torch.nn.Sequential(torch.nn.Conv3d(2, 3, 3), torch.nn.Conv2d(3, 2, 3))
+    )
+    assert volume.weight.is_contiguous() and not plane.weight.is_contiguous()
+    assert plane.weight.is_contiguous(memory_format=torch.channels_last)

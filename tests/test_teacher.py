@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from helpers import evaluation_images, teacher_flags, write_images
 from PIL import Image
 from safetensors.torch import save_file
@@ -518,6 +519,14 @@ def test_the_teachers_flags_run(run_main, short, kd, flags):
         assert "16 px, mean 0.507/0.487/0.441" in run.out
     if "norm student" in flags:
         assert "mean 0.485/0.456/0.406" in run.out
+
+
+def test_the_norm_of_a_network_that_says_none_is_the_students(run_main, short, tmp_path):
+    torch.save(torchvision.models.squeezenet1_1(num_classes=10).state_dict(), tmp_path / "t.pth")
+    flags = ["--teacher_path", tmp_path / "t.pth", "--teacher_norm", "arch"]
+    flags += ["--teacher_arch", "torchvision.models:squeezenet1_1", "--teacher_input_size", 32]
+    run = run_main(*short, "--kd", "true", *flags)
+    assert run.code == 0 and "32 px" in run.out, run.err
 
 
 def test_a_smaller_dtype_changes_the_answer_by_its_rounding_only(teacher_file):
