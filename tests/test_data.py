@@ -15,6 +15,7 @@ import tracemalloc
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -742,6 +743,43 @@ def test_the_first_rows_of_a_jpeg_are_those_of_the_whole(mode, options):
     assert not jpegs.is_one_whole_scan(bytes(damaged))
     assert not jpegs.is_one_whole_scan(content[:-2])
     assert jpegs.first_rows(content[:-2], 1) == content[:-2]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_decoder_that_skips_rows_changes_no_crop(is_damaged, tmp_path, monkeypatch):
+    """A damaged marker below the crop is left to the decoder that reports it."""
+    photograph(0, (500, 375)).save(tmp_path / "p.jpg", quality=90)
+    content = bytearray((tmp_path / "p.jpg").read_bytes())
+    if is_damaged:
+        content[-80:-78] = jpegs.END[:1] + b"\x15"
+        (tmp_path / "p.jpg").write_bytes(content)
+    heights = []
+
+    def decode_jpeg(content: bytes, strict: bool = True) -> np.ndarray:
+        if strict and is_damaged:
+            raise ValueError("a warning of libjpeg")
+        heights.append(len(pixels := pixels_of_jpeg(content)))
+        return pixels
+
+    def crops() -> list[np.ndarray]:
+        random.seed(0)
+        crop = transforms.FastResizedCrop(64, scale=(0.1, 0.4), interpolation="bicubic")
+        shown = pictures.open_image(str(tmp_path / "p.jpg"), "p.jpg")
+        return [crop(shown) for _ in range(8)]
+
+    def outcome() -> list[np.ndarray] | str:
+        try:
+            return crops()
+        except UserError as error:
+            return str(error)
+
+    expected = outcome()
+    monkeypatch.setattr(pictures, "simplejpeg", SimpleNamespace(decode_jpeg=decode_jpeg))
+    assert isinstance(expected, str) == is_damaged
+    if is_damaged:
+        assert outcome() == expected and not heights
+    else:
+        assert np.array_equal(outcome(), expected) and sum(h < 375 for h in heights) > 3
 
 
 def pixels_of_jpeg(content: bytes) -> np.ndarray:
