@@ -26,7 +26,7 @@ from models.checkpoint import local_file
 from pipeline.commands import HAND_OVER, Command, Commands
 from pipeline.images import look
 from pipeline.plan import Network, Plan, label_of
-from pipeline.planning import describe, make_plan
+from pipeline.planning import PLAN, describe, make_plan
 from pipeline.report import NOTHING, write_report
 from reporting.runs import SCORE, read_run
 from training.checkpoints import newest_checkpoint
@@ -83,7 +83,7 @@ def distill(argv: Sequence[str] | None) -> None:
             raise UserError(f"--{flag} {value}: must be at least {least}")
     check_networks(args)
     check_out(args)
-    known = (args.out / "plan.json").exists()
+    known = (args.out / PLAN).exists()
     files = args.labels, args.eval_labels, args.unlabeled
     images = look(args.images, *files, args.out / "images", known)
     plan, choices = make_plan(args, images, more, budget)
@@ -141,9 +141,9 @@ def seconds_of(budget: str) -> float:
 def check_flags(more: Sequence[str]) -> None:
     """Raise UserError for flags of main.py that cannot work, or that this script sets."""
     given = given_flags(more).keys()
-    for flag in given & SET_HERE:
+    for flag in sorted(given & SET_HERE):
         raise UserError(f"--{flag}: is set by distill.py; remove it from the flags after --")
-    for flag in given & OF_TEACHER:
+    for flag in sorted(given & OF_TEACHER):
         raise UserError(f"--{flag}: is for distilled students alone; put it into --recipe FILE")
     parse(more)
 

@@ -23,6 +23,7 @@ from runtime.device import default_device
 from teacher.manifest import hash_of_file
 from utils import UserError, changes, read_commands, write_whole
 
+PLAN = "plan.json"  # in --out
 MEASURED = 64  # images whose training is timed
 MOST_JOBS = 4  # trainings at the same time on a CPU
 
@@ -69,25 +70,33 @@ def make_plan(
         "networks": [identity_of(network) for network in [student, *networks]],
         "flags": [*common, *distilled, f"--seeds {args.seeds} --budget {args.budget}"],
     }
-    file = args.out / "plan.json"
-    if file.exists():
-        known = json.loads(file.read_text(encoding="utf-8"))
-        changed = changes(known, identity)
-        if changed and (changed.keys() & {"images"} or not only_planned(args.out)):
-            what = " and ".join(told(name, *values) for name, values in changed.items())
-            raise UserError(
-                f"--out {args.out}: was begun with different {what}; pass another --out, or the "
-                "earlier command"
-            )
-    if file.exists() and not changed:
+    if known := known_plan(args.out, identity):
         plan.speeds = {name: Speed(*speed) for name, speed in known["speeds"].items()}
         plan.scale = Scale(*known["scale"])
     else:
         plan.speeds = {n.name: measure(n, plan, args.out) for n in {student, *networks}}
         plan.scale = fit(plan, budget, args.seeds)
         measured = {"speeds": plan.speeds, "scale": plan.scale}
-        write_whole(file, json.dumps(identity | measured, indent=1))
+        write_whole(args.out / PLAN, json.dumps(identity | measured, indent=1))
     return plan, [choice, *choices]
+
+
+def known_plan(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What this folder keeps of a plan; None without one, or if a plan alone has changed.
+
+    Raises: UserError that names what differs from the identity of the plan.
+    """
+    if not (out / PLAN).exists():
+        return None
+    known = json.loads((out / PLAN).read_text(encoding="utf-8"))
+    if not (changed := changes(known, identity)):
+        return known
+    if "images" not in changed and only_planned(out):
+        return None
+    what = " and ".join(told(name, *values) for name, values in changed.items())
+    raise UserError(
+        f"--out {out}: was begun with different {what}; pass another --out, or the earlier command"
+    )
 
 
 def only_planned(out: Path) -> bool:
