@@ -87,7 +87,7 @@ def _place(args: argparse.Namespace, is_train: bool) -> tuple[str, str]:
     if not args.data_path:
         what = f"--data_set {args.data_set}: the training images are needed too"
         raise UserError(f"{what}; pass --data_path FOLDER")
-    if args.data_set == "IMNET" and not os.path.isdir(os.path.expanduser(args.data_path)):
+    if args.data_set == "IMNET" and not os.path.isdir(args.data_path):
         remedy = "pass a folder that holds train/ and val/, or class folders"
         raise UserError(f"--data_path {args.data_path}: is not a folder; {remedy}")
     part = os.path.join(args.data_path, "train" if is_train else "val")

@@ -84,17 +84,22 @@ def open_scored(args: argparse.Namespace, checkpoint: Checkpoint) -> Scored:
     val = datasets.open_validation(args, checkpoint.classes)
     check_held_out(args, checkpoint, val)
     classes = checkpoint.classes or val.classes
-    is_other = args.eval_data_path and not args.holdout
-    flag = f"--eval_data_path {args.eval_data_path}" if is_other else data_flag(args)
+    other = f"--eval_data_path {args.eval_data_path}"
+    flag = other if scores_other_folder(args) else data_flag(args)
     with flags_for(classes=f"{flag}:"):
         positions = match_classes(val.classes, classes)
     return Scored(config, val, classes, positions)
 
 
+def scores_other_folder(args: argparse.Namespace) -> bool:
+    """Whether the scored images are those of --eval_data_path."""
+    return bool(args.eval_data_path and not args.holdout)
+
+
 def check_saved_paths(args: argparse.Namespace) -> None:
     """Raise UserError for data that the checkpoint names and that is not found from here."""
-    has_val = args.eval_data_path and not args.holdout
-    for flag in ("eval_data_path" if has_val else "data_path", "labels", "eval_labels"):
+    of_images = "eval_data_path" if scores_other_folder(args) else "data_path"
+    for flag in (of_images, "labels", "eval_labels"):
         path = getattr(args, flag)
         exists = names_tars(path) or not path or os.path.exists(path)  # tar files: find_shards
         if flag not in args.given and not exists:

@@ -184,11 +184,11 @@ def make_folder(folder: str | Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"{folder}: cannot write there ({reason}); {_remedy(error)}", "folder"
+            f"{folder}: cannot write there ({reason}); {remedy_of(error)}", "folder"
         ) from error
 
 
-def _remedy(error: Exception) -> str:
+def remedy_of(error: Exception) -> str:
     """What helps if the file system refuses to write."""
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "choose a folder that you may write to"
@@ -205,8 +205,8 @@ def could_not_write(path: Path, error: Exception, subject: Subject = "output") -
         )
     free = shutil.disk_usage(path.parent).free / 2**20
     return UserError(
-        f"{path}: could not be written ({first_line(error)}; {free:.1f} MiB free); {_remedy(error)}"
-        ", then run the same command: what was written before is complete",
+        f"{path}: could not be written ({first_line(error)}; {free:.1f} MiB free); "
+        f"{remedy_of(error)}, then run the same command: what was written before is complete",
         subject,
     )
 

@@ -25,7 +25,7 @@ from deploy.model import CARD, CPU, ModelCard, open_onnx
 from models.calibration import Tempered
 from models.fusion import fuse_layers
 from runtime.device import channels_last
-from utils import UserError, first_line, flags_for, make_folder
+from utils import UserError, first_line, flags_for, make_folder, remedy_of
 
 OPSET = 18  # of ONNX: the oldest that torch writes, and the default
 
@@ -42,7 +42,7 @@ def saving(path: Path, action: str = "written") -> Iterator[None]:
         yield
     except Exception as error:
         free = shutil.disk_usage(path.parent).free / 1e6
-        remedy = "free some space, or pass another folder"
+        remedy = remedy_of(error)
         raise UserError(
             f"--out: {path.name} could not be {action} ({first_line(error)}; {free:.0f} MB are "
             f"free); {remedy if action == 'written' or free < 100 else 'leave --int8 out'}"
