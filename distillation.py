@@ -443,9 +443,7 @@ def load_teacher(
             teacher,
             weights,
             remedy=checkpoint.architecture_remedy,
-            classes_remedy=f"teacher_classes names {len(teacher_classes)}; name each of its outputs"
-            if teacher_classes
-            else OTHER_TEACHER,
+            classes_remedy=_name_outputs(teacher_classes) if teacher_classes else OTHER_TEACHER,
         )
         description = f"{weights.description}{loaded.note}"
     _check_finite(teacher, path)
@@ -463,6 +461,10 @@ def load_teacher(
     parts = checkpoint.data, checkpoint.args, checkpoint.images
     teacher.info = TeacherInfo(config, index, origin, is_ema, is_size_guessed, acc1, *parts)
     return teacher
+
+
+def _name_outputs(names: Sequence[str]) -> str:
+    return f"name each of its outputs in teacher_classes, which holds {len(names)} names"
 
 
 OTHER_TEACHER = (

@@ -153,7 +153,7 @@ def check_milestones(args: argparse.Namespace) -> None:
     """Raise UserError if the learning rate of --sched step would never or wrongly be lowered."""
     epochs = args.decay_epochs
     if not epochs and args.epochs < 2:
-        raise UserError(f"--sched step: needs 2 or more --epochs, not {args.epochs}")
+        raise UserError(f"--epochs {args.epochs}: too few for --sched step; pass 2 or more")
     if not epochs:
         usual = sorted({args.epochs // 2, args.epochs * 3 // 4})
         raise UserError(

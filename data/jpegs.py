@@ -48,11 +48,11 @@ def size_of_plain_jpeg(content: bytes) -> tuple[int, int] | None:
 def first_rows(content: bytes, rows: int) -> bytes:
     """The JPEG with a smaller height in its header, so that decoders stop below these rows.
 
-    Their pixels are the same as in the whole picture. A decoder takes what follows for bytes that
-    it skips, which libjpeg warns of.
+    Their pixels are the same as in the whole picture. Decoders skip the bytes of the other rows, of
+    which libjpeg warns.
 
     Returns: the content itself if its rows do not follow each other (progressive JPEGs), if its
-        end is missing, of which not every decoder would tell, or if nothing is to be left out.
+        end is missing, which not every decoder would report, or if nothing is to be left out.
     """
     for marker, place, segment in _segments(content):
         if marker in SEQUENTIAL:
@@ -67,7 +67,7 @@ def first_rows(content: bytes, rows: int) -> bytes:
 def is_one_whole_scan(content: bytes) -> bool:
     """Whether the end follows the coded pixels of the first scan, with no damaged marker before.
 
-    A decoder that stops at the first rows may not look.
+    A decoder that stops after the first rows may not report a damaged marker.
     """
     for marker, place, _ in _segments(content):
         if marker == SCAN:

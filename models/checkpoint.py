@@ -211,12 +211,12 @@ class Checkpoint:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the network is fed, see datasets.data_config, and its classes; empty without."""
+        """What the network is fed (datasets.data_config) and its classes; {} if not `is_ours`."""
         return self._dict("data")
 
     @property
     def classes(self) -> list[str] | None:
-        """The names of the network's outputs, in order, if the file says."""
+        """The names of the network's outputs, in order; None if the file does not name them."""
         return self.data.get("classes")
 
     @property

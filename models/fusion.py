@@ -26,8 +26,8 @@ def fuse_layers(network: nn.Module, size: int, *, for_device: bool = False) -> n
         network: in eval mode, for images (B, 3, size, size).
         for_device: whether to also put layers in place of convolutions that compute the same in
             less time on the network's device.
-    Returns: a fused copy; the network itself if there is nothing to fuse, or if fusing would
-        change its output, as when the output of a convolution is also used elsewhere.
+    Returns: a fused copy, in which a convolution whose output is also used elsewhere is left as it
+        is; the network itself if it has no BatchNorm, or if fusing would change its output.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
@@ -89,11 +89,10 @@ def is_plain(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
 def find_pairs(
     network: nn.Module, images: torch.Tensor, first: type[nn.Module], second: type[nn.Module]
 ) -> list[tuple[Any, Any]]:
-    """The layers of one type whose output goes straight into a layer of a second type, and there
-    alone.
+    """The layers of one type whose output only a layer of a second type reads, with that layer.
 
     One forward pass shows them: each first layer marks its output, each second layer looks for the
-    mark on its input, and what reads a marked tensor is counted. Unlike torch.fx this traces
+    mark on its input, and calls that read a marked tensor are counted. Unlike torch.fx this traces
     nothing, so it works for every timm network.
     """
     pairs, runs, readings = [], Counter[nn.Module](), Counter[nn.Module]()
