@@ -17,11 +17,12 @@ from data import transforms
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 # The flags that every quick run shares; flags given later replace them.
-QUICK = "--device cpu --num_workers 0 --batch_size 16 --model cifar_resnet8".split()
+QUICK = "--device cpu --num_workers 0 --batch_size 16 --model cifar_resnet8 --log_dir none".split()
+BOARD = ["--log_dir", ""]  # with TensorBoard's files in OUTPUT_DIR/tb, a sixth of a quick run
 SHORT = "--train_samples 64 --epochs 2".split()  # four steps per epoch
 
 # What a finished run leaves besides checkpoints.
-RECORDS = ["args.json", "environment.json", "log.txt", "summary.json", "tb"]
+RECORDS = ["args.json", "environment.json", "log.txt", "summary.json"]
 CLASSES = ['ant, "red"', "bee", "Käfer 猫"]
 # Not what main.py would choose, so that a value that is not handed on shows.
 CONFIG = {

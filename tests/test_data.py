@@ -148,11 +148,11 @@ def test_a_few_views_show_every_image(count, batch_size, views):
 
 def test_every_view_is_a_permutation_in_which_each_image_may_be_anywhere():
     places = np.zeros((10, 10), int)  # by image and place
-    for seed in range(1000):
+    for seed in range(400):
         order = view_order(seed, 1, 10)
         assert sorted(order) == list(range(10))
         places[order, np.arange(10)] += 1
-    assert np.abs(places - 100).max() < 4.5 * (100 * 0.9) ** 0.5
+    assert np.abs(places - 40).max() < 4.5 * (40 * 0.9) ** 0.5
 
 
 @pytest.mark.parametrize("view", [0, 1])
@@ -166,7 +166,7 @@ def test_the_order_of_a_view_is_a_permutation_at_every_size(view):
 
 def test_orders_of_many_seeds_are_as_even_as_shuffles():
     """Chi-squared over whole orders and over neighbors, within 4.5 standard deviations."""
-    for count, seeds, places in ((4, 2400, 4), (7, 1050, 2)):
+    for count, seeds, places in ((4, 720, 4), (7, 630, 2)):
         found = Counter(tuple(view_order(seed, 0, count)[:places]) for seed in range(seeds))
         cells = math.perm(count, places)
         mean = seeds / cells

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import CPU, ROOT
+from helpers import BOARD, CPU, ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
@@ -155,9 +155,8 @@ def test_evaluation_reports_and_calibrates_on_held_out_images(run_main, tmp_path
 
 
 def test_end_of_a_run_tells_scores_costs_time_and_what_to_do(run_main, short, kd, tmp_path):
-    run = run_main(
-        *short, *kd, "--model_ema", "true", "--model_ema_eval", "true", output_dir=tmp_path
-    )
+    ema = ["--model_ema", "true", "--model_ema_eval", "true"]
+    run = run_main(*short, *kd, *ema, *BOARD, output_dir=tmp_path)
     lines = run.out.splitlines()
     head = next(i for i, line in enumerate(lines) if line.split() == ["student", "EMA", "teacher"])
     last = run.log[-1]
@@ -304,7 +303,7 @@ def points(folder, name, chart):
 
 
 def test_tensorboard_shares_charts_over_the_images_seen(run_main, short, kd, tmp_path):
-    run = run_main(*short, *kd, output_dir=tmp_path)
+    run = run_main(*short, *kd, *BOARD, output_dir=tmp_path)
     tb = tmp_path / "tb"
     assert [step for step, _ in points(tb, "train", "loss/kd")] == [64, 128]
     for chart in ("loss/total", "loss/ce", "opt/lr", "opt/grad_norm", "speed/images_per_second"):
@@ -327,9 +326,9 @@ def test_tensorboard_shares_charts_over_the_images_seen(run_main, short, kd, tmp
 
 
 def test_an_interrupted_run_continues_its_curves(run_main, short, tmp_path):
-    run_main(*short, "--epochs", 3, output_dir=tmp_path)
+    run_main(*short, *BOARD, "--epochs", 3, output_dir=tmp_path)
     (tmp_path / "checkpoint-2.pth").unlink()
-    run_main(*short, "--epochs", 3, output_dir=tmp_path)
+    run_main(*short, *BOARD, "--epochs", 3, output_dir=tmp_path)
     events = points(tmp_path / "tb", "test", "acc/acc1")
     assert [step for step, _ in events] == [64, 128, 192]
 
@@ -418,7 +417,7 @@ def test_a_loss_part_and_a_score_that_nobody_listed_are_shown_everywhere(
     evaluate_all = main.evaluate_all
     monkeypatch.setattr("training.criterion.DistillationLoss", Hinted)
     monkeypatch.setattr(main, "evaluate_all", score_more)
-    run = run_main(*short, *kd, output_dir=tmp_path)
+    run = run_main(*short, *kd, *BOARD, output_dir=tmp_path)
     assert run.code == 0 and "    hint  " in run.out and "  0.2500  " in run.out, run.err
     assert run.log[1]["train_hint"] == 0.25 and run.log[1]["test_charm"] == 0.5
     assert points(tmp_path / "tb", "train", "loss/hint") == [(64, 0.25), (128, 0.25)]
