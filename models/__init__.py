@@ -22,6 +22,8 @@ from utils import UserError, few, first_line
 from . import cifar, mnist  # noqa: F401
 from .own import make_network, own_cfg
 
+RATES = {"drop_path_rate": "--drop_path", "drop_rate": "--drop"}  # of timm: our flags
+
 
 def check_architecture(arch: str) -> None:
     """Raise UserError, with similar names, for an architecture or a tag that timm does not know."""
@@ -158,10 +160,9 @@ def create_model(
             with fetching(arch) if pretrained else nullcontext():
                 model = timm.create_model(arch, pretrained=pretrained, **keywords)
     except TypeError as error:
-        raise UserError(
-            f"{arch}: does not take {', '.join(keywords)} ({error}); remove --drop and --drop_path",
-            "architecture",
-        ) from error
+        flags = [flag for name, flag in RATES.items() if f"'{name}'" in str(error)]
+        cause = f"does not take {flags[0]}; remove that flag" if flags else f"fails with {error}"
+        raise UserError(f"{arch}: {cause}", "architecture") from error
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{arch}: cannot be built for images of {input_size} pixels ({error})", "architecture"

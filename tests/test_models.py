@@ -168,8 +168,8 @@ def test_dropout_reaches_the_network_and_what_a_network_does_not_take_is_refused
     assert models.create_model("mnist_mlp_1200", 10, 28).drop.p == 0.5  # its own
     assert models.create_model("mnist_mlp_1200", 10, 28, drop=0.3).drop.p == 0.3
     assert models.create_model("mnist_mlp_1200", 10, 28, drop=0.0).drop.p == 0
-    with pytest.raises(UserError, match="drop_path_rate.*; remove --drop and --drop_path"):
-        models.create_model("mnist_mlp_1200", 10, 28, drop_path=0.1)
+    with pytest.raises(UserError, match="^cifar_resnet8: does not take --drop_path; remove that"):
+        models.create_model("cifar_resnet8", 10, 28, drop_path=0.1, drop=0.1)
 
 
 def test_an_image_too_small_for_the_network_is_told_before_training():
