@@ -194,6 +194,7 @@ def score_checkpoint(
     """`--eval true`: score the weights of a checkpoint as the checkpoint says.
 
     Model, data, normalization and crop are those of the training run unless a flag changes them.
+    Mixed precision is used only if a flag asks for it, since predictions do not use it either.
     Classes are matched by name; data with only some of the classes is scored on those.
     """
     datasets.complete(args, device)
@@ -205,6 +206,8 @@ def score_checkpoint(
     )
     for name, (old, new) in utils.changes(checkpoint.data, config).items():
         log(f"Warning: scored with {name} {new}, but the checkpoint was trained with {old}")
+    if checkpoint.run_args.get("use_amp") and not args.use_amp:
+        log("Scored in float32; the run's own scores are in mixed precision (--use_amp true)")
     if len(val.classes) < len(classes):
         log(f"Scored on {len(val.classes)} of the {len(classes)} classes of the checkpoint")
 

@@ -30,14 +30,15 @@ class Cost:
 
 
 def cost_of(network: nn.Module, input_size: int, parameters: int) -> Cost:
-    """Count and time a network on images of random numbers. The network is left in eval mode.
+    """Count and time a network on images of random numbers; it is left frozen and in eval mode.
 
     Args:
         network: images (B, 3, H, W) -> logits.
         input_size: H and W.
         parameters: of the network before its layers were fused.
     """
-    network.eval()
+    # The counter fails for a parameter with a gradient that is the input of a layer.
+    network.eval().requires_grad_(False)
     device = next(network.parameters()).device
     single = torch.randn(1, 3, input_size, input_size, device=device)
     single = single.to(memory_format=torch.channels_last)

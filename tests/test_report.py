@@ -263,6 +263,8 @@ def test_cost_counts_attention_and_what_timm_counts():
     assert found.multiply_adds == by_hand
     assert found.parameters == 7  # as told: counted before layers are fused
     assert found.ms_single > 0
+    by_attention = timm.create_model("test_vit3", num_classes=10)  # pools with a learned query
+    assert cost.cost_of(by_attention, 160, 7).multiply_adds > 0
 
 
 def test_latency_has_the_range_of_its_rounds(monkeypatch):

@@ -370,6 +370,14 @@ def test_peak_memory_is_that_of_the_training(run_main, short, tmp_path, monkeypa
     assert json.loads((tmp_path / "summary.json").read_text())["peak_memory"] == 0
 
 
+def test_an_evaluation_computes_in_mixed_precision_only_if_asked(run_main, short, tmp_path):
+    made = run_main(*short, "--use_amp", "true", output_dir=tmp_path)
+    score = ["--eval", "true", "--resume", tmp_path / "checkpoint-1.pth"]
+    plain, mixed = run_main(*score), run_main(*score, "--use_amp", "true")
+    assert "Scored in float32" in plain.out and "Scored in float32" not in mixed.out
+    assert f"test_loss {made.log[-1]['test_loss']:.4f}" in mixed.out
+
+
 def test_a_full_disk_keeps_the_older_checkpoint_whole(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint-0.pth"
     checkpoints.save_checkpoint({"model": torch.ones(3)}, path)
