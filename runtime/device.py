@@ -149,6 +149,27 @@ def channels_last(network: Network) -> Network:
     return network
 
 
+def avoid_faulty_kernel(network: Network) -> Network:
+    """The network, kept away from a kernel of the CPU that writes past its memory.
+
+    A convolution of 1 x 1 pixels with a stride and fewer than 16 input channels, as in the stems of
+    RepVGG, MobileOne and FastViT, gets wrong gradients or ends the process if its input or weights
+    are laid out as channels_last (oneDNN issue 6035). Here both are laid out as (B, C, H, W).
+    """
+    for conv in network.modules():
+        if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1):
+            continue
+        if max(conv.stride) > 1 and conv.in_channels // conv.groups < 16:
+            conv.weight.data = _as_contiguous(conv.weight.data)
+            conv.register_forward_pre_hook(lambda conv, inputs: _as_contiguous(inputs[0]))
+    return network
+
+
+def _as_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    # Not contiguous(), which leaves tensors with sides of 1 as they are.
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; the copy runs beside what the CPU does next if it can."""
     if has_streams(device) and tensor.device.type == "cpu":

@@ -1,5 +1,6 @@
 """The small architectures: the published layout, and timm's interface."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,10 +9,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from helpers import CPU
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import models
+from arguments.parsing import parse
+from runtime.device import avoid_faulty_kernel, channels_last
+from training.student import make_student
 from utils import UserError
 
 # Names and shapes of the checkpoints published with 'Contrastive Representation Distillation'.
@@ -170,6 +175,24 @@ def test_dropout_reaches_the_network_and_what_a_network_does_not_take_is_refused
     assert models.create_model("mnist_mlp_1200", 10, 28, drop=0.0).drop.p == 0
     with pytest.raises(UserError, match="^cifar_resnet8: does not take --drop_path; remove that"):
         models.create_model("cifar_resnet8", 10, 28, drop_path=0.1, drop=0.1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 12])
+def test_a_strided_convolution_of_few_channels_has_its_gradient(channels):
+    """A kernel of oneDNN crashes here, or is wrong: see avoid_faulty_kernel."""
+    conv, images = nn.Conv2d(channels, 32, 1, stride=2), torch.randn(8, channels, 112, 112)
+    exact = copy.deepcopy(conv).double()
+    exact(images.double()).square().sum().backward()
+    conv = avoid_faulty_kernel(channels_last(conv))
+    conv(images.to(memory_format=torch.channels_last)).square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad.double(), exact.weight.grad, rtol=1e-4, atol=1e-2)
+
+
+def test_a_student_on_the_cpu_avoids_the_faulty_kernel():
+    args = parse(["--model", "repvgg_a0", "--input_size", "64"])
+    student = make_student(args, CPU, list("abc"))
+    hooked = [name for name, module in student.named_modules() if module._forward_pre_hooks]
+    assert hooked == ["stem.conv_1x1.conv"]
 
 
 def test_an_image_too_small_for_the_network_is_told_before_training():

@@ -15,7 +15,7 @@ from arguments.derived import teachers_of
 from models.classes import names_of_weights
 from models.weights import load_finetune
 from runtime import distributed
-from runtime.device import channels_last, has_streams, record_event
+from runtime.device import avoid_faulty_kernel, channels_last, has_streams, record_event
 from runtime.distributed import log
 from runtime.randomness import RandomUse, seed_rng
 from training import linear_probe
@@ -73,7 +73,8 @@ def make_student(
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters{origin}")
     if args.sync_bn and distributed.world_size() > 1:
         student = convert_sync_batchnorm(student)
-    return channels_last(student.to(device))
+    student = channels_last(student.to(device))
+    return avoid_faulty_kernel(student) if device.type == "cpu" else student
 
 
 @contextmanager
