@@ -167,9 +167,12 @@ def create_model(
         raise UserError(
             f"{arch}: cannot be built for images of {input_size} pixels ({error})", "architecture"
         ) from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None) or 1
+    embed = getattr(model, "patch_embed", None)
+    patch = getattr(embed, "patch_size", None) or 1
     patch = patch if isinstance(patch, int) else patch[0]  # XCiT's is a number
-    if input_size % patch and not getattr(model.patch_embed, "dynamic_img_pad", False):
+    proj = getattr(embed, "proj", None)
+    is_padded = isinstance(proj, nn.Conv2d) and proj.padding != (0, 0)  # PVT's patches overlap
+    if input_size % patch and not (is_padded or getattr(embed, "dynamic_img_pad", False)):
         less = input_size - input_size % patch
         raise UserError(
             f"{arch}: {input_size} pixels are not whole patches of {patch}, so some would be "

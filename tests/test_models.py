@@ -203,3 +203,4 @@ def test_an_image_too_small_for_the_network_is_told_before_training():
 def test_an_input_that_would_lose_pixels_between_patches_is_refused():
     with pytest.raises(UserError, match="50 pixels are not whole patches of 16.* of 48 or 64"):
         models.create_model("vit_tiny_patch16_224", 10, 50)
+    models.create_model("pvt_v2_b0", 10, 64)  # patches of 7 pixels that overlap
