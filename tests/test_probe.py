@@ -163,7 +163,7 @@ def test_the_head_of_the_features_is_the_network(arch):
     network = timm.create_model(arch, num_classes=5).eval()
     size = timm.get_pretrained_cfg(arch).input_size[-1] if "vit" in arch else 64
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    linear_probe.freeze_backbone(network, size)
+    linear_probe.freeze_backbone(network, arch, size)
     assert is_same(dict(network.state_dict()), before) and not network.training
     images = torch.randn(2, 3, size, size)
     found = linear_probe.head_of(network)(linear_probe.features_of(network, images))
@@ -205,5 +205,5 @@ def test_a_network_whose_classifier_is_not_its_output_is_refused(why):
     network = Scaled(UNSUITED[why])
     nn.init.zeros_(network.fc.weight)  # with zeros, every feature gives the same output
     nn.init.zeros_(network.fc.bias)
-    with pytest.raises(UserError, match=why):
-        linear_probe.freeze_backbone(network, 8)
+    with pytest.raises(UserError, match=f"^ours: .*{why}"):
+        linear_probe.freeze_backbone(network, "ours", 8)

@@ -29,22 +29,22 @@ from utils import UserError
 IMAGES_AT_ONCE = 65536  # of whose features processes exchange in one message
 
 
-def freeze_backbone(network: nn.Module, input_size: int) -> None:
+def freeze_backbone(network: nn.Module, arch: str, input_size: int) -> None:
     """Let only the classifier of a timm network be trained, which then maps its features.
 
     Raises: UserError for a network without a classifier, or whose classifier does not map the
         features that timm's `forward_head(…, pre_logits=True)` returns to the network's output.
     """
-    classifiers, name = classifiers_of(network), type(network).__name__
+    classifiers = classifiers_of(network)
     if len(classifiers) != 1:
         has = "several classifiers" if classifiers else "no classifier"
         raise UserError(
-            f"{name}: has {has}, and a linear probe trains a single one; use another architecture",
+            f"{arch}: has {has}, and a linear probe trains a single one; use another architecture",
             "architecture",
         )
     if not _maps_features(network, classifiers[0], input_size):
         raise UserError(
-            f"{name}: the output is not the classifier of the features that timm returns, so a "
+            f"{arch}: the output is not the classifier of the features that timm returns, so a "
             "linear probe cannot train the classifier alone; use another architecture",
             "architecture",
         )

@@ -69,7 +69,7 @@ def make_student(
         if args.finetune:
             log(load_finetune(student, args.finetune, args.model_key, args.model_prefix, classes))
         if args.linear_probe:
-            linear_probe.freeze_backbone(student, args.input_size)
+            linear_probe.freeze_backbone(student, args.model, args.input_size)
     log(f"Model {args.model}: {sum(p.numel() for p in student.parameters()):,} parameters{origin}")
     if args.sync_bn and distributed.world_size() > 1:
         student = convert_sync_batchnorm(student)
