@@ -420,7 +420,7 @@ add("output_dir", FOLDER, "", STUDENT, known_as="output", help=
     "folder for checkpoints and log.txt (default: no files)")
 add("resume", FILE, "", STUDENT, help=
     "checkpoint to resume from, or to score with --eval true; flags that are not given follow it "
-    "(scoring: model and data)")
+    "(for scores, model and data only)")
 add = group("output", TRAINING, STUDENT, role=MACHINE)
 add("log_dir", FOLDER, None, help="folder for TensorBoard, or 'none' (default: tb in --output_dir)")
 add("print_seconds", NOT_NEGATIVE, 10, help=

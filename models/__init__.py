@@ -22,7 +22,7 @@ from utils import UserError, few, first_line
 from . import cifar, mnist  # noqa: F401
 from .own import make_network, own_cfg
 
-RATES = {"drop_path_rate": "--drop_path", "drop_rate": "--drop"}  # of timm: our flags
+FLAG_OF = {"drop_path_rate": "--drop_path", "drop_rate": "--drop"}  # by timm's keyword
 
 
 def check_architecture(arch: str) -> None:
@@ -159,14 +159,12 @@ def create_model(
                 keywords["img_size"] = input_size
             with fetching(arch) if pretrained else nullcontext():
                 model = timm.create_model(arch, pretrained=pretrained, **keywords)
-    except TypeError as error:
-        flags = [flag for name, flag in RATES.items() if f"'{name}'" in str(error)]
-        cause = f"does not take {flags[0]}; remove that flag" if flags else f"fails with {error}"
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        cause = f"cannot be built for images of {input_size} pixels ({error})"
+        for keyword, flag in FLAG_OF.items():
+            if f"unexpected keyword argument '{keyword}'" in str(error):
+                cause = f"does not take {flag}; remove that flag"
         raise UserError(f"{arch}: {cause}", "architecture") from error
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{arch}: cannot be built for images of {input_size} pixels ({error})", "architecture"
-        ) from error
     embed = getattr(model, "patch_embed", None)
     patch = getattr(embed, "patch_size", None) or 1
     patch = patch if isinstance(patch, int) else patch[0]  # XCiT's is a number

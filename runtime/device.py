@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -152,22 +152,22 @@ def channels_last(network: Network) -> Network:
 def avoid_faulty_kernel(network: Network) -> Network:
     """The network, kept away from a kernel of the CPU that writes past its memory.
 
-    A convolution of 1 x 1 pixels with a stride and fewer than 16 input channels, as in the stems of
-    RepVGG, MobileOne and FastViT, gets wrong gradients or ends the process if its input or weights
-    are laid out as channels_last (oneDNN issue 6035). Here both are laid out as (B, C, H, W).
+    In channels_last, a convolution of 1 x 1 pixels with a stride and fewer than 16 input channels,
+    as in the stems of RepVGG, MobileOne and FastViT, gets wrong gradients or ends the process
+    (oneDNN issue 6035). Here its input is subsampled first, which gives the same output.
     """
     for conv in network.modules():
-        if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (1, 1):
+        if not isinstance(conv, nn.Conv2d) or conv.in_channels // conv.groups >= 16:
             continue
-        if max(conv.stride) > 1 and conv.in_channels // conv.groups < 16:
-            conv.weight.data = _as_contiguous(conv.weight.data)
-            conv.register_forward_pre_hook(lambda conv, inputs: _as_contiguous(inputs[0]))
+        if conv.kernel_size == (1, 1) and conv.padding == (0, 0) and max(conv.stride) > 1:
+            conv.register_forward_pre_hook(_subsample(*conv.stride))
+            conv.stride = (1, 1)
     return network
 
 
-def _as_contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    # Not contiguous(), which leaves tensors with sides of 1 as they are.
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _subsample(down: int, across: int) -> Callable[[nn.Module, Any], torch.Tensor]:
+    """A forward pre-hook that keeps every `down`-th row and every `across`-th column."""
+    return lambda conv, inputs: inputs[0][..., ::down, ::across]
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

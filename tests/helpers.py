@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 # The flags that every quick run shares; flags given later replace them.
 QUICK = "--device cpu --num_workers 0 --batch_size 16 --model cifar_resnet8 --log_dir none".split()
-BOARD = ["--log_dir", ""]  # with TensorBoard's files in OUTPUT_DIR/tb, a sixth of a quick run
+BOARD = ["--log_dir", ""]  # writes TensorBoard's files to OUTPUT_DIR/tb, which slows quick runs
 SHORT = "--train_samples 64 --epochs 2".split()  # four steps per epoch
 
 # What a finished run leaves besides checkpoints.

@@ -68,7 +68,7 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) ->
 @pytest.mark.parametrize(
     ("arch", "kind"),
     [
-        ("test_resnet", "timm"),  # a program of convolutions and BatchNorms: cifar_resnet8
+        ("test_resnet", "timm"),  # as a program, cifar_resnet8 has the same kinds of layers
         *itertools.product(["test_convnext", "test_vit", "cifar_resnet8"], ["timm", "pt2", "onnx"]),
     ],
 )
